@@ -1,0 +1,232 @@
+"""Configs: one dataclass a verb, one YAML a thing a person runs, dotlist overrides; unknown keys and wrong types are
+refused with the nearest right one. Nothing here builds anything (that is `build`)."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm_sg.errors import InputError, choices
+
+PACKAGE = Path(__file__).parent
+ASSETS = PACKAGE / "assets"
+# configs/ and autoencoders/ stand at the top of a checkout and travel inside the package in a wheel.
+ROOT = PACKAGE.parent if (PACKAGE.parent / "configs").is_dir() else PACKAGE / "_root"
+
+
+@dataclass
+class FeaturesConfig:
+    """g: a shipped extractor's name or folder, a timm model's name, or `open_clip:MODEL[/PRETRAINED]`."""
+
+    model: str = "demo-g"
+    weights: str | None = None  # a local safetensors file (or a weights-only torch file) instead of the hub
+    layer: int | None = None  # ViT block to read, counted from 0 and from the end when negative; None = the last
+    pool: str = "auto"  # auto (class token where there is one, otherwise mean), cls, mean
+    size: int | None = None  # input size in pixels; None = the model's own
+    batch_size: int = 64
+    precision: str = "auto"  # auto, fp32, bf16
+
+
+@dataclass
+class AnnotatorConfig:
+    """f: what turns features into guidance signals."""
+
+    kind: str = "clusters"  # clusters (k-means), oracle (ground-truth `cls` of the shards)
+    k: int = 300
+    niter: int = 30
+    seed: int = 0
+    sample: int = 1_000_000  # at most this many features are held in memory to fit f
+
+
+@dataclass
+class AnnotateConfig:
+    shards: str = "???"  # glob, brace list or URL of source shards
+    out: str = "???"  # folder of the annotation set
+    autoencoder: str = "???"  # name under autoencoders/, a folder with a manifest, or a diffusers folder
+    size: int | None = None  # pixels; None = the size of the first image
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+    flips: bool = False  # store the mirrored image's latent too
+    workers: int = -1  # decoding processes; -1 = one a core, less one
+    max_skipped: float = 0.01  # share of images that may be unreadable before the command fails
+    device: str = "auto"
+
+
+@dataclass
+class ModelConfig:
+    """The UNet. Latent size and channels, number of labels and spatial channels come from the annotation set."""
+
+    channels: int = 128
+    multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
+    blocks: int = 2  # residual blocks a level
+    attention: list[int] = field(default_factory=lambda: [4])  # downsampling factors that have attention
+    heads: int = 8
+    dropout: float = 0.0
+    inject: str = "concat"  # how k meets the time embedding: concat (paper, ImageNet) or add (its VOC/COCO net)
+    hidden: int = 256  # width of the two-layer SiLU MLP that embeds k
+    tokens: str = "vector"  # cross-attention reads: vector (T tokens made of k), concepts (one a present id), none
+    num_tokens: int = 8
+    token_width: int = 32
+
+
+@dataclass
+class GuidanceConfig:
+    drop: float = 0.1  # share of samples trained with the null; 1.0 = the no-guidance baseline
+
+
+@dataclass
+class ObjectiveConfig:
+    kind: str = "eps"  # eps, v, x0, flow
+    schedule: str = "linear"  # linear, scaled_linear (linear in sqrt(beta)), squaredcos_cap_v2
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    timesteps: int = 1000
+    min_snr: float | None = None  # gamma of min-SNR weighting (Hang et al., 2023); None = no weighting
+
+
+@dataclass
+class TrainConfig:
+    annotation: str = "???"
+    out: str = "???"
+    model: Any = "s"  # a name under configs/model/ or the mapping itself
+    steps: int = 100_000
+    batch_size: int = 128  # over all devices
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: int = 1000
+    ema: float = 0.9999
+    clip: float = 1.0
+    seed: int = 0
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    precision: str = "auto"  # auto, fp32, bf16
+    compile: bool = False
+    channels_last: bool = False
+    init: str | None = None  # run to start from
+    device: str = "auto"
+    devices: int = -1  # how many; -1 = all
+    workers: int = 2
+    val_share: float = 0.02
+    log_every: int = 50
+    val_every: int = 1000
+    sample_every: int = 2000
+    checkpoint_every: int = 1000
+
+
+@dataclass
+class FitAutoencoderConfig:
+    shards: str = "???"
+    val_shards: Any = None  # glob, or mapping name -> glob, of held-out images
+    out: str = "???"
+    name: str | None = None
+    size: int = 64
+    channels: int = 8  # latent channels
+    widths: list[int] = field(default_factory=lambda: [32, 64, 96, 128])  # one a level; factor = 2 ** (levels - 1)
+    blocks: int = 1
+    kl: float = 1e-5
+    lpips: float = 0.0
+    lpips_weights: str | None = None
+    gan: float = 0.0
+    gan_start: int = 5000
+    steps: int = 10_000
+    batch_size: int = 32
+    lr: float = 3e-4
+    ema: float = 0.999
+    seed: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+    workers: int = 1
+    checkpoint_every: int = 1000
+    licence: str = "Apache-2.0"
+    note: str = ""
+
+
+Schema = TypeVar("Schema")
+
+
+def load(schema: type[Schema], path: str | Path | None = None, overrides: list[str] | None = None) -> Schema:
+    """YAML at `path` (with one level of `base:`) + `key=value` overrides -> a filled `schema`.
+
+    Raises InputError naming the file, the key and the nearest right key, a wrong type, or a missing required value."""
+    merged = OmegaConf.structured(schema)
+    for source, layer in [*_layers(path), *_dotlist(overrides or [])]:
+        _check_keys(layer, merged, source)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as err:
+            raise InputError(f"{source}: {str(err).splitlines()[0]}") from err
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise InputError(f"{path or 'config'}: no value for {', '.join(missing)}: give it as {missing[0]}=...")
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def _layers(path: str | Path | None) -> list[tuple[str, DictConfig]]:
+    if path is None:
+        return []
+    top = read_yaml(path)
+    if "base" not in top:
+        return [(str(path), top)]
+    base_path = Path(path).parent / str(top.pop("base"))
+    base = read_yaml(base_path)
+    if "base" in base:
+        raise InputError(f"{base_path}: base: goes one level deep, and {path} already uses it as its base")
+    return [(str(base_path), base), (str(path), top)]
+
+
+def read_yaml(path: str | Path) -> DictConfig:
+    """A YAML mapping, or InputError naming the file."""
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as err:
+        near = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))
+        raise InputError(f"config {str(path)!r} not found; {choices(path, near)}") from err
+    except Exception as err:  # yaml's errors have no common, importable base here
+        raise InputError(f"{path}: not a readable YAML file: {str(err).splitlines()[0]}") from err
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{path}: expected a YAML mapping of keys to values")
+    return loaded
+
+
+def _dotlist(overrides: list[str]) -> list[tuple[str, DictConfig]]:
+    for item in overrides:
+        if "=" not in item or item.startswith("="):
+            raise InputError(f"override {item!r}: write it as key=value, for example steps=1000")
+    return [(item, OmegaConf.from_dotlist([item])) for item in overrides]
+
+
+def _check_keys(given: DictConfig, schema: DictConfig, source: str, prefix: str = "") -> None:
+    for key in given:
+        if key not in schema:
+            known = [prefix + str(k) for k in schema]
+            raise InputError(f"{source}: unknown key {prefix + str(key)!r}; {choices(prefix + str(key), known)}")
+        inner, value = schema._get_node(key), given._get_node(key)
+        if isinstance(inner, DictConfig) and isinstance(value, DictConfig) and dataclasses.is_dataclass(
+            OmegaConf.get_type(inner)
+        ):
+            _check_keys(value, inner, source, f"{prefix}{key}.")
+
+
+def model_config(model: Any) -> ModelConfig:
+    """`TrainConfig.model`: a name under configs/model/, a YAML path, or the mapping itself -> ModelConfig."""
+    if isinstance(model, str):
+        path = Path(model) if model.endswith(".yaml") else ROOT / "configs" / "model" / f"{model}.yaml"
+        if not path.is_file():
+            names = [p.stem for p in (ROOT / "configs" / "model").glob("*.yaml")]
+            raise InputError(f"model {model!r} not found; {choices(model, names)}")
+        return load(ModelConfig, path)
+    merged = OmegaConf.structured(ModelConfig)
+    layer = OmegaConf.create(model)
+    _check_keys(layer, merged, "model", "model.")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(merged, layer))  # type: ignore[return-value]
+    except OmegaConfBaseException as err:
+        raise InputError(f"model: {str(err).splitlines()[0]}") from err
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved, complete config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config) if dataclasses.is_dataclass(config) else config)

@@ -1,0 +1,71 @@
+"""The raw guidance signal of a batch, and what a data set's signals look like."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What guides B samples. Parts that a data set does not have are None.
+
+    `keep` False means the null: every part of that sample's signal is dropped together."""
+
+    keep: Tensor  # [B] bool
+    k: Tensor | None = None  # [B] long cluster id, or [B, K] float multi-hot
+    concepts: Tensor | None = None  # [B, T] long ids of the concepts present, -1 = none
+    feature: Tensor | None = None  # [B, D] float, g's own vector
+    spatial: Tensor | None = None  # [B, S, h, w] float coverage in [0, 1] on the latent grid
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Guidance":
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Guidance(**{name: None if part is None else fn(part) for name, part in parts.items()})
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def __getitem__(self, index: Any) -> "Guidance":
+        return self._map(lambda part: part[index])
+
+    def to(self, device: torch.device | str) -> "Guidance":
+        return self._map(lambda part: part.to(device, non_blocking=True))
+
+    def null(self) -> "Guidance":
+        """The same batch with everything dropped: the unconditional pass."""
+        return dataclasses.replace(self, keep=torch.zeros_like(self.keep))
+
+    def drop(self, p: float, generator: torch.Generator) -> "Guidance":
+        """Each sample's signal is dropped with probability p (the paper's 10%), all parts together."""
+        kept = torch.rand(len(self), generator=generator, device=generator.device) >= p
+        return dataclasses.replace(self, keep=self.keep & kept.to(self.keep.device))
+
+    @staticmethod
+    def cat(parts: Sequence["Guidance"]) -> "Guidance":
+        """Batches of the same kind of signal, one after the other."""
+        merged: dict[str, Any] = {}
+        for f in dataclasses.fields(Guidance):
+            values = [getattr(part, f.name) for part in parts]
+            merged[f.name] = None if values[0] is None else torch.cat(values)
+        return Guidance(**merged)
+
+    @staticmethod
+    def from_k(k: Tensor) -> "Guidance":
+        """Ids [B] or multi-hots [B, K], all kept."""
+        return Guidance(keep=torch.ones(len(k), dtype=torch.bool, device=k.device), k=k)
+
+
+@dataclass(frozen=True)
+class GuidanceSpec:
+    """What the signals of an annotation set look like: written by annotate, read by train and sample."""
+
+    kind: str = "clusters"  # which annotator made them
+    num_labels: int = 0  # K: how many ids k can take
+    multi_hot: bool = False  # k is [B, K] multi-hot instead of [B] ids
+    spatial_channels: int = 0  # S of k_s
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
