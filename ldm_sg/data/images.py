@@ -1,0 +1,138 @@
+"""Image bytes -> the one RGB square that every verb sees. Torch is imported only where tensors are made, so that decoding
+processes start in a fraction of a second."""
+
+import io
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import (  # noqa: F401  (a format exists once its plugin is imported)
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Formats that are pixels and nothing else: Pillow would also run Ghostscript on an EPS that is called .jpg.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+MAX_PIXELS = 2**27  # 134 megapixels, 0.4 GB as RGB: more than cameras make; beyond it a header is taken for an attack
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {  # EXIF orientation -> what brings the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Our own limit is checked right after the header is read, and it is an error, not a warning.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class BadImage(Exception):
+    """An image that cannot be used; `reason` is one line for skipped.jsonl."""
+
+    def __init__(self, reason: str, key: str = ""):
+        super().__init__(f"{key}: {reason}" if key else reason)
+        self.reason = reason
+
+
+def decode(data: bytes, key: str = "") -> Image.Image:
+    """Bytes of an image file -> RGB, upright (EXIF), first frame, transparency over white. Raises BadImage."""
+    if not data:
+        raise BadImage("empty file", key)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadImage(f"its header claims {width} x {height} pixels, more than {MAX_PIXELS:,}", key)
+            turn = _UPRIGHT.get(_orientation(image))
+            rgb = _to_rgb(image)
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImage(f"not an image ({', '.join(FORMATS)})", key) from None
+    except (
+        Exception
+    ) as err:  # damaged files make Pillow raise OSError, ValueError, SyntaxError, struct.error, zlib.error ...
+        raise BadImage(f"cannot be decoded: {' '.join(str(err).split()) or type(err).__name__}", key) from err
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # EXIF is free text of thousands of programs; a damaged block does not damage the pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode.startswith("I"):  # 16-bit greyscale ("I;16...", or "I" from 32-bit containers)
+        grey = np.asarray(image).astype(np.float64) / 257.0
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        grey = np.asarray(image)
+        if not (np.isfinite(grey).all() and grey.min() >= 0 and grey.max() <= 1):
+            raise BadImage("floating-point pixels outside [0, 1]: their white is unknown")
+        return Image.fromarray((grey * 255).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def square(width: int, height: int) -> tuple[int, int, int]:
+    """The centre square of an image: left, top, side, in its pixels."""
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side
+
+
+def crop_resize(image: Image.Image, size: int) -> Image.Image:
+    """Centre square -> `size` x `size`, antialiased bicubic: THE preprocessing of training and reference images.
+
+    Pixel-identical when the centre square is already `size` wide."""
+    left, top, side = square(*image.size)
+    box = (left, top, left + side, top + side)
+    if side == size:
+        return image if image.size == (size, size) else image.crop(box)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def crop_resize_index(mask: Image.Image, size: int) -> Image.Image:
+    """`crop_resize` for index images (segmentation masks): the same crop, nearest neighbour, indices untouched."""
+    left, top, side = square(*mask.size)
+    return mask.resize((size, size), Image.Resampling.NEAREST, box=(left, top, left + side, top + side))
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """RGB image -> uint8 [3, H, W]."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def to_tensor(image: Image.Image) -> "Tensor":
+    """RGB image -> uint8 tensor [3, H, W]."""
+    import torch
+
+    return torch.from_numpy(to_array(image))
+
+
+def to_float(images: "Tensor") -> "Tensor":
+    """uint8 [..., 3, H, W] -> float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: "Tensor") -> "Tensor":
+    """Float in [-1, 1] (clipped) -> uint8, the inverse of `to_float`."""
+    import torch
+
+    return images.detach().float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
