@@ -97,6 +97,7 @@ class TrainConfig:
     lr: float = 1e-4
     weight_decay: float = 0.01
     warmup: int = 1000
+    decay: float = 0.0  # over this last share of the steps the learning rate falls linearly to zero
     ema: float = 0.9999
     clip: float = 1.0
     seed: int = 0

@@ -38,10 +38,9 @@ class Guidance:
         """The same batch with everything dropped: the unconditional pass."""
         return dataclasses.replace(self, keep=torch.zeros_like(self.keep))
 
-    def drop(self, p: float, generator: torch.Generator) -> "Guidance":
-        """Each sample's signal is dropped with probability p (the paper's 10%), all parts together."""
-        kept = torch.rand(len(self), generator=generator, device=generator.device) >= p
-        return dataclasses.replace(self, keep=self.keep & kept.to(self.keep.device))
+    def with_keep(self, keep: Tensor) -> "Guidance":
+        """Sample i's signal is dropped, all parts together, where keep[i] is False (and where it already was)."""
+        return dataclasses.replace(self, keep=self.keep & keep)
 
     @staticmethod
     def cat(parts: Sequence["Guidance"]) -> "Guidance":

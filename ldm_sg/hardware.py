@@ -1,0 +1,34 @@
+"""Which device and which precision: `auto` takes the best there is, a name is obeyed or refused."""
+
+import torch
+
+from ldm_sg.errors import InputError, choices
+
+
+def pick_device(name: str) -> torch.device:
+    """auto (CUDA, then Apple's MPS, then CPU), cpu, mps, cuda or cuda:N."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device={name!r}; {choices(name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps'])}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={name!r}, but torch sees no CUDA device here: use device=cpu or device=auto")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"device={name!r}, but torch sees no MPS device here: use device=cpu or device=auto")
+    return torch.device(name)
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """fp32 -> False, bf16 -> True, auto -> whether the device multiplies bf16 matrices faster than fp32."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise InputError(f"precision={precision!r}; {choices(precision, ['auto', 'fp32', 'bf16'])}")
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and bool(
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )

@@ -1,0 +1,75 @@
+"""Guidance -> what the UNet reads: a vector beside the time embedding, tokens for cross-attention, extra input channels."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ldm_sg.guidance.signal import Guidance
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one guided pass of the UNet takes besides x_t and t."""
+
+    vector: Tensor  # [B, E]
+    tokens: Tensor | None  # [B, T, D]
+    mask: Tensor | None  # [B, T] bool, True = read it
+    spatial: Tensor | None  # [B, S, h, w]
+
+
+class Conditioner(ModelMixin, ConfigMixin):
+    """Embeds k by a two-layer SiLU MLP (paper, appendix C.1) and makes the cross-attention's tokens; owns the null.
+
+    tokens: `vector` (T tokens of width D that are linear in k, as in the paper), `concepts` (one embedding a present
+    id, masked), `none`. The null is learned, for vector, tokens and spatial channels alike."""
+
+    @register_to_config
+    def __init__(
+        self,
+        num_labels: int,
+        embed_dim: int,
+        hidden: int = 256,
+        tokens: str = "vector",
+        num_tokens: int = 8,
+        token_width: int = 32,
+        spatial_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        self.labels = nn.Parameter(torch.randn(num_labels, hidden))  # Linear(K, hidden) read by row
+        self.null = nn.Parameter(torch.randn(hidden))
+        self.out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, embed_dim))
+        self.token_shape = {"vector": (num_tokens, token_width), "concepts": (1, token_width), "none": None}[tokens]
+        if self.token_shape:
+            self.token_labels = nn.Parameter(torch.randn(num_labels, *self.token_shape))
+            self.token_null = nn.Parameter(torch.randn(*self.token_shape))
+        if spatial_channels:
+            self.spatial_null = nn.Parameter(torch.zeros(spatial_channels, 1, 1))
+
+    def forward(self, guidance: Guidance) -> Condition:
+        assert guidance.k is not None
+        hidden = torch.where(guidance.keep[:, None], self._lookup(self.labels, guidance.k), self.null)  # [B, hidden]
+        tokens, mask = self._tokens(guidance)
+        spatial = None
+        if guidance.spatial is not None:
+            spatial = torch.where(guidance.keep[:, None, None, None], guidance.spatial, self.spatial_null)
+        return Condition(self.out(hidden), tokens, mask, spatial)
+
+    def _tokens(self, guidance: Guidance) -> tuple[Tensor | None, Tensor | None]:
+        if self.token_shape is None:
+            return None, None
+        if self.config.tokens == "vector" or guidance.concepts is None:
+            tokens = self._lookup(self.token_labels.flatten(1), guidance.k).unflatten(1, self.token_shape)
+            return torch.where(guidance.keep[:, None, None], tokens, self.token_null), None  # [B, T, D]
+        mask = guidance.concepts >= 0  # [B, T]
+        tokens = self.token_labels[guidance.concepts.clamp(min=0), 0]  # [B, T, D]
+        tokens = torch.where(guidance.keep[:, None, None], tokens, self.token_null)
+        first = torch.arange(mask.shape[1], device=mask.device) == 0  # a null sample reads one null token
+        return tokens, torch.where(guidance.keep[:, None], mask, first)
+
+    @staticmethod
+    def _lookup(table: Tensor, k: Tensor) -> Tensor:
+        """Rows of ids [B], or the sum of the rows a multi-hot [B, K] names."""
+        return k.to(table.dtype) @ table if k.ndim == 2 else table[k]

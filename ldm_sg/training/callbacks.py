@@ -1,0 +1,152 @@
+"""What happens around the steps: EMA, checkpoints that survive kill -9, metrics.csv, sample grids, a clean Ctrl-C."""
+
+import csv
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from torch import Tensor, nn
+
+from ldm_sg.config import TrainConfig
+
+COLUMNS = ["step", "train_loss", "val_loss_guided", "val_loss_null", "images_per_s", "lr"]
+
+
+def ema_update(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """averaged += (1 - d) (current - averaged), d = min(decay, (1 + n) / (10 + n)) after n updates: short runs average too."""
+
+    @torch.no_grad()
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], n: Tensor | int) -> None:
+        d = min(decay, (1 + int(n)) / (10 + int(n)))
+        torch._foreach_lerp_(list(averaged), list(current), 1 - d)
+
+    return update
+
+
+class EMA(WeightAveraging):
+    """Lightning's averaged copy with a warm-up; validation runs on it."""
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=ema_update(decay))
+
+    @property
+    def network(self) -> nn.Module:
+        assert self._average_model is not None
+        return self._average_model.module.network
+
+
+class SaveLast(Callback):
+    """checkpoints/last.ckpt every N steps and at the end, complete or not there; `export` writes the pipeline beside it."""
+
+    def __init__(self, path: Path, every: int, ema: EMA, export: Callable[[nn.Module], None]) -> None:
+        self.path, self.every, self.ema, self.export = path, every, ema, export
+
+    def save(self, trainer: pl.Trainer) -> None:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            temporary.replace(self.path)
+            self.export(self.ema.network)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            self.save(trainer)
+
+
+class StopCleanly(Callback):
+    """On SIGINT or SIGTERM: finish the step, save, stop. A second signal is obeyed at once."""
+
+    def __init__(self, saver: SaveLast) -> None:
+        self.saver, self.interrupted = saver, False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.world_size > 1 and trainer.global_step % 10:
+            return  # ranks agree on when to stop, which costs a message
+        if trainer.strategy.reduce_boolean_decision(self.interrupted, all=False) and not trainer.should_stop:
+            self.interrupted = True
+            self.saver.save(trainer)
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class MetricsFile(Callback):
+    """metrics.csv, appended to; rows past the checkpoint that a killed run resumes from are dropped."""
+
+    def __init__(self, path: Path, config: TrainConfig, first_step: int) -> None:
+        self.path, self.config = path, config
+        rows = []
+        if path.is_file() and first_step:
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(path)
+
+    def _append(self, **row: float) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(row)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start, self.start_step, self.losses = time.perf_counter(), trainer.global_step, []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(outputs["loss"].detach())
+        step = trainer.global_step
+        if step % self.config.log_every:
+            return
+        now = time.perf_counter()
+        rate = (step - self.start_step) * self.config.batch_size / (now - self.start)
+        self.start, self.start_step = now, step
+        loss = torch.stack(self.losses).mean().item()
+        self.losses = []
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        pl_module.log("images_per_s", rate, prog_bar=True)
+        if trainer.is_global_zero:
+            self._append(step=step, train_loss=round(loss, 6), images_per_s=round(rate, 1), lr=lr)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = {name: trainer.callback_metrics.get(name) for name in ("val_loss_guided", "val_loss_null")}
+        if trainer.is_global_zero and not trainer.sanity_checking and all(m is not None for m in metrics.values()):
+            self._append(step=trainer.global_step, **{name: round(m.item(), 6) for name, m in metrics.items()})
+        self.start, self.start_step = time.perf_counter(), trainer.global_step
+
+
+class SampleGrid(Callback):
+    """Every N steps `draw(EMA network, step)` writes a grid of the same noise and signals."""
+
+    def __init__(self, every: int, ema: EMA, draw: Callable[[nn.Module, int], None]) -> None:
+        self.every, self.ema, self.draw = every, ema, draw
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.is_global_zero and self.every and trainer.global_step % self.every == 0:
+            self.draw(self.ema.network, trainer.global_step)
+
+
+class ProgressBar(TQDMProgressBar):
+    """tqdm with the loss and images/s, in steps of the whole run; ETA is tqdm's."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return items

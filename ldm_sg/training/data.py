@@ -1,0 +1,94 @@
+"""Batches as a pure function of (seed, step): every rank takes the same number of steps and resuming is exact."""
+
+from collections.abc import Iterator
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ldm_sg.data.latents import LatentSet, step_indices
+from ldm_sg.guidance.signal import Guidance
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed of several numbers (splitmix64), so that neighbouring steps are unrelated streams."""
+    state = 0
+    for part in parts:
+        state = (state ^ (part & (2**64 - 1))) + 0x9E3779B97F4A7C15 & (2**64 - 1)
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1
+
+
+def split(n: int, val_share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of training and held-out samples; at least one of each."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(mix_seed(seed, n)))
+    held_out = min(max(1, round(n * val_share)), n - 1) if val_share else 0
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+class Steps(Sampler[list[int]]):
+    """Yields (step, *dataset indices) of this rank's part of the global batch, from `first` up to `total`."""
+
+    def __init__(self, pool: Tensor, seed: int, batch_size: int, total: int, first: int, rank: int, world: int) -> None:
+        self.pool, self.seed, self.batch_size, self.total, self.first = pool, seed, batch_size, total, first
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return self.total  # not what is left: Lightning counts resumed steps too
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.total):
+            chosen = self.pool[step_indices(self.seed, step, self.batch_size, len(self.pool))]
+            yield [step, *chosen[self.rank :: self.world].tolist()]
+
+
+class LatentBatches(Dataset):
+    """(step, *indices) -> step, latents [b, C, h, w], guidance of b samples; half of the latents mirrored if stored."""
+
+    def __init__(self, latents: LatentSet, seed: int, flips: bool) -> None:
+        self.latents, self.seed, self.flips = latents, seed, flips
+
+    def __getitem__(self, request: list[int]) -> tuple[int, Tensor, Guidance]:
+        step, indices = request[0], torch.tensor(request[1:])
+        flip = None
+        if self.flips:  # by (step, image), so that it does not depend on how ranks share the batch
+            flip = torch.tensor([bool(mix_seed(self.seed, step, i) & 1) for i in request[1:]])
+        return step, self.latents.latents(indices, flip), Guidance.from_k(self.latents.k[indices])
+
+
+class LatentData(pl.LightningDataModule):
+    """The training stream and the held-out images of one annotation set."""
+
+    def __init__(self, latents: LatentSet, batch_size: int, steps: int, seed: int, val_share: float, workers: int) -> None:
+        super().__init__()
+        self.latents, self.batch_size, self.steps, self.seed, self.workers = latents, batch_size, steps, seed, workers
+        self.train_pool, self.val_pool = split(len(latents), val_share, seed)
+        self.first_step = 0  # set before fit when resuming
+
+    def _loader(self, sampler: Sampler, flips: bool, workers: int) -> DataLoader:
+        return DataLoader(
+            LatentBatches(self.latents, self.seed, flips),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        steps = Steps(self.train_pool, self.seed, self.batch_size, self.steps, self.first_step, rank, world)
+        return self._loader(steps, self.latents.flips, self.workers)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not len(self.val_pool):
+            return []
+        assert self.trainer is not None
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        mine = self.val_pool[rank::world] if len(self.val_pool) >= world else self.val_pool
+        chunks = mine.split(max(1, self.batch_size // world))
+        return self._loader([[i, *chunk.tolist()] for i, chunk in enumerate(chunks)], False, 0)  # type: ignore[arg-type]

@@ -1,0 +1,69 @@
+"""One training step of a self-guided diffusion model."""
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ldm_sg.config import TrainConfig
+from ldm_sg.guidance.compose import Denoiser
+from ldm_sg.guidance.signal import Guidance
+from ldm_sg.objective import Objective
+from ldm_sg.training.data import mix_seed
+
+TRAIN, VAL = 1, 2  # streams of randomness
+
+
+class DiffusionModule(pl.LightningModule):
+    """Noise, times and dropped guidance are drawn for the whole global batch from (seed, step) and each rank takes its
+    slice: a run is the same on one device or many, interrupted or not."""
+
+    def __init__(self, network: torch.nn.Module, objective: Objective, config: TrainConfig) -> None:
+        super().__init__()
+        self.network, self.objective, self.config = network, objective, config
+
+    def _generator(self, *parts: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, *parts))
+
+    def training_step(self, batch: tuple[int, Tensor, Guidance], batch_idx: int) -> Tensor:
+        step, x0, guidance = batch  # x0 [b, C, h, w]
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        generator = self._generator(TRAIN, step)
+        torch.manual_seed(mix_seed(self.config.seed, TRAIN, step, rank))  # the network's dropout, if it has any
+        total = self.config.batch_size
+        noise = torch.randn((total, *x0.shape[1:]), generator=generator, device=self.device)[rank::world]
+        t = self.objective.sample_t(total, generator)[rank::world]
+        keep = torch.rand(total, generator=generator, device=self.device)[rank::world] >= self.config.guidance.drop
+        loss = self._loss(self.network, x0, noise, t, guidance.with_keep(keep)).mean()
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def _loss(self, denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
+        self.objective = self.objective.to(self.device)
+        prediction = denoiser(self.objective.add_noise(x0, noise, t), t, guidance)
+        return self.objective.loss(prediction, x0, noise, t)  # [b]
+
+    def validation_step(self, batch: tuple[int, Tensor, Guidance], batch_idx: int) -> None:
+        """The same noise and times at every validation, with guidance and with the null."""
+        index, x0, guidance = batch
+        generator = self._generator(VAL, index, self.trainer.global_rank)
+        noise = torch.randn(x0.shape, generator=generator, device=self.device)
+        t = self.objective.sample_t(len(x0), generator)
+        for name, signal in (("guided", guidance), ("null", guidance.null())):
+            loss = self._loss(self.network, x0, noise, t, signal).mean()
+            self.log(f"val_loss_{name}", loss, batch_size=len(x0), sync_dist=True)
+
+    def configure_optimizers(self) -> dict:
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), config.lr, weight_decay=config.weight_decay, fused=self.device.type == "cuda"
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, constant, and over the last `decay` share of the steps linearly to zero."""
+    up = min(1.0, (step + 1) / max(1, config.warmup))
+    tail = config.decay * config.steps
+    down = min(1.0, (config.steps - step) / tail) if tail else 1.0
+    return up * max(down, 0.0)
