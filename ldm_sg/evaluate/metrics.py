@@ -1,0 +1,124 @@
+"""Distances between two sets of features [N, D]. Pure functions: what the features are of is the caller's business."""
+
+import torch
+from torch import Tensor
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+from ldm_sg.errors import InputError
+
+BLOCK = 2**25  # distances held at once (float32: 128 MiB), whatever the number of images
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features [N, D] and [M, D] (Heusel et al., 2017, Eq. 6).
+
+    In float64. (S_a S_b)^(1/2) has the same trace as (R S_b R)^(1/2) with R = S_a^(1/2), which is symmetric and positive
+    semi-definite: its eigenvalues are real, and exact zeros (fewer images than dimensions) do no harm.
+    Raises InputError for sets that do not match, have fewer than 2 rows, or are not finite."""
+    _check(a, b, at_least=2)
+    (mean_a, cov_a), (mean_b, cov_b) = _moments(a), _moments(b)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # [D, D]
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    shift = (mean_a - mean_b).square().sum()
+    distance = shift + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(float(distance), 0.0)  # a distance: rounding may leave -1e-12 between equal sets
+
+
+def kernel_distance(
+    a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """KID (Binkowski et al., 2018): unbiased MMD^2 under (x.y / D + 1)^3, mean and spread over random subsets.
+
+    Slightly negative values are right for sets of one distribution. `subset_size` shrinks to the smaller set."""
+    _check(a, b, at_least=2)
+    size = min(subset_size, len(a), len(b))
+    if size == len(a) == len(b):
+        subsets = 1  # each would be the whole of both
+    out = kid_features_to_metric(
+        a.double().cpu(), b.double().cpu(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
+    )
+    return {"kid": out[KEY_METRIC_KID_MEAN], "kid_std": out[KEY_METRIC_KID_STD]}
+
+
+def manifold(samples: Tensor, reference: Tensor, k: int = 5) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi et al., 2019), density and coverage (Naeem et al., 2020, Eqs. 3-6).
+
+    A ball around each image reaches its k-th nearest neighbour of the same set. precision: share of samples inside some
+    real ball; recall: share of real images inside some sample's ball; density: real balls a sample is in, over k;
+    coverage: share of real balls with a sample inside. Only a block of distances is held at a time."""
+    _check(samples, reference, at_least=k + 1, what=f"precision, recall, density and coverage with k = {k}")
+    centre = reference.double().mean(0)  # distances from products lose fewer digits around the origin
+    fake, real = (samples.double() - centre).float(), (reference.double() - centre).float()
+    real_radius, fake_radius = _radii(real, k), _radii(fake, k)  # [M], [N], squared
+    rows = max(1, BLOCK // len(real))
+    precise, density = 0.0, 0.0
+    recalled, covered = torch.zeros(len(real), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)
+    for start in range(0, len(fake), rows):
+        distance = _squared(fake[start : start + rows], real).cpu()  # [rows, M]
+        inside = distance <= real_radius
+        precise += float(inside.any(1).sum())
+        density += float(inside.sum())
+        covered |= inside.any(0)
+        recalled |= (distance <= fake_radius[start : start + rows, None]).any(0)
+    return {
+        "precision": precise / len(fake),
+        "recall": float(recalled.float().mean()),
+        "density": density / (k * len(fake)),
+        "coverage": float(covered.float().mean()),
+    }
+
+
+def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> dict[str, float]:
+    """exp E KL(p(y|x) || p(y)) of classifier logits [N, classes] (Salimans et al., 2016), mean and spread over splits.
+
+    Raises InputError where the logits say nothing (a classifier whose last layer is empty) or N < splits."""
+    if len(logits) < splits:
+        raise InputError(f"inception score: {len(logits)} images are too few for {splits} splits")
+    if not logits.isfinite().all():
+        raise InputError("inception score: the logits are not finite")
+    if float((logits.max(1).values - logits.min(1).values).max()) == 0:
+        raise InputError(
+            "inception score: every logit is equal, so the classifier's last layer (fc) is empty in this weights file; "
+            "give the full Inception weights, or leave `is` out of the metrics"
+        )
+    out = isc_features_to_metric(logits.cpu(), splits=splits, rng_seed=seed)
+    return {"is": out[KEY_METRIC_ISC_MEAN], "is_std": out[KEY_METRIC_ISC_STD]}
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and unbiased covariance [D, D] in float64."""
+    mean = features.double().mean(0)
+    centred = features.double() - mean
+    return mean, centred.T @ centred / (len(features) - 1)
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """Squared distance [N] of each row to its k-th nearest other row."""
+    rows = max(1, BLOCK // len(features))
+    radii = []
+    for start in range(0, len(features), rows):
+        distance = _squared(features[start : start + rows], features)  # [rows, N]
+        own = torch.arange(len(distance))
+        distance[own, start + own] = torch.inf
+        radii.append(distance.kthvalue(k, dim=1).values.cpu())
+    return torch.cat(radii)
+
+
+def _squared(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances [N, M] of rows [N, D] and [M, D]."""
+    products = torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2)
+    return products.add_(a.square().sum(1)[:, None]).clamp_(min=0)
+
+
+def _check(a: Tensor, b: Tensor, at_least: int, what: str = "this metric") -> None:
+    for name, features in (("samples", a), ("reference", b)):
+        if len(features) < at_least:
+            raise InputError(f"{name}: {len(features)} images are too few: {what} needs at least {at_least}")
+        if not features.isfinite().all():
+            raise InputError(f"{name}: the features are not finite (broken weights, or images that are not finite)")
+    if a.shape[1] != b.shape[1]:
+        raise InputError(
+            f"samples have features of {a.shape[1]} numbers, the reference of {b.shape[1]}: use one network"
+        )

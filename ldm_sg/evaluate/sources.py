@@ -1,0 +1,204 @@
+"""Images to evaluate or to compare with: a folder, webdataset shards, or what `ldm-sg sample` wrote."""
+
+import hashlib
+import itertools
+import json
+import os
+import tarfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
+from ldm_sg.data.shards import IMAGE_EXTENSIONS, expand, is_remote, read_shard
+from ldm_sg.errors import InputError
+
+PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+RECORDS = "samples.jsonl"
+OnSkip = Callable[[str, str], None]  # (image, reason)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in a fixed order. `records`: the lines of samples.jsonl, one an image, where the folder has them."""
+
+    where: str  # as the user named it
+    paths: tuple[str, ...]  # image files, or shards
+    in_shards: bool
+    records: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+    def ids(self) -> Tensor:
+        """The cluster id each image was asked for [N]. Raises InputError where the set does not say."""
+        if not self.records:
+            raise InputError(
+                f"{self.where}: cluster consistency needs the cluster each image was asked for: give a run, or a folder "
+                f"made by `ldm-sg sample` ({RECORDS} in it)"
+            )
+        asked = [record.get("k") for record in self.records]
+        wrong = next((i for i, k in enumerate(asked) if not isinstance(k, int) or isinstance(k, bool) or k < 0), None)
+        if wrong is not None:
+            raise InputError(f"{self.where}/{RECORDS}, line {wrong + 1}: k = {asked[wrong]!r} is not one cluster id")
+        return torch.tensor(asked)
+
+
+def open_images(where: str) -> ImageSet:
+    """A folder (searched recursively; samples.jsonl's list where it has one), a folder of shards, shards by glob or URL.
+
+    Raises InputError when there is nothing of the kind."""
+    folder = Path(where).expanduser()
+    if not folder.is_dir():
+        return ImageSet(where, tuple(expand(where)), in_shards=True)
+    if (folder / RECORDS).is_file():
+        records = _records(folder)
+        return ImageSet(where, tuple(str(folder / record["file"]) for record in records), False, records)
+    files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if files:
+        return ImageSet(where, tuple(files), in_shards=False)
+    if any(folder.glob("*.tar")):
+        return ImageSet(where, tuple(expand(where)), in_shards=True)
+    if (folder / "manifest.yaml").is_file() and (folder / "shards").is_dir():
+        raise InputError(f"{where}: an annotation set holds latents, not images: name the source shards it was made of")
+    raise InputError(f"{where}: no images in this folder ({', '.join(sorted(SUFFIXES))}, or .tar shards of them)")
+
+
+def _records(folder: Path) -> tuple[dict[str, Any], ...]:
+    records = []
+    for number, line in enumerate((folder / RECORDS).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as err:
+            raise InputError(f"{folder / RECORDS}, line {number}: not JSON: {err}") from err
+        file = record.get("file") if isinstance(record, dict) else None
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise InputError(
+                f"{folder / RECORDS}, line {number}: expected a mapping with the image's `file` in this folder"
+            )
+        records.append(record)
+    if not records:
+        raise InputError(f"{folder / RECORDS} is empty: no samples here")
+    return tuple(records)
+
+
+def count(images: ImageSet) -> int | None:
+    """How many images there are at most (damaged ones count), or None where only downloading would tell."""
+    if not images.in_shards:
+        return len(images.paths)
+    if any(is_remote(path) for path in images.paths):
+        return None
+    return sum(_count_shard(path) for path in images.paths)
+
+
+def _count_shard(path: str) -> int:
+    keys = set()
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                folder, name = os.path.split(member.name)
+                key, _, extension = name.partition(".")
+                if key and extension.lower() in IMAGE_EXTENSIONS:
+                    keys.add((folder, key))
+    except (tarfile.TarError, OSError, EOFError):
+        pass  # read_shard reports the damage; what lies before it counts
+    return len(keys)
+
+
+def spread(total: int, limit: int) -> list[int]:
+    """`limit` positions spread evenly over range(total): sorted shards are not cut off at their first classes."""
+    return list(range(total)) if limit >= total else [i * total // limit for i in range(limit)]
+
+
+def batches(
+    images: ImageSet, size: int, batch_size: int, limit: int, on_skip: OnSkip, threads: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(positions [B] long, uint8 [B, 3, size, size]) of at most `limit` images, spread over the whole set.
+
+    Remote shards, whose number of images is not known, give their first `limit`. Images that cannot be read are left
+    out (a batch is short there) and reported. Threads read and decode two batches ahead: Pillow frees the interpreter."""
+    total = count(images)
+    chosen = iter(range(limit) if total is None else spread(total, limit))
+    picked = _pick(_encoded(images, on_skip), chosen)
+    waiting: deque[list[tuple[int, str, Future[Tensor]]]] = deque()
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        while group := list(itertools.islice(picked, batch_size)):
+            waiting.append([(position, name, pool.submit(_load, data, size)) for position, name, data in group])
+            if len(waiting) > 2:
+                yield from _finish(waiting.popleft(), on_skip)
+        while waiting:
+            yield from _finish(waiting.popleft(), on_skip)
+
+
+def _finish(group: list[tuple[int, str, Future[Tensor]]], on_skip: OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
+    positions, loaded = [], []
+    for position, name, future in group:
+        try:
+            loaded.append(future.result())
+            positions.append(position)
+        except BadImage as err:
+            on_skip(name, err.reason)
+    if loaded:
+        yield torch.tensor(positions), torch.stack(loaded)
+
+
+def _load(source: Path | bytes, size: int) -> Tensor:
+    return to_tensor(crop_resize(_open(source), size))
+
+
+def _open(source: Path | bytes) -> Image.Image:
+    try:
+        return decode(source if isinstance(source, bytes) else source.read_bytes())
+    except OSError as err:
+        raise BadImage(err.strerror or str(err)) from err
+
+
+def _encoded(images: ImageSet, on_skip: OnSkip) -> Iterator[tuple[str, Path | bytes]]:
+    """(name, file or encoded image) of every image, in order."""
+
+    def skip(shard: str, key: str, reason: str) -> None:
+        on_skip(f"{shard}: {key}" if key else shard, reason)
+
+    if not images.in_shards:
+        yield from ((path, Path(path)) for path in images.paths)
+    for shard in images.paths if images.in_shards else ():
+        yield from ((f"{shard}: {sample.key}", sample.image) for sample in read_shard(shard, skip))
+
+
+def _pick(
+    encoded: Iterator[tuple[str, Path | bytes]], chosen: Iterator[int]
+) -> Iterator[tuple[int, str, Path | bytes]]:
+    """The entries of `encoded` at the rising positions `chosen`; nothing after the last is read."""
+    at = -1
+    for wanted in chosen:
+        for name, data in encoded:
+            at += 1
+            if at == wanted:
+                yield at, name, data
+                break
+
+
+def first_size(images: ImageSet) -> int:
+    """Side in pixels of the first readable image's centre square."""
+    for _, data in _encoded(images, lambda *_: None):
+        try:
+            return min(_open(data).size)
+        except BadImage:
+            continue
+    raise InputError(f"{images.where}: no readable image")
+
+
+def fingerprint(images: ImageSet, **settings: Any) -> str | None:
+    """A name for these images under these settings, for caching; None where files cannot be told to be unchanged."""
+    if any(is_remote(path) for path in images.paths):
+        return None
+    files = [Path(path).resolve() for path in images.paths]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([stats, PREPROCESSING, settings], sort_keys=True).encode()).hexdigest()
