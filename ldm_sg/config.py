@@ -56,6 +56,30 @@ class AnnotateConfig:
 
 
 @dataclass
+class DistillConfig:
+    """A small g from a large one, without labels: the student repeats the teacher's centred, half-whitened features."""
+
+    teacher: FeaturesConfig = field(default_factory=FeaturesConfig)
+    images: list[str] = field(default_factory=list)  # globs of image files or shards, FILE.parquet?IMAGE,LABEL columns
+    probes: Any = None  # mapping name -> one such source with labels: k-means NMI of teacher and student goes in the manifest
+    out: str = "???"
+    student: str = "resnet18"  # timm model
+    kwargs: Any = None  # its arguments (num_classes = width of the features is set from `width`)
+    size: int = 64  # pixels of the images that the student sees
+    input: int = 96  # pixels at which it reads them
+    width: int = 64  # principal components of the teacher's features that are kept
+    whiten: float = 0.5  # power of the eigenvalues' roots that is divided out: 0 = plain PCA, 1 = whitening
+    views: int = 6  # random crops and flips of each image, the first is the whole image
+    crop: float = 0.35  # smallest share of the image's area that a view shows
+    steps: int = 6000
+    batch_size: int = 128
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    seed: int = 0
+    licence: str = "Apache-2.0"
+
+
+@dataclass
 class ModelConfig:
     """The UNet. Latent size and channels, number of labels and spatial channels come from the annotation set."""
 
@@ -231,3 +255,27 @@ def model_config(model: Any) -> ModelConfig:
 def to_yaml(config: Any) -> str:
     """The resolved, complete config as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config) if dataclasses.is_dataclass(config) else config)
+
+
+def claim(folder: Path, config: Any, free: tuple[str, ...] = ()) -> None:
+    """Make `folder` the home of `config` (config.yaml), or check that it already is; keys in `free` may change.
+
+    Raises InputError naming the first key whose value differs: a folder never mixes two configs."""
+    path = folder / "config.yaml"
+    wanted = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(wanted, dict)
+    if path.is_file():
+        there = OmegaConf.to_container(read_yaml(path))
+        assert isinstance(there, dict)
+        for key in sorted({*wanted, *there} - set(free)):
+            if there.get(key) != wanted.get(key):
+                raise InputError(
+                    f"{folder} belongs to another config: there {key} is {there.get(key)!r}, now {wanted.get(key)!r}; "
+                    "choose another out= or remove the folder"
+                )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and has no config.yaml: choose another out=")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(to_yaml(config))
+    temporary.replace(path)

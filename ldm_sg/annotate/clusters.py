@@ -1,0 +1,157 @@
+"""f = k-means: features -> a cluster id (the paper's image-level signal k). The only file that imports faiss.
+
+Features are L2-normalised, and both the fit and the assignment read the same normalised features; the paper's public
+code assigns un-normalised ones, which moves about 5% of the ids."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm_sg.config import AnnotatorConfig
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.signal import Guidance, GuidanceSpec
+
+CENTROIDS = "centroids.safetensors"
+FAISS_COMFORTABLE = 39  # images a cluster under which faiss itself warns that the centroids are poorly determined
+
+
+class Clusters:
+    """K centroids [K, D] of L2-normalised features; a feature's id is its nearest centroid's in Euclidean distance."""
+
+    kind = "clusters"
+
+    def __init__(self, cfg: AnnotatorConfig):
+        if cfg.k < 1:
+            raise InputError(f"annotator.k={cfg.k}: k-means needs at least one cluster")
+        self.k, self.niter, self.seed = cfg.k, cfg.niter, cfg.seed
+        self.centroids = torch.empty(0, 0)  # [K, D] once fitted
+
+    def fit(self, features: np.ndarray | Tensor) -> "Clusters":
+        """Lloyd's algorithm on normalised `features` [N, D], all of them held in memory (the caller bounds N)."""
+        points = normalise(features)
+        if self.k > len(points):
+            raise InputError(
+                f"annotator.k={self.k}: only {len(points):,} images to cluster; choose k of at most {len(points):,}"
+            )
+        if len(points) < FAISS_COMFORTABLE * self.k:
+            print(
+                f"note: {len(points) / self.k:.1f} images a cluster (k={self.k}); "
+                f"under {FAISS_COMFORTABLE} the centroids are rough",
+                file=sys.stderr,
+            )
+        kmeans = faiss.Kmeans(
+            points.shape[1],
+            self.k,
+            niter=self.niter,
+            seed=self.seed,
+            min_points_per_centroid=1,
+            max_points_per_centroid=len(points),  # the bound on memory is the caller's sample, not faiss's
+            gpu=on_gpu(),
+        )
+        kmeans.train(points)
+        self.centroids = torch.from_numpy(np.array(kmeans.centroids, dtype=np.float32).reshape(self.k, -1))
+        return self
+
+    def __call__(self, features: Tensor) -> Guidance:
+        """Features [B, D] -> their ids as a guidance signal."""
+        return Guidance.from_k(self.assign(features))
+
+    def assign(self, features: np.ndarray | Tensor) -> Tensor:
+        """Features [B, D] -> ids [B] long, of the nearest centroid."""
+        return self.nearest(features, 1)[:, 0]
+
+    def nearest(self, features: np.ndarray | Tensor, n: int) -> Tensor:
+        """Features [B, D] -> ids [B, n] long of the n nearest centroids, nearest first."""
+        return self._search(features, n)[1]
+
+    def distances(self, features: np.ndarray | Tensor) -> Tensor:
+        """Features [B, D] -> Euclidean distance [B] to their own centroid."""
+        return self._search(features, 1)[0][:, 0]
+
+    def _search(self, features: np.ndarray | Tensor, n: int) -> tuple[Tensor, Tensor]:
+        index = faiss.IndexFlatL2(self.centroids.shape[1])
+        index.add(self.centroids.numpy())
+        squared, ids = index.search(normalise(features), min(n, self.k))
+        return torch.from_numpy(np.sqrt(np.maximum(squared, 0.0))), torch.from_numpy(ids)
+
+    @property
+    def spec(self) -> GuidanceSpec:
+        return GuidanceSpec(kind=self.kind, num_labels=self.k)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"kind": self.kind, "k": self.k, "niter": self.niter, "seed": self.seed}
+
+    def save(self, folder: Path) -> None:
+        """FOLDER/centroids.safetensors."""
+        save_file({"centroids": self.centroids.contiguous()}, folder / CENTROIDS)
+
+    @classmethod
+    def load(cls, folder: Path, settings: dict[str, Any]) -> "Clusters":
+        """What `save` wrote, with `settings` as they stand in annotator.yaml."""
+        path = folder / CENTROIDS
+        if not path.is_file():
+            raise InputError(f"{path} not found: the annotator is not complete; run annotate again")
+        clusters = cls(AnnotatorConfig(k=settings["k"], niter=settings["niter"], seed=settings["seed"]))
+        clusters.centroids = load_file(path)["centroids"]
+        return clusters
+
+
+def normalise(features: np.ndarray | Tensor) -> np.ndarray:
+    """[N, D] -> float32 rows of unit length (a zero row stays zero), contiguous as faiss wants them."""
+    tensor = features if isinstance(features, Tensor) else torch.from_numpy(np.asarray(features, dtype=np.float32))
+    return np.ascontiguousarray(F.normalize(tensor.detach().float().cpu(), dim=1).numpy())
+
+
+def on_gpu() -> bool:
+    """True where faiss was built for GPUs and sees one."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def counts(ids: np.ndarray, k: int) -> np.ndarray:
+    """Images in each cluster, [K]."""
+    return np.bincount(ids, minlength=k)
+
+
+def entropy(sizes: np.ndarray) -> float:
+    """Entropy of the cluster sizes in nats, 0 (all in one) .. log K (all equal)."""
+    p = sizes[sizes > 0] / sizes.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def nmi(a: np.ndarray, b: np.ndarray) -> float:
+    """Normalised mutual information of two labellings, arithmetic mean of entropies below (scikit-learn's default)."""
+    table = contingency(a, b)
+    joint, rows, columns = table / table.sum(), table.sum(1) / table.sum(), table.sum(0) / table.sum()
+    seen = joint > 0
+    mutual = float((joint[seen] * np.log(joint[seen] / np.outer(rows, columns)[seen])).sum())
+    mean = (entropy(table.sum(1)) + entropy(table.sum(0))) / 2
+    return max(0.0, mutual / mean) if mean > 0 else 1.0
+
+
+def ari(a: np.ndarray, b: np.ndarray) -> float:
+    """Adjusted Rand index of two labellings (Hubert and Arabie, 1985): 1 = the same partition, 0 = as by chance."""
+    table = contingency(a, b).astype(np.float64)
+
+    def pairs(n: np.ndarray) -> float:
+        return float((n * (n - 1) / 2).sum())
+
+    both, rows, columns, total = pairs(table), pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum()[None])
+    expected = rows * columns / total if total else 0.0
+    highest = (rows + columns) / 2
+    return 1.0 if highest == expected else (both - expected) / (highest - expected)
+
+
+def contingency(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[labels of a, labels of b] counts of how often they meet."""
+    rows, columns = np.unique(a, return_inverse=True)[1], np.unique(b, return_inverse=True)[1]
+    table = np.zeros((rows.max() + 1, columns.max() + 1), dtype=np.int64)
+    np.add.at(table, (rows, columns), 1)
+    return table

@@ -1,0 +1,156 @@
+"""A small g taught by a large one, without labels.
+
+The teacher's features of random views are computed once; its principal components, divided by a power of their standard
+deviation (half-whitening spreads what k-means can tell apart), are what the student repeats from the same views at low
+resolution, under a cosine loss."""
+
+import glob
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ldm_sg.annotate.clusters import Clusters, nmi
+from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.config import AnnotatorConfig, DistillConfig
+from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
+from ldm_sg.data.shards import expand, read_shard
+from ldm_sg.errors import InputError
+
+
+def read_images(source: str) -> list[tuple[bytes, str]]:
+    """(encoded image, label) of a glob of image files (label = folder), of shards, or of `FILE.parquet?IMAGE,LABEL`;
+    `package://NAME/FILE` names a file inside an installed Python package."""
+    path, _, columns = source.partition("?") if ".parquet?" in source else (source, "", "")
+    if path.startswith("package://"):
+        name, _, inside = path.removeprefix("package://").partition("/")
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise InputError(f"images: {source}: the Python package {name!r} is not installed")
+        path = str(Path(spec.origin).parent / inside)
+    if path.endswith(".parquet"):
+        return _read_parquet(path, *columns.split(","))
+    if path.endswith(".tar"):
+        return [(s.image, str(s.cls)) for url in expand(path) for s in read_shard(url, _refuse)]
+    files = sorted(Path(f) for f in glob.glob(path, recursive=True))  # noqa: PTH207 (patterns may be absolute)
+    if not files:
+        raise InputError(f"images: nothing matches {source!r}")
+    return [(file.read_bytes(), file.parent.name) for file in files]
+
+
+def _read_parquet(path: str, image: str, label: str) -> list[tuple[bytes, str]]:
+    import pyarrow.parquet  # extra `fruit`: only those who make the shipped g again need it
+
+    table = pyarrow.parquet.read_table(path, columns=[image, label])
+    return list(zip(table[image].to_pylist(), table[label].to_pylist()))
+
+
+def _refuse(shard: str, key: str, reason: str) -> None:
+    raise InputError(f"{shard}: {key}: {reason}")
+
+
+def random_view(image: Image.Image, smallest: float, generator: torch.Generator) -> Image.Image:
+    """A square crop that shows `smallest` .. 1 of the largest square's area, mirrored half the time."""
+    area, x, y, mirror = torch.rand(4, generator=generator).tolist()
+    side = round(min(image.size) * (smallest + (1 - smallest) * area) ** 0.5)
+    left, top = int(x * (image.width - side + 1)), int(y * (image.height - side + 1))
+    view = image.crop((left, top, left + side, top + side))
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror < 0.5 else view
+
+
+def views_of(cfg: DistillConfig, large: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each image [views, 3, large, large] for the teacher and [views, 3, size, size] for the student, uint8."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for source in cfg.images:
+        for data, _ in read_images(source):
+            image = decode(data)
+            views = [image, *(random_view(image, cfg.crop, generator) for _ in range(cfg.views - 1))]
+            yield tuple(torch.stack([to_tensor(crop_resize(v, s)) for v in views]) for s in (large, cfg.size))
+
+
+def teacher_views(cfg: DistillConfig, teacher: FeatureExtractor, cache: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Student views uint8 [N, V, 3, s, s] and the teacher's features of the same views float16 [N, V, D]; kept in
+    `cache` under a name made of what they depend on."""
+    depends = [asdict(cfg.teacher), cfg.images, cfg.size, cfg.views, cfg.crop, cfg.seed, teacher.manifest["sha256"]]
+    path = cache / f"views-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.npz"
+    if not path.is_file():
+        small, features = [], []
+        for large_views, small_views in tqdm(views_of(cfg, teacher.size), desc="teacher", unit="image"):
+            small.append(small_views.numpy())
+            features.append(teacher(to_float(large_views)).cpu().numpy().astype(np.float16))
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, small=np.stack(small), features=np.stack(features))
+        temporary.replace(path)
+    with np.load(path) as both:
+        return both["small"], both["features"]
+
+
+def half_whitening(features: np.ndarray, width: int, power: float) -> tuple[Tensor, Tensor]:
+    """Mean [D] and projection [D, width] onto principal components, each divided by (standard deviation)^power."""
+    flat = torch.from_numpy(features.reshape(-1, features.shape[-1]).astype(np.float64))
+    mean = flat.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((flat - mean).T))  # ascending
+    values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
+    return mean.float(), (vectors / values.clamp(min=1e-8) ** (power / 2)).float()
+
+
+def jitter(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Shift by up to `pad` pixels and change brightness, contrast and saturation a little, each image in its own way."""
+    b, _, h, w = images.shape
+    padded = F.pad(images, (pad,) * 4, mode="reflect")
+    at = torch.randint(0, 2 * pad + 1, (b, 2), generator=generator)
+    rows, columns = at[:, :1] + torch.arange(h), at[:, 1:] + torch.arange(w)
+    moved = padded[torch.arange(b)[:, None, None, None], torch.arange(3)[None, :, None, None],
+                   rows[:, None, :, None], columns[:, None, None, :]]  # fmt: skip
+    brightness, contrast, saturation = 0.2 * (torch.rand(3, b, 1, 1, 1, generator=generator) * 2 - 1)
+    grey = moved.mean(1, keepdim=True)
+    coloured = grey + (moved - grey) * (1 + saturation)
+    return (coloured * (1 + contrast) + brightness).clamp(-1, 1)
+
+
+def train_student(cfg: DistillConfig, student: nn.Module, views: np.ndarray, targets: Tensor, bf16: bool) -> nn.Module:
+    """Minimise 1 - cos(student(view), target) over all views; targets [N, V, width]. Returns the student, trained."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    student.train().to(memory_format=torch.channels_last)
+    decayed = [p for p in student.parameters() if p.ndim > 1]
+    rest = [p for p in student.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, cfg.steps, pct_start=0.1)
+    bar = tqdm(range(cfg.steps), desc="student", unit="step", mininterval=5)
+    smooth = None
+    for _ in bar:
+        i = torch.randint(len(views), (cfg.batch_size,), generator=generator)
+        v = torch.randint(views.shape[1], (cfg.batch_size,), generator=generator)
+        images = jitter(to_float(torch.from_numpy(views[i.numpy(), v.numpy()])), generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            predicted = student(images)
+        loss = (1 - F.cosine_similarity(predicted.float(), targets[i, v])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{smooth:.3f}")
+    return student.eval()
+
+
+def probe_nmi(extractor: FeatureExtractor, source: str, size: int) -> float:
+    """Mean NMI over 5 seeds of k-means (k = number of classes) on a labelled source seen at `size` pixels."""
+    images, labels = zip(*read_images(source))
+    features = torch.cat(
+        [extractor(to_float(to_tensor(crop_resize(decode(data), size))[None])) for data in tqdm(images, desc="probe")]
+    )
+    k = len(set(labels))
+    ids = [Clusters(AnnotatorConfig(k=k, seed=s)).fit(features).assign(features).numpy() for s in range(5)]
+    return float(np.mean([nmi(i, np.array(labels)) for i in ids]))

@@ -1,0 +1,259 @@
+"""g, the feature extractor: images -> image-level features [B, D] and patch features [B, Dp, h, w].
+
+The only file that imports timm and open_clip. A g is a shipped extractor (a folder of ours), any timm model, or any
+open_clip image tower; it resizes and normalises by itself, runs frozen, and can be read at a chosen block."""
+
+import hashlib
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm_sg.config import ASSETS, FeaturesConfig, read_yaml
+from ldm_sg.errors import InputError, choices
+
+EXTRACTORS = ASSETS / "extractors"
+POOLS = ("auto", "cls", "mean")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+class FeatureExtractor(nn.Module):
+    """A frozen image tower with its own input size and normalisation.
+
+    `manifest` says what it is (model, layer, pool, size, precision, dim, sha256): enough to load the same g again."""
+
+    def __init__(self, tower: nn.Module, manifest: Mapping[str, Any], device: torch.device | str = "cpu"):
+        super().__init__()
+        self.manifest = dict(manifest)
+        self.name = str(manifest["name"])
+        self.size, self.layer, self.pool = int(manifest["size"]), manifest["layer"], manifest["pool"]
+        self.folder: Path | None = None  # where a shipped g lies
+        self.register_buffer("mean", torch.tensor(manifest["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(manifest["std"]).view(3, 1, 1), persistent=False)
+        self.tower = tower
+        self.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+        self.bf16 = uses_bf16(str(manifest["precision"]), self.mean.device)
+        self.dim = self.forward(torch.zeros(1, 3, self.size, self.size, device=self.mean.device)).shape[1]
+        self.manifest["dim"] = self.dim
+
+    def train(self, mode: bool = True) -> "FeatureExtractor":
+        """g is frozen: it stays in evaluation mode, whatever contains it."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> image-level features [B, D], float32."""
+        with self._autocast():
+            features = self._image_level(self.prepare(images))
+        return features.float()
+
+    @torch.no_grad()
+    def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] in [-1, 1] -> image-level features [B, D] and patch features [B, Dp, h, w], one pass each."""
+        prepared = self.prepare(images)
+        with self._autocast():
+            image_level = self._image_level(prepared)
+            spatial, _ = self._block(prepared, -1 if self.layer is None else self.layer)
+        return image_level.float(), spatial.float()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """[-1, 1] at any size -> g's own size (antialiased bicubic) and normalisation, [B, 3, size, size]."""
+        images = images.to(self.mean.device)
+        if images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+        return ((images * 0.5 + 0.5 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _image_level(self, images: Tensor) -> Tensor:
+        if self.layer is None and self.pool == "auto":
+            return self.tower(images)  # [B, D] pooled the model's own way
+        spatial, prefix = self._block(images, -1 if self.layer is None else self.layer)
+        if self.pool == "mean" or (self.pool == "auto" and prefix is None):
+            return spatial.mean((2, 3))
+        if prefix is None:
+            raise InputError(f"features.pool=cls: {self.name} has no class token; choose auto or mean")
+        return prefix[:, 0]
+
+    def _block(self, images: Tensor, layer: int) -> tuple[Tensor, Tensor | None]:
+        """A block's patches [B, Dp, h, w] and class token and registers [B, P, Dp] (None without), after the final norm."""
+        forward = getattr(self.tower, "forward_intermediates", None)
+        if forward is None:
+            raise InputError(f"features.layer={layer}: {self.name} offers no access to its blocks")
+        known = inspect.signature(forward).parameters
+        wanted = {"norm": True, "normalize_intermediates": True, "intermediates_only": True}
+        wanted |= {"return_prefix_tokens": True, "output_extra_tokens": True}
+        try:
+            out = forward(images, indices=[layer], **{key: value for key, value in wanted.items() if key in known})
+        except AssertionError as err:
+            raise InputError(f"features.layer={layer}: {self.name} has no such block: {err}") from err
+        if isinstance(out, dict):  # open_clip
+            prefix = out.get("image_intermediates_prefix")
+            return out["image_intermediates"][0], prefix[0] if prefix else None
+        spatial, prefix = out[0] if isinstance(out[0], tuple) else (out[0], None)
+        return spatial, None if prefix is None or prefix.shape[1] == 0 else prefix
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """`auto` is bf16 where the hardware multiplies in it: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def load_extractor(cfg: FeaturesConfig, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """The g of a config: a shipped name, a folder with manifest.yaml, `open_clip:MODEL[/PRETRAINED]`, or a timm name.
+
+    Raises InputError for an unknown name, weights that cannot be had or do not fit, a block or pooling it lacks."""
+    for key, allowed in (("pool", POOLS), ("precision", PRECISIONS)):
+        if getattr(cfg, key) not in allowed:
+            raise InputError(f"features.{key}={getattr(cfg, key)}: {choices(getattr(cfg, key), allowed)}")
+    folder = _shipped(cfg.model)
+    if folder is not None:
+        return _load_folder(folder, cfg, device)
+    tower, own = _open_clip(cfg) if cfg.model.startswith("open_clip:") else _timm(cfg)
+    manifest = {"name": cfg.model, **own, "layer": cfg.layer, "pool": cfg.pool, "precision": cfg.precision}
+    manifest["sha256"] = weights_sha256(tower)
+    return FeatureExtractor(tower, manifest, device)
+
+
+def _shipped(model: str) -> Path | None:
+    """The folder of a shipped extractor's name, or the folder that `model` names."""
+    for folder in (EXTRACTORS / model, Path(model)):
+        if (folder / "manifest.yaml").is_file():
+            return folder
+    if os.sep in model or Path(model).is_dir():
+        raise InputError(f"features.model={model!r}: no folder with a manifest.yaml there")
+    return None
+
+
+def _load_folder(folder: Path, cfg: FeaturesConfig, device: torch.device | str) -> FeatureExtractor:
+    own: dict[str, Any] = OmegaConf.to_container(read_yaml(folder / "manifest.yaml"))  # type: ignore[assignment]
+    path = Path(cfg.weights) if cfg.weights else folder / "model.safetensors"
+    state = read_weights(path)
+    if not cfg.weights and file_sha256(path) != own["sha256"]:
+        raise InputError(f"{path}: its sha256 is not the one in manifest.yaml beside it: the file is damaged")
+    size = own["size"] if cfg.size is None else cfg.size
+    tower = timm.create_model(own["model"], **{"num_classes": 0, **own.get("kwargs", {})})
+    _load_state(tower, state, path)
+    chosen = {"layer": own.get("layer") if cfg.layer is None else cfg.layer, "precision": cfg.precision, "size": size}
+    chosen["pool"] = own.get("pool", "auto") if cfg.pool == "auto" else cfg.pool
+    known = {key: own[key] for key in ("model", "mean", "std", "sha256")}
+    extractor = FeatureExtractor(tower, {"name": own["name"], **known, **chosen}, device)
+    extractor.folder = folder
+    return extractor
+
+
+def _timm(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
+    base = cfg.model.split(".")[0]
+    if not timm.is_model(base):
+        shipped = [p.name for p in EXTRACTORS.iterdir() if p.is_dir()]
+        raise InputError(f"features.model={cfg.model!r}: {choices(cfg.model, [*timm.list_models(), *shipped])}")
+    try:
+        own = timm.get_pretrained_cfg(cfg.model)
+    except RuntimeError as err:
+        tags = timm.list_pretrained(f"{base}.*") or [base]
+        raise InputError(f"features.model={cfg.model!r}: {choices(cfg.model, tags)}") from err
+    own = own or timm.get_pretrained_cfg(base)
+    kwargs: dict[str, Any] = {"num_classes": 0}
+    if cfg.weights:
+        kwargs["pretrained_cfg_overlay"] = {"state_dict": read_weights(Path(cfg.weights))}
+    if cfg.size is not None and own.fixed_input_size:
+        kwargs["img_size"] = cfg.size
+    try:
+        tower = timm.create_model(cfg.model, pretrained=True, **kwargs)
+    except Exception as err:  # hub, HTTP, SSL and timm errors have no common base
+        reason = " ".join(str(err).split())[:200]
+        if cfg.weights:
+            raise InputError(f"features.weights={cfg.weights}: does not fit {cfg.model}: {reason}") from err
+        raise InputError(
+            f"features.model={cfg.model!r}: its weights cannot be had ({type(err).__name__}: {reason}); "
+            "give a local copy as features.weights=FILE"
+        ) from err
+    data = timm.data.resolve_model_data_config(tower)
+    size = cfg.size or data["input_size"][-1]
+    return tower, {"size": size, "mean": [float(v) for v in data["mean"]], "std": [float(v) for v in data["std"]]}
+
+
+def _open_clip(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
+    import open_clip  # a second heavy import, only for those who use it
+
+    model, _, tag = cfg.model.removeprefix("open_clip:").partition("/")
+    if model not in open_clip.list_models():
+        raise InputError(f"features.model={cfg.model!r}: {choices(model, open_clip.list_models())}")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag not in tags and not (cfg.weights and not tag):
+        raise InputError(
+            f"features.model={cfg.model!r}: name its weights as open_clip:{model}/TAG or give features.weights=FILE; "
+            f"tags: {choices(tag, tags)}"
+        )
+    kwargs: dict[str, Any] = {} if cfg.size is None else {"force_image_size": cfg.size}
+    try:
+        clip = open_clip.create_model(model, pretrained=None if cfg.weights else tag, **kwargs)
+    except Exception as err:  # as for timm
+        reason = " ".join(str(err).split())[:200]
+        raise InputError(
+            f"features.model={cfg.model!r}: its weights cannot be had ({type(err).__name__}: {reason}); "
+            "give a local copy as features.weights=FILE"
+        ) from err
+    tower = clip.visual
+    if cfg.weights:
+        state = read_weights(Path(cfg.weights))
+        visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+        _load_state(tower, visual or state, Path(cfg.weights))
+    size = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
+    return tower, {
+        "size": size,
+        "mean": [float(v) for v in tower.image_mean],
+        "std": [float(v) for v in tower.image_std],
+    }
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, or a torch file that holds tensors and nothing else; InputError for anything that could run code."""
+    if not path.is_file():
+        raise InputError(f"features.weights={path}: no such file")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as err:  # zip, pickle, header errors
+        raise InputError(
+            f"{path}: not a safetensors file or a torch file of plain tensors (files with code in them are refused)"
+        ) from err
+    for wrapper in ("state_dict", "model", "teacher"):
+        if isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: expected a mapping of names to tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _load_state(tower: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        tower.load_state_dict(dict(state))
+    except RuntimeError as err:
+        raise InputError(f"{path}: does not fit the model: {' '.join(str(err).split())[:200]}") from err
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """A digest of names and values of all weights, the same on every device and whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
