@@ -1,0 +1,98 @@
+"""PNG pictures from uint8 images [N, 3, H, W]: plain grids, rows with captions, and the cluster picture."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+PAPER, INK, FAINT = "#ffffff", "#1f2328", "#6e7781"
+PAD = 2  # pixels between images
+GAP = 24  # between groups of images: real members and samples
+
+
+def grid(images: Tensor, columns: int, pad: int = PAD, scale: float = 1) -> Image.Image:
+    """uint8 [N, 3, H, W] -> rows of `columns` images with `pad` pixels between them; an unfilled place stays white."""
+    _check(images)
+    columns = min(columns, len(images))
+    rows = [[row] for row in images.split(columns)]
+    return _draw(rows, captions=None, headers=None, pad=pad, gap=0, scale=scale)
+
+
+def labelled_rows(
+    captions: Sequence[str], rows: Sequence[Tensor], headers: Sequence[str] | None = None, scale: float = 2
+) -> Image.Image:
+    """A caption left of each row of images [N, 3, H, W]; `headers`, one a column, stand above."""
+    if headers is None:
+        return _draw([[row] for row in rows], captions, None, PAD, 0, scale)
+    return _draw([list(row.split(1)) for row in rows], captions, headers, PAD, PAD, scale)
+
+
+def cluster_picture(ids: Sequence[int], real: Sequence[Tensor], samples: Sequence[Tensor], scale: float = 2) -> Image.Image:
+    """Each row one cluster: its id, real members on the left, a gap, samples on the right. [R, 3, H, W] and [S, 3, H, W]
+    a row; clusters with fewer real members than others leave places empty."""
+    rows = [[left, right] for left, right in zip(real, samples, strict=True)]
+    return _draw(rows, [f"cluster {k}" for k in ids], ["real members", "samples"], PAD, GAP, scale)
+
+
+def best_scale(images: Tensor, target: int = 128) -> int:
+    """The whole factor that brings small images near `target` pixels: 64 -> 2, 32 -> 4, 256 -> 1."""
+    return max(1, round(target / images.shape[-1]))
+
+
+def save(image: Image.Image, path: Path) -> Path:
+    """PNG that appears under its name when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    image.save(temporary, format="PNG", optimize=True)
+    temporary.replace(path)
+    return path
+
+
+def _check(images: Tensor) -> None:
+    assert images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3, (images.dtype, images.shape)
+
+
+def _draw(
+    rows: Sequence[Sequence[Tensor]],
+    captions: Sequence[str] | None,
+    headers: Sequence[str] | None,
+    pad: int,
+    gap: int,
+    scale: float,
+) -> Image.Image:
+    """Rows of groups of images: captions on the left, a header above each group, `gap` pixels between groups."""
+    for group in (group for row in rows for group in row):
+        _check(group)
+    height, width = (max(1, round(side * scale)) for side in rows[0][0].shape[-2:])
+    places = [max(len(row[g]) for row in rows) for g in range(len(rows[0]))]  # images wide, each group
+    spans = [n * width + (n - 1) * pad for n in places]
+    font = ImageFont.load_default(max(12, min(20, height // 6)))
+    margin = pad + (max(_length(font, text) for text in captions) + 16 if captions else 0)
+    top = pad + (round(font.size * 2) if headers else 0)
+    canvas = Image.new(
+        "RGB", (margin + sum(spans) + gap * (len(spans) - 1) + pad, top + len(rows) * (height + pad)), PAPER
+    )
+    pen = ImageDraw.Draw(canvas)
+    lefts = [margin + sum(spans[:g]) + gap * g for g in range(len(spans))]
+    for text, left in zip(headers or (), lefts, strict=False):
+        pen.text((left, top / 2), text, FAINT, font, anchor="lm")
+    for r, row in enumerate(rows):
+        y = top + r * (height + pad)
+        if captions:
+            pen.text((margin - 10, y + height / 2), captions[r], INK, font, anchor="rm")
+        for left, group in zip(lefts, row, strict=True):
+            for i, image in enumerate(group):
+                canvas.paste(_tile(image, width, height), (left + i * (width + pad), y))
+    return canvas
+
+
+def _tile(image: Tensor, width: int, height: int) -> Image.Image:
+    tile = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    return tile if tile.size == (width, height) else tile.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _length(font: ImageFont.FreeTypeFont, text: str) -> int:
+    return int(font.getlength(text)) + 1
