@@ -1,0 +1,72 @@
+"""Config -> objects: the only place that knows which class a word in a config stands for."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm_sg.autoencoder import load_autoencoder
+from ldm_sg.config import TrainConfig, model_config
+from ldm_sg.data.latents import LatentSet
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.signal import Guidance
+from ldm_sg.models.unet import GuidedUNet, make_unet
+from ldm_sg.objective import Objective
+from ldm_sg.pipeline import SelfGuidedPipeline, noise_scheduler, objective_of
+
+
+def network(config: TrainConfig, latents: LatentSet) -> GuidedUNet:
+    """The UNet for this annotation set, initialised from `config.seed`, or from the run `config.init`."""
+    torch.manual_seed(config.seed)
+    model = make_unet(model_config(config.model), latents.spec, latents.latent_shape)
+    if config.init:
+        _copy_weights(model, Path(config.init))
+    if config.channels_last:
+        model.unet.to(memory_format=torch.channels_last)
+    if config.compile:
+        model.unet.compile()
+    return model
+
+
+def _copy_weights(model: GuidedUNet, run: Path) -> None:
+    if not (run / "pipeline").is_dir():
+        raise InputError(f"init={str(run)!r}: no pipeline/ there; give the folder of a trained run")
+    old = SelfGuidedPipeline.from_pretrained(run / "pipeline")
+    for name, new, source in (("unet", model.unet, old.unet), ("conditioner", model.conditioner, old.conditioner)):
+        state = source.state_dict()
+        for key, value in new.state_dict().items():
+            if key not in state or state[key].shape != value.shape:
+                there = tuple(state[key].shape) if key in state else "nothing"
+                raise InputError(f"init={str(run)!r}: {name}.{key} is {there} there and {tuple(value.shape)} here")
+        new.load_state_dict(state)
+
+
+def objective(config: TrainConfig) -> Objective:
+    return objective_of(noise_scheduler(config.objective), config.objective.min_snr)
+
+
+class PipelineWriter:
+    """Makes pipelines around a network, sharing everything that training does not change."""
+
+    def __init__(self, config: TrainConfig, latents: LatentSet, device: torch.device) -> None:
+        self.scheduler, self.latents = noise_scheduler(config.objective), latents
+        self.autoencoder = load_autoencoder(str(Path(config.annotation) / "autoencoder")).to(device)
+        self.annotator = Path(config.annotation) / "annotator"
+
+    def pipeline(self, network: nn.Module) -> SelfGuidedPipeline:
+        assert isinstance(network, GuidedUNet)
+        pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler)
+        pipe.attach(self.autoencoder, self.latents.spec, Guidance.from_k(self.latents.k), self.annotator)
+        return pipe
+
+    def export(self, network: nn.Module, folder: Path) -> None:
+        """Replaces `folder` by the pipeline of `network`; there is a whole pipeline under that name at any time but one."""
+        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.pipeline(network).save_pretrained(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)

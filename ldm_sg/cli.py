@@ -1,0 +1,185 @@
+"""The command line. Torch is imported inside the verbs, so that --help answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ldm_sg.errors import InputError
+
+
+class ExitCodes(TyperGroup):
+    """0 done, 2 wrong input (one line on stderr), 130 interrupted, 1 a bug (traceback)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as err:
+            print(f"ldm-sg: {err}", file=sys.stderr)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+
+
+app = typer.Typer(
+    cls=ExitCodes,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Label-free, self-guided latent diffusion: pack, annotate, train, sample, evaluate.",
+    epilog="Start with `ldm-sg demo`. Every verb has --help with examples. Docs: README.md.",
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML under configs/, or one of your own.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example steps=1000 guidance.drop=0.2")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and build nothing.")]
+
+
+def _config_verb(schema: str, module: str, config: Path, overrides: list[str] | None, dry_run: bool) -> None:
+    """Load the config as `ldm_sg.config.SCHEMA` and hand it to ldm_sg.verbs.MODULE.MODULE."""
+    from importlib import import_module
+
+    from ldm_sg import config as configs
+
+    loaded: Any = configs.load(getattr(configs, schema), config, overrides)
+    if dry_run:
+        if schema == "TrainConfig":
+            loaded.model = configs.model_config(loaded.model)
+        print(configs.to_yaml(loaded), end="")
+        return
+    getattr(import_module(f"ldm_sg.verbs.{module}"), module)(loaded)
+
+
+@app.command(epilog="Example: ldm-sg pack ~/photos data/photos256 --size 256")
+def pack(
+    src: Annotated[str, typer.Argument(help="Image folder, list file (.txt), LSUN LMDB folder, or shards (glob).")],
+    dst: Annotated[Path, typer.Argument(help="Folder of the new shards.")],
+    size: Annotated[int, typer.Option(help="Side of the square images, pixels.")] = 256,
+    shard_size: Annotated[int, typer.Option(help="Images a shard.")] = 1000,
+    image_format: Annotated[str, typer.Option("--format", help="jpg or png.")] = "jpg",
+    quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
+    max_skipped: Annotated[float, typer.Option(help="Share of unreadable images above which packing fails.")] = 0.01,
+    workers: Annotated[int, typer.Option(help="Processes; -1 = one a core.")] = -1,
+) -> None:
+    """Images -> webdataset shards: centre crop, antialiased resize."""
+    from ldm_sg.verbs.pack import pack as run
+
+    run(src, dst, size=size, shard_size=shard_size, format=image_format, quality=quality, max_skipped=max_skipped,
+        workers=workers)  # fmt: skip
+
+
+@app.command(
+    epilog="Example: ldm-sg annotate configs/annotate/churches256.yaml 'shards=data/churches256/*.tar' "
+    "out=annotations/churches annotator.k=300"
+)
+def annotate(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Shards -> latents and guidance signals (g, then f)."""
+    _config_verb("AnnotateConfig", "annotate", config, overrides, dry_run)
+
+
+@app.command(
+    epilog="Example: ldm-sg train configs/train/churches256.yaml annotation=annotations/churches out=runs/churches"
+)
+def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Annotation set -> run. The same command resumes; Ctrl-C saves."""
+    _config_verb("TrainConfig", "train", config, overrides, dry_run)
+
+
+@app.command(
+    epilog="Examples: ldm-sg sample runs/demo --cluster 3 -n 8 | ldm-sg sample runs/demo --sweep-w 0,1,2,3 -n 8 | "
+    "ldm-sg sample runs/demo --interpolate 3,17 -n 8 | ldm-sg sample runs/demo --trajectory -n 4 | "
+    "ldm-sg sample runs/demo --preset paper"
+)
+def sample(
+    run: Annotated[str, typer.Argument(help="Run or pipeline folder.")],
+    cluster: Annotated[list[int] | None, typer.Option(help="Cluster id; may be repeated. Default: drawn from the training distribution.")] = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="Images (of each cluster).")] = 16,
+    w: Annotated[float, typer.Option("--w", "-w", help="Guidance strength: 0 unconditional, 1 conditional.")] = 2.0,
+    steps: Annotated[int, typer.Option(help="Solver steps.")] = 25,
+    scheduler: Annotated[str, typer.Option(help="dpmpp_2m, ddim, ddpm, unipc or euler.")] = "dpmpp_2m",
+    eta: Annotated[float, typer.Option(help="DDIM's noise share.")] = 0.0,
+    preset: Annotated[str | None, typer.Option(help="paper = DDIM, 250 steps, eta 0, w 2.")] = None,
+    seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images at once; changes the speed, not the images.")] = 64,
+    sweep_w: Annotated[str | None, typer.Option(help="One row a strength: 0,1,2,3")] = None,
+    interpolate: Annotated[str | None, typer.Option(help="Walk between two clusters: 3,17")] = None,
+    trajectory: Annotated[bool, typer.Option("--trajectory", help="Rows of predicted images over the steps.")] = False,
+    out: Annotated[str | None, typer.Option(help="Folder; default RUN/samples/SETTINGS.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples of other settings in --out.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Run -> PNGs, grid.png and one JSON line an image."""
+    strengths, ends = _numbers("--sweep-w", sweep_w, float), _numbers("--interpolate", interpolate, int)
+    from ldm_sg.verbs.sample import SampleOptions, apply_preset
+    from ldm_sg.verbs.sample import sample as draw
+
+    options = SampleOptions(
+        list(cluster or []), n, w, steps, scheduler, eta, seed, batch_size, strengths, ends, trajectory, device
+    )
+    print(draw(run, apply_preset(options, preset), out, overwrite) / "grid.png")
+
+
+@app.command(
+    epilog="Example: ldm-sg evaluate runs/demo --reference 'data/demo/*.tar' --metrics fd,prdc,consistency -n 2000"
+)
+def evaluate(
+    source: Annotated[str, typer.Argument(help="Run, folder of samples or images, or shards.")],
+    reference: Annotated[str, typer.Option(help="Real images: shards or a folder.")],
+    metrics: Annotated[str, typer.Option(help="Of fd, kid, prdc, is, consistency.")] = "fd,prdc,consistency",
+    n: Annotated[int, typer.Option("-n", "--n", help="Samples and reference images.")] = 10_000,
+    features: Annotated[str | None, typer.Option(help="Feature network; default the run's g. inception, a name or a file.")] = None,
+    w: Annotated[float, typer.Option("--w", "-w", help="Guidance strength.")] = 2.0,
+    steps: Annotated[int, typer.Option(help="Solver steps.")] = 25,
+    scheduler: Annotated[str, typer.Option(help="dpmpp_2m, ddim, ddpm, unipc or euler.")] = "dpmpp_2m",
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
+    size: Annotated[int | None, typer.Option(help="Side to which images are cropped; default the run's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Samples against real images -> numbers with everything needed to reproduce them."""
+    from ldm_sg.verbs.evaluate import evaluate as run
+
+    run(source, reference, metrics=metrics, n=n, features=features, out=out, size=size, w=w, steps=steps,
+        scheduler=scheduler, seed=seed, batch_size=batch_size, device=device)  # fmt: skip
+
+
+@app.command(epilog="Example: ldm-sg demo --out runs/demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of everything the demo makes.")] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(help="Training steps; default as in configs/train/demo.yaml.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """The whole main job on the embedded fruit photos, with a report at the end."""
+    from ldm_sg.verbs.demo import demo as run
+
+    run(out, steps=steps, device=device)
+
+
+@app.command(
+    "fit-autoencoder",
+    epilog="Example: ldm-sg fit-autoencoder configs/autoencoder/demo.yaml 'shards=data/mine/*.tar' out=autoencoders/mine",
+)
+def fit_autoencoder(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Shards -> a small KL autoencoder of your own."""
+    _config_verb("FitAutoencoderConfig", "fit_autoencoder", config, overrides, dry_run)
+
+
+@app.command(epilog="Example: ldm-sg distill configs/distill/demo.yaml")
+def distill(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Unlabelled images + a large self-supervised teacher -> a small g."""
+    _config_verb("DistillConfig", "distill", config, overrides, dry_run)
+
+
+def _numbers(flag: str, text: str | None, kind: type) -> list:
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError as err:
+        raise InputError(f"{flag} {text!r}: write numbers with commas between, for example 0,1,2,3") from err
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,93 @@
+"""train: annotation set -> run."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ldm_sg import build
+from ldm_sg.config import TrainConfig, claim
+from ldm_sg.data.latents import LatentSet
+from ldm_sg.errors import InputError
+from ldm_sg.hardware import pick_device, use_bf16
+from ldm_sg.pipeline import SelfGuidedPipeline
+from ldm_sg.report.grids import grid
+from ldm_sg.training.data import LatentData
+from ldm_sg.training.diffusion import DiffusionModule
+from ldm_sg.training.fit import Hooks, checkpoint_step, fit
+
+# What may change between two starts of one run without making it another run.
+FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every")
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
+    _check(config)
+    device = pick_device(config.device)
+    bf16 = use_bf16(config.precision, device)
+    latents = LatentSet(config.annotation)
+    run = Path(config.out)
+    claim(run, config, FREE)
+    _remember_annotation(run, config, latents)
+    done = checkpoint_step(run / "checkpoints" / "last.ckpt")
+    if done >= config.steps and (run / "pipeline").is_dir():
+        print(f"{run}: already trained for {done:,} steps (asked: {config.steps:,}); raise steps= to go on")
+        return run
+
+    network = build.network(config, latents)
+    writer = build.PipelineWriter(config, latents, device)
+    module = DiffusionModule(network, build.objective(config), config)
+    data = LatentData(latents, config.batch_size, config.steps, config.seed, config.val_share, config.workers)
+    print(
+        f"{len(data.train_pool):,} latents of {'x'.join(map(str, latents.latent_shape))} (+{len(data.val_pool):,} held "
+        f"out), {latents.spec.num_labels:,} labels; {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters; "
+        f"{device.type}, {'bf16' if bf16 else 'fp32'}; {'resuming at step ' + format(done, ',') if done else 'new run'}",
+        file=sys.stderr,
+    )
+    hooks = Hooks(
+        export=lambda ema: writer.export(ema, run / "pipeline"),
+        draw=lambda ema, step: _draw(writer.pipeline(ema), run / "samples" / f"step_{step:07d}.png"),
+    )
+    if not done:
+        writer.export(network, run / "pipeline_untrained")
+    if not fit(module, data, config, run, device, bf16, hooks):
+        print(f"interrupted and saved in {run}; the same command resumes", file=sys.stderr)
+        raise KeyboardInterrupt
+    return run
+
+
+def _check(config: TrainConfig) -> None:
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}={getattr(config, name)}: at least 1")
+    if not 0 <= config.guidance.drop <= 1:
+        raise InputError(f"guidance.drop={config.guidance.drop}: a share between 0 and 1")
+    if not 0 <= config.val_share < 1:
+        raise InputError(f"val_share={config.val_share}: a share from 0 to below 1")
+    if config.lr <= 0:
+        raise InputError(f"lr={config.lr}: above 0")
+
+
+def _remember_annotation(run: Path, config: TrainConfig, latents: LatentSet) -> None:
+    """A run belongs to one content of its annotation set."""
+    path = run / "annotation.json"
+    if path.is_file():
+        known = json.loads(path.read_text())["hash"]
+        if known != latents.hash:
+            raise InputError(
+                f"annotation={config.annotation!r} changed under {run}: its hash is {latents.hash[:12]}, the run was "
+                f"trained on {known[:12]}; restore it, or train into another out="
+            )
+    path.write_text(json.dumps({"folder": config.annotation, "hash": latents.hash}) + "\n")
+
+
+def _draw(pipe: SelfGuidedPipeline, path: Path) -> None:
+    """The same 40 signals and noises at every call, so that grids of one run can be compared."""
+    path.parent.mkdir(exist_ok=True)
+    pipe.unet.eval()
+    with torch.autocast(pipe.device.type, enabled=False):
+        images = pipe(pipe.draw(40, seed=0), w=2.0, seed=0)
+    grid(images, columns=10).save(path)
+
+
