@@ -1,0 +1,252 @@
+"""Annotation sets by index: latents and signals straight out of the tars, in any order, with flat memory.
+
+Shards are read with `pread` at remembered offsets rather than through a memory map: what has been read does not count
+as this process's memory, a thousand shards need no address space, and a file that someone shortens meanwhile gives an
+error instead of a bus error."""
+
+import functools
+import hashlib
+import io
+import math
+import os
+import resource
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.signal import GuidanceSpec
+
+LATENT, FLIP, SIGNAL = "latent.npy", "flip.npy", "k.npy"
+_NPY_HEADER = 256  # more than the header of a plain array of few dimensions
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex digest of a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def set_hash(shard_hashes: Iterable[str]) -> str:
+    """The hash of an annotation set: sha256 over its shards' hex digests, in order."""
+    return hashlib.sha256("".join(shard_hashes).encode()).hexdigest()
+
+
+def step_indices(seed: int, step: int, batch_size: int, n: int) -> Tensor:
+    """Dataset indices [batch_size] of global training step `step` (from 0): a pure function.
+
+    An endless stream of permutations of 0..n-1, one an epoch, made of (seed, epoch) alone, is cut in batches; a batch
+    may span epochs. Within an epoch every index comes once."""
+    assert n > 0 and batch_size > 0 and step >= 0
+    parts, start, end = [], step * batch_size, (step + 1) * batch_size
+    while start < end:
+        epoch, offset = divmod(start, n)
+        part = _permutation(seed, epoch, n)[offset : offset + end - start]
+        parts.append(part)
+        start += len(part)
+    return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=2)  # steps of one epoch follow each other
+def _permutation(seed: int, epoch: int, n: int) -> Tensor:
+    mixed = np.random.SeedSequence([seed & (2**64 - 1), epoch]).generate_state(1, np.uint64)[0]
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int(mixed >> np.uint64(1))))
+
+
+class LatentSet:
+    """An annotation set. Indices count its samples in the order of the shards.
+
+    `k` [N] long or [N, K] float multi-hot, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`. Raises InputError
+    when `annotate` has not finished, or the files are not those that the manifest describes: sizes are always compared,
+    contents with verify=True. The first opening indexes the shards (about 20 s a million images) and keeps the
+    result in FOLDER/index."""
+
+    def __init__(self, folder: str | Path, verify: bool = False):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.paths = _checked_shards(self.folder, self.manifest, verify)
+        self.hash: str = self.manifest["hash"]
+        self.spec = GuidanceSpec(**self.manifest["guidance"])
+        self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latent_shape"])
+        self.flips = bool(self.manifest["flips"])
+        self._where, k = _index(self.folder, self.hash, self.paths, self.latent_shape, self.flips)
+        self.k = torch.from_numpy(k)
+        if len(self.k) != self.manifest["num_images"]:
+            raise InputError(
+                f"{self.folder}: its shards hold {len(self.k)} images, its manifest says {self.manifest['num_images']}"
+            )
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_open = max(1, soft // 4)
+        self._files: dict[int, int] = {}  # shard -> file descriptor, oldest first
+
+    def __len__(self) -> int:
+        return len(self.k)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """latent [C, h, w] float32 (normalised), k: scalar long or [K] float."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.latents(torch.tensor([index]))[0], self.k[index]
+
+    def latents(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
+        """Latents [B, C, h, w] float32 of `indices` [B]; of the mirrored image where `flip` [B] bool is set."""
+        if flip is not None and not self.flips:
+            raise InputError(f"{self.folder} has no latents of mirrored images: annotate again with flips=true")
+        wanted = self._where[indices.numpy()]
+        offsets = wanted["latent"] if flip is None else np.where(flip.numpy(), wanted["flip"], wanted["latent"])
+        out = np.empty((len(indices), *self.latent_shape), np.float16)
+        for row, shard, offset in zip(out, wanted["shard"].tolist(), offsets.tolist()):
+            if os.preadv(self._file(shard), [row], offset) != row.nbytes:
+                raise InputError(f"{self.paths[shard]} has become shorter since it was opened")
+        return torch.from_numpy(out).float()
+
+    def _file(self, shard: int) -> int:
+        if shard not in self._files:
+            if len(self._files) >= self._max_open:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        return self._files[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # another process opens its own
+
+    def __del__(self) -> None:
+        for file in self.__dict__.get("_files", {}).values():
+            os.close(file)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.yaml of an annotation set; InputError where there is none, as `annotate` writes it last."""
+    path = folder / "manifest.yaml"
+    if not path.is_file():
+        if (folder / "shards").is_dir():
+            raise InputError(f"{folder}: annotate has not finished (no manifest.yaml); run the same command again")
+        raise InputError(f"{folder} is not an annotation set (no manifest.yaml); make one with `ldm-sg annotate`")
+    try:
+        manifest = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise InputError(f"{path}: not a readable YAML file: {str(err).splitlines()[0]}") from err
+    needed = {"shards", "hash", "guidance", "latent_shape", "flips", "num_images"}
+    missing = sorted(needed - set(manifest)) if isinstance(manifest, dict) else sorted(needed)
+    if missing:
+        raise InputError(f"{path}: not the manifest of an annotation set: no {', '.join(missing)}")
+    return manifest
+
+
+def _checked_shards(folder: Path, manifest: dict[str, Any], verify: bool) -> list[Path]:
+    """The shards' paths, after comparing them with what the manifest says of them."""
+    changed = "changed since annotate wrote it; annotate again, or give the run the set it was made for"
+    entries = manifest["shards"]
+    if set_hash(entry["sha256"] for entry in entries) != manifest["hash"]:
+        raise InputError(f"{folder / 'manifest.yaml'} has been {changed}")
+    paths = [folder / "shards" / entry["file"] for entry in entries]
+    for path, entry in zip(tqdm(paths, "verify", disable=not verify, unit="shard"), entries):
+        if not path.is_file():
+            raise InputError(f"{path} is missing: the annotation set has {changed}")
+        if path.stat().st_size != entry["bytes"] or (verify and file_sha256(path) != entry["sha256"]):
+            raise InputError(f"{path} has {changed}")
+    return paths
+
+
+_WHERE = np.dtype([("shard", np.int32), ("latent", np.int64), ("flip", np.int64)])
+
+
+def _index(
+    folder: Path, digest: str, paths: list[Path], shape: tuple[int, int, int], flips: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(_WHERE [N], k [N] or [N, K]), kept in FOLDER/index under the set's hash."""
+    saved = [folder / "index" / f"{name}-{digest[:16]}.npy" for name in ("where", "k")]
+    if all(path.is_file() for path in saved):
+        # The offsets stay on disk, shared by all ranks and workers of a machine.
+        return np.load(saved[0], mmap_mode="r"), np.load(saved[1])
+    many = len(paths) > 16
+    parts = [_index_shard(path, i, shape, flips) for i, path in enumerate(tqdm(paths, "index", disable=not many))]
+    parts = [part for part in parts if len(part[0])]
+    if not parts:
+        raise InputError(f"{folder}: an annotation set without images")
+    where, k = (np.concatenate(column) for column in zip(*parts))
+    arrays = [where, k.astype(np.int64 if np.issubdtype(k.dtype, np.integer) else np.float32)]
+    if os.access(folder, os.W_OK):
+        saved[0].parent.mkdir(exist_ok=True)
+        for path, array in zip(saved, arrays):
+            temporary = path.with_name(f"{path.stem}.tmp-{os.getpid()}.npy")
+            np.save(temporary, array)
+            temporary.replace(path)
+    return arrays[0], arrays[1]
+
+
+def _index_shard(path: Path, shard: int, shape: tuple[int, int, int], flips: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets of the array data of every latent (and flip) in one shard, and the signals themselves."""
+    columns: dict[str, list[Any]] = {LATENT: [], FLIP: [], SIGNAL: []}
+    headers = _NpyHeaders(path)
+    with path.open("rb", buffering=0) as file:
+        for ext, offset, size in _members(file.fileno(), path):
+            column = columns.get(ext)
+            if column is None:
+                continue
+            dtype, found, length = headers.parse(os.pread(file.fileno(), _NPY_HEADER, offset))
+            if ext == SIGNAL:
+                whole = os.pread(file.fileno(), size, offset)
+                column.append(np.frombuffer(whole, dtype, offset=length).reshape(found))
+                continue
+            if (dtype, found) != (np.float16, shape) or size != length + 2 * math.prod(shape):
+                raise InputError(f"{path}: a {ext} is {dtype} {found}, the manifest says float16 {shape}")
+            column.append(offset + length)
+    counts = {name: len(column) for name, column in columns.items()}
+    if counts[SIGNAL] != counts[LATENT] or (flips and counts[FLIP] != counts[LATENT]):
+        raise InputError(f"{path}: not every sample has a latent, a signal" + " and a mirrored latent" * flips)
+    where = np.empty(counts[LATENT], _WHERE)
+    where["shard"], where["latent"] = shard, columns[LATENT]
+    where["flip"] = columns[FLIP] if flips else -1
+    return where, np.stack(columns[SIGNAL]) if columns[SIGNAL] else np.empty(0, np.int64)
+
+
+def _members(file: int, path: Path) -> Iterator[tuple[str, int, int]]:
+    """(extension, offset of the content, size) of the files in a tar that `ShardWriter` wrote: POSIX headers, the full
+    name of a long key in a pax header before its own. `tarfile` does this too, five times slower."""
+    at, long_name = 0, b""
+    while (header := os.pread(file, 512, at)) and header[0]:
+        try:
+            size = int(header[124:135], 8)
+        except ValueError as err:
+            raise InputError(f"{path}: damaged tar header at byte {at}") from err
+        if header[156:157] == b"x":
+            long_name = os.pread(file, size, at + 512).partition(b" path=")[2].partition(b"\n")[0]
+        else:
+            name = long_name or header[:100].rstrip(b"\0")
+            yield name.rpartition(b"/")[2].partition(b".")[2].decode(), at + 512, size
+            long_name = b""
+        at += 512 + -(-size // 512) * 512
+
+
+class _NpyHeaders:
+    """Parses .npy headers, each distinct one once: all latents of a shard share theirs."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.known: dict[bytes, tuple[np.dtype, tuple[int, ...], int]] = {}
+
+    def parse(self, data: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
+        """Start of a file -> dtype, shape, length of the header."""
+        length = 10 + int.from_bytes(data[8:10], "little")  # format 1.0, which numpy writes for plain arrays
+        header = data[:length]
+        if header not in self.known:
+            self.known[header] = (*self._read(header), length)
+        return self.known[header]
+
+    def _read(self, header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+        try:
+            stream = io.BytesIO(header)
+            np.lib.format.read_magic(stream)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        except ValueError as err:
+            raise InputError(f"{self.path}: holds something that is not a plain .npy array") from err
+        if fortran or dtype.hasobject:
+            raise InputError(f"{self.path}: holds a Fortran-ordered or object array")
+        return dtype, shape

@@ -1,0 +1,194 @@
+"""LatentSet on annotation sets written here by hand, and the order of training."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ldm_sg.data import latents as module
+from ldm_sg.data.latents import LatentSet, file_sha256, set_hash, step_indices
+from ldm_sg.data.shards import ShardWriter
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.signal import GuidanceSpec
+
+SHAPE = (4, 8, 8)
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def write_set(folder: Path, latents: list[np.ndarray], ks: list[np.ndarray], flips: bool = True, **spec) -> Path:
+    """`latents`: one array [n, C, h, w] a shard; the mirrored latent is the latent's own mirror image."""
+    entries = []
+    for i, (shard, k) in enumerate(zip(latents, ks)):
+        path = folder / "shards" / f"{i:06d}.tar"
+        with ShardWriter(path) as writer:
+            for j, latent in enumerate(shard):
+                files = {"latent.npy": npy(latent), "k.npy": npy(k[j])}
+                if flips:
+                    files["flip.npy"] = npy(np.ascontiguousarray(latent[..., ::-1]))
+                writer.write(f"{'long-name-' * 12 if j % 3 == 0 else ''}{i}-{j}", files)
+        entries.append(
+            {"file": path.name, "images": len(shard), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        )
+    manifest = {
+        "version": 1,
+        "shards": entries,
+        "hash": set_hash(e["sha256"] for e in entries),
+        "guidance": GuidanceSpec(**spec).to_dict(),
+        "latent_shape": list(SHAPE),
+        "flips": flips,
+        "num_images": sum(map(len, latents)),
+    }
+    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    return folder
+
+
+def make(folder: Path, sizes=(5, 0, 7), **kwargs) -> tuple[Path, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    latents = [rng.standard_normal((n, *SHAPE)).astype(np.float16) for n in sizes]
+    ks = [rng.integers(0, 9, n) for n in sizes]
+    return write_set(folder, latents, ks, num_labels=9, **kwargs), np.concatenate(latents), np.concatenate(ks)
+
+
+def test_reads_what_was_written_in_any_order(tmp_path):
+    folder, latents, ks = make(tmp_path)
+    data = LatentSet(folder)
+    assert (len(data), data.latent_shape, data.flips) == (12, SHAPE, True)
+    assert data.spec == GuidanceSpec(num_labels=9)
+    assert data.k.dtype == torch.long and data.k.tolist() == ks.tolist()
+    order = torch.tensor([11, 0, 5, 5, 3])
+    assert torch.equal(data.latents(order), torch.from_numpy(latents[order]).float())
+    latent, k = data[-1]
+    assert torch.equal(latent, torch.from_numpy(latents[-1]).float()) and k == ks[-1]
+    with pytest.raises(IndexError):
+        data[12]
+
+
+def test_flips_are_chosen_by_sample(tmp_path):
+    folder, latents, _ = make(tmp_path)
+    got = LatentSet(folder).latents(torch.tensor([1, 9]), torch.tensor([True, False]))
+    assert torch.equal(got[0], torch.from_numpy(latents[1, ..., ::-1].copy()).float())
+    assert torch.equal(got[1], torch.from_numpy(latents[9]).float())
+    (tmp_path / "plain").mkdir()
+    plain = LatentSet(make(tmp_path / "plain", flips=False)[0])
+    assert not plain.flips
+    with pytest.raises(InputError, match="flips=true"):
+        plain.latents(torch.tensor([0]), torch.tensor([True]))
+
+
+def test_multi_hot_signals(tmp_path):
+    k = np.eye(6, dtype=np.float16)[[0, 3]]
+    folder = write_set(tmp_path, [np.zeros((2, *SHAPE), np.float16)], [k], num_labels=6, multi_hot=True)
+    data = LatentSet(folder)
+    assert data.k.dtype == torch.float32 and torch.equal(data.k, torch.from_numpy(k).float())
+
+
+def test_second_opening_uses_the_index_and_gives_the_same(tmp_path, monkeypatch):
+    folder, _, _ = make(tmp_path)
+    first = LatentSet(folder)
+    monkeypatch.setattr(module, "_index_shard", lambda *a: pytest.fail("indexed again"))
+    second = LatentSet(folder)
+    everything = torch.arange(12)
+    assert torch.equal(first.latents(everything), second.latents(everything)) and torch.equal(first.k, second.k)
+    third = pickle.loads(pickle.dumps(second))  # as a DataLoader worker gets it
+    assert torch.equal(third.latents(everything), second.latents(everything))
+    assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def test_few_open_files_are_enough(tmp_path):
+    folder, latents, _ = make(tmp_path, sizes=(2,) * 10)
+    data = LatentSet(folder)
+    data._max_open = 3
+    for _ in range(2):
+        assert torch.equal(data.latents(torch.arange(20)), torch.from_numpy(latents).float())
+    assert len(data._files) == 3
+
+
+def test_unfinished_or_foreign_folder(tmp_path):
+    with pytest.raises(InputError, match="not an annotation set"):
+        LatentSet(tmp_path)
+    folder, _, _ = make(tmp_path)
+    (folder / "manifest.yaml").unlink()
+    with pytest.raises(InputError, match="has not finished"):
+        LatentSet(folder)
+    (folder / "manifest.yaml").write_text("- a list\n")
+    with pytest.raises(InputError, match="not the manifest"):
+        LatentSet(folder)
+    (folder / "manifest.yaml").write_text("a: [1,\n")
+    with pytest.raises(InputError, match="not a readable YAML"):
+        LatentSet(folder)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_changed_files_are_noticed(tmp_path, indexed):
+    folder, _, _ = make(tmp_path)
+    if indexed:
+        LatentSet(folder)
+    shard = folder / "shards" / "000002.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-512])  # another size: always noticed
+    with pytest.raises(InputError, match=r"000002\.tar has changed"):
+        LatentSet(folder)
+    shard.write_bytes(whole.replace(b"long", b"LONG"))  # the same size: noticed on request
+    with pytest.raises(InputError, match=r"000002\.tar has changed"):
+        LatentSet(folder, verify=True)
+    shard.unlink()
+    with pytest.raises(InputError, match="is missing"):
+        LatentSet(folder)
+
+
+def test_another_sets_manifest_is_noticed(tmp_path):
+    folder, _, _ = make(tmp_path)
+    manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
+    manifest["hash"] = "0" * 64
+    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    with pytest.raises(InputError, match=r"manifest\.yaml has been changed"):
+        LatentSet(folder)
+
+
+def test_shards_that_disagree_with_the_manifest(tmp_path):
+    wrong = write_set(tmp_path / "shape", [np.zeros((2, 3, 8, 8), np.float16)], [np.zeros(2, np.int64)])
+    with pytest.raises(InputError, match="the manifest says float16"):
+        LatentSet(wrong)
+    wrong = write_set(tmp_path / "object", [np.zeros((1, *SHAPE), np.float16)], [np.array([{}], object)])
+    with pytest.raises(InputError, match="object array"):
+        LatentSet(wrong)
+    folder, _, _ = make(tmp_path / "count")
+    manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
+    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest | {"num_images": 13}))
+    with pytest.raises(InputError, match="hold 12 images"):
+        LatentSet(folder)
+
+
+def test_file_shortened_while_open(tmp_path):
+    folder, _, _ = make(tmp_path)
+    data = LatentSet(folder)
+    os.truncate(folder / "shards" / "000002.tar", 1024)
+    with pytest.raises(InputError, match="shorter since"):
+        data.latents(torch.tensor([11]))
+
+
+def test_step_indices_is_a_pure_stream_of_permutations():
+    n, batch = 10, 4
+    stream = torch.cat([step_indices(3, s, batch, n) for s in range(5)])
+    assert stream[:10].sort().values.tolist() == stream[10:].sort().values.tolist() == list(range(10))
+    assert not torch.equal(stream[:10], stream[10:])
+    module._permutation.cache_clear()
+    assert torch.equal(step_indices(3, 2, batch, n), stream[8:12])  # from nothing, across the epochs' border
+    assert not torch.equal(step_indices(4, 0, 10, n), step_indices(3, 0, 10, n))
+    singles = torch.cat([step_indices(0, s, 1, n) for s in range(50)])
+    assert torch.equal(step_indices(0, 1, 25, n), singles[25:])  # a batch of more than an epoch
+
+
+def test_step_indices_golden():
+    """The order of a run may not change with a version of this project: resumed runs would see images twice."""
+    assert step_indices(0, 0, 6, 1000).tolist() == [267, 628, 353, 576, 259, 584]
