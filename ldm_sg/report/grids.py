@@ -30,7 +30,9 @@ def labelled_rows(
     return _draw([list(row.split(1)) for row in rows], captions, headers, PAD, PAD, scale)
 
 
-def cluster_picture(ids: Sequence[int], real: Sequence[Tensor], samples: Sequence[Tensor], scale: float = 2) -> Image.Image:
+def cluster_picture(
+    ids: Sequence[int], real: Sequence[Tensor], samples: Sequence[Tensor], scale: float = 2
+) -> Image.Image:
     """Each row one cluster: its id, real members on the left, a gap, samples on the right. [R, 3, H, W] and [S, 3, H, W]
     a row; clusters with fewer real members than others leave places empty."""
     rows = [[left, right] for left, right in zip(real, samples, strict=True)]

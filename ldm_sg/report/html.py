@@ -22,8 +22,8 @@ figure { margin: 14px 0 0; }
 figure img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; }
 figcaption { color: var(--faint); font-size: 13px; margin: 4px 0 0; }
 .chart svg { display: block; width: 100%; height: auto; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 20px; align-items: start; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin: 24px 0 0; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 20px; align-items: start; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 10px; margin: 24px 0 0; }
 dl div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; min-width: 0; }
 dt { color: var(--faint); font-size: 13px; }
 dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
@@ -68,7 +68,9 @@ def picture(path: Path, caption: str = "", alt: str = "") -> str:
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{escape(alt or caption or path.stem)}" src="data:image/png;base64,{data}">{below}</figure>'
+    return (
+        f'<figure><img alt="{escape(alt or caption or path.stem)}" src="data:image/png;base64,{data}">{below}</figure>'
+    )
 
 
 def chart(svg: str, caption: str = "") -> str:

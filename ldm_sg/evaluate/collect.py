@@ -1,0 +1,59 @@
+"""Batches of uint8 images -> features, and a cache for those of reference images."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_sg.data.images import to_float
+
+Network = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [-1, 1] -> features [B, D]
+
+
+@torch.no_grad()
+def collect(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    networks: Mapping[str, Network],
+    device: torch.device,
+    total: int | None,
+    label: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(positions [B], uint8 [B, 3, H, W]) -> positions [N] and, of each network, features [N, D] (float32, CPU).
+
+    Each batch passes through all networks and is dropped: memory grows with the features only."""
+    positions: list[Tensor] = []
+    features: dict[str, list[Tensor]] = {name: [] for name in networks}
+    with tqdm(total=total, desc=label, unit="image", dynamic_ncols=True) as bar:
+        for places, images in batches:
+            pixels = to_float(images.to(device))
+            positions.append(places)
+            for name, network in networks.items():
+                features[name].append(network(pixels).float().cpu())
+            bar.update(len(places))
+    if not positions:
+        return torch.empty(0, dtype=torch.long), {name: torch.empty(0, 0) for name in networks}
+    return torch.cat(positions), {name: torch.cat(parts) for name, parts in features.items()}
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/ldm_sg/features, or the same under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm_sg" / "features"
+
+
+def cached(name: str | None, compute: Callable[[], Tensor]) -> Tensor:
+    """`compute()`, or what it gave before under `name` (None: not cached)."""
+    if name is None:
+        return compute()
+    path = cache_folder() / f"{name}.safetensors"
+    if path.is_file():
+        return load_file(path)["features"]
+    features = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    save_file({"features": features.contiguous()}, temporary)
+    temporary.replace(path)
+    return features

@@ -1,0 +1,288 @@
+"""report.html of a run folder. Every part is optional: what the folder does not hold is left out."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ldm_sg.config import read_yaml
+from ldm_sg.errors import InputError
+from ldm_sg.report import charts, html
+
+METRICS = {  # key in a JSON -> what a reader sees
+    "fd": "Fréchet distance ↓",
+    "kid": "Kernel distance ↓",
+    "is": "Inception score ↑",
+    "precision": "Precision ↑",
+    "recall": "Recall ↑",
+    "density": "Density ↑",
+    "coverage": "Coverage ↑",
+    "consistency": "Cluster consistency ↑",
+    "consistency_top3": "… in the 3 nearest ↑",
+}
+SHORT = {"fd": "FD ↓", "kid": "KID ↓", "is": "IS ↑", "consistency": "Consist. ↑", "consistency_top3": "Top 3 ↑"}
+SHARES = ("consistency", "consistency_top3")  # shown as percentages
+VARIANTS = ("untrained", "real", "chance")
+PICTURES = {  # file in the run folder -> heading, sentence
+    "sweep_w.png": (
+        "Guidance strength",
+        "One row a strength w, with the same noise and the same clusters in each column.",
+    ),
+    "trajectory.png": ("From noise to image", "The clean image that the network predicts as denoising proceeds."),
+    "interpolation.png": (
+        "Between two clusters",
+        "From one cluster's embedding to another's, with fixed and moving noise.",
+    ),
+}
+
+
+def write_report(run: Path, command: str | None = None, timings: Mapping[str, float] | None = None) -> Path:
+    """RUN/report.html, in one file.
+
+    Read when present: config.yaml, metrics.csv, metrics.json, evaluations/*.json, clusters.png, the PICTURES,
+    samples/step_*.png, the annotation set that config.yaml names (manifest.yaml, wall.png). `command` and `timings`
+    (seconds a stage) are taken from command.txt and timings.json when not given. Raises InputError if `run` is no folder."""
+    if not run.is_dir():
+        raise InputError(f"run {str(run)!r}: no such folder")
+    config = _yaml(run / "config.yaml")
+    annotation = _annotation_folder(run, config)
+    manifest = _yaml(annotation / "manifest.yaml") if annotation else {}
+    command = command or _text(run / "command.txt")
+    timings = _numbers(timings if timings is not None else _json(run / "timings.json"))
+    curves = read_curves(run / "metrics.csv")
+    sections = [
+        html.facts(_facts(config, manifest, curves, timings)),
+        _clusters(run),
+        html.section("Metrics", "", metrics_table(_json(run / "metrics.json")), _evaluations(run)),
+        _training(curves),
+        *(html.section(*words, html.picture(run / name, alt=words[0])) for name, words in PICTURES.items()),
+        _progress(run),
+        _wall(annotation, manifest),
+        html.section("Time", "", html.chart(charts.stages(timings))),
+        _recipe(command, config, manifest),
+    ]
+    lead = "Self-guided diffusion: trained without labels, guided by clusters of self-supervised features."
+    return html.write(run / "report.html", html.page(run.resolve().name, lead, sections, "Made by ldm-sg."))
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """metrics.csv -> column -> [(step, value)]; empty, unreadable and non-finite cells are left out."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    if not path.is_file():
+        return curves
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            step = _number(row.pop("step", None))
+            for name, cell in row.items():
+                value = _number(cell)
+                if step is not None and value is not None and name is not None:
+                    curves.setdefault(name, []).append((step, value))
+    return curves
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> str:
+    """metrics.json: keys METRIC or METRIC_VARIANT (untrained, w0, w2, real, chance) -> a table, a row a metric, then what
+    else it holds."""
+    cells: dict[str, dict[str, float]] = {}
+    other: list[tuple[str, str]] = []
+    for key, value in _numbers(metrics).items():
+        name, variant = split_key(key)
+        if name in METRICS:
+            cells.setdefault(name, {})[variant] = value
+        elif key != "seconds":
+            other.append((key.replace("_", " "), f"{value:,.4g}"))
+    variants = sorted({v for row in cells.values() for v in row}, key=_variant_order)
+    rows = [
+        [METRICS[name], *(show(name, cells[name][v]) if v in cells[name] else "–" for v in variants)]
+        for name in METRICS
+        if name in cells
+    ]
+    head = ["", *(re.sub(r"^w(?=[\d.])", "w = ", variant) for variant in variants)]
+    return html.table(head, rows) + html.table(["", "value"], other)
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """'consistency_top3_w2' -> ('consistency_top3', 'w2'); 'fd' -> ('fd', '')."""
+    head, _, tail = key.rpartition("_")
+    return (head, tail) if head and (tail in VARIANTS or re.fullmatch(r"w[\d.]+", tail)) else (key, "")
+
+
+def show(name: str, value: float) -> str:
+    """A figure as a reader wants it: consistency in percent, precision and the like with three decimals."""
+    if name in SHARES:
+        return f"{100 * value:.1f}%"
+    return f"{value:.3f}" if name in ("precision", "recall", "density", "coverage") else f"{value:,.4g}"
+
+
+def _variant_order(variant: str) -> tuple[int, float]:
+    if variant in VARIANTS:
+        return {"untrained": 0, "real": 3, "chance": 4}[variant], 0.0
+    return (2, float(variant[1:])) if variant else (1, 0.0)
+
+
+def _evaluations(run: Path) -> str:
+    """A row for each JSON that `ldm-sg evaluate` left in the run."""
+    found = [(path.stem, _json(path)) for path in sorted((run / "evaluations").glob("*.json"))]
+    found = [(name, result) for name, result in found if isinstance(result.get("metrics"), dict)]
+    names = [name for name in METRICS if any(name in result["metrics"] for _, result in found)]
+    rows = []
+    for stem, result in found:
+        sampling, network, values = (
+            result.get("sampling") or {},
+            result.get("features") or {},
+            _numbers(result["metrics"]),
+        )
+        settings = [f"w = {sampling['w']}"] if "w" in sampling else []
+        settings += (
+            [f"{sampling['steps']} {sampling['scheduler']}"] if {"steps", "scheduler"} <= sampling.keys() else []
+        )
+        size = f"{result.get('samples', '?')} / {result.get('reference_images', '?')}"
+        head = [", ".join(settings) or stem, str(network.get("name", "?")), size]
+        rows.append([*head, *(show(name, values[name]) if name in values else "–" for name in names)])
+    titles = [SHORT.get(name, METRICS[name]) for name in names]
+    return html.table(["samples made with", "features", "samples / real", *titles], rows)
+
+
+def _clusters(run: Path) -> str:
+    text = "Each row is one cluster: real members on the left, samples on the right."
+    return html.section(
+        "Clusters", text, html.picture(run / "clusters.png", alt="Real members and samples of clusters")
+    )
+
+
+def _training(curves: Mapping[str, list[tuple[float, float]]]) -> str:
+    get = curves.get
+    train, guided, null = (get(name, []) for name in ("train_loss", "val_loss_guided", "val_loss_null"))
+    loss = html.chart(charts.losses(train, guided, null))
+    speed, rate = charts.line(get("images_per_s", []), "images/s"), charts.line(get("lr", []), "learning rate")
+    return html.section(
+        "Training",
+        "Guidance helps where the held-out loss with it lies below the one with the null." if guided and null else "",
+        loss,
+        html.pair(html.chart(speed), html.chart(rate)),
+    )
+
+
+def _progress(run: Path, most: int = 4) -> str:
+    """The sample grids of training: first, last, and evenly between."""
+    grids = sorted((run / "samples").glob("step_*.png"), key=lambda path: _step(path))
+    shown = [grids[round(i * (len(grids) - 1) / (most - 1))] for i in range(most)] if len(grids) > most else grids
+    pictures = [html.picture(path, f"step {_step(path):,}") for path in shown]
+    return html.section(
+        "Samples during training", "The same noise and the same clusters each time.", html.pair(*pictures)
+    )
+
+
+def _step(path: Path) -> int:
+    digits = re.sub(r"\D", "", path.stem)
+    return int(digits) if digits else 0
+
+
+def _wall(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
+    annotator = manifest.get("annotator") or {}
+    counts = [c for c in annotator.get("counts") or [] if isinstance(c, int)]
+    facts = {
+        "images": f"{sum(counts):,}" if counts else "",
+        "smallest / largest": f"{min(counts):,} / {max(counts):,}" if counts else "",
+        "entropy": f"{annotator['entropy']:.2f} of {math.log(len(counts)):.2f} nats"
+        if counts and _has(annotator, "entropy")
+        else "",
+        "NMI with the classes": f"{annotator['nmi']:.3f}" if _has(annotator, "nmi") else "",
+        "ARI": f"{annotator['ari']:.3f}" if _has(annotator, "ari") else "",
+    }
+    return html.section(
+        "What the clusters are",
+        "Found without labels; classes, where the shards carry them, only measure the match.",
+        html.facts({name: value for name, value in facts.items() if value}),
+        html.chart(charts.sizes(counts)),
+        html.picture(annotation / "wall.png", alt="Members of each cluster") if annotation else "",
+    )
+
+
+def _has(mapping: Mapping[str, Any], key: str) -> bool:
+    return _number(mapping.get(key)) is not None
+
+
+def _facts(
+    config: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    curves: Mapping[str, list[tuple[float, float]]],
+    timings: Mapping[str, float],
+) -> dict[str, str]:
+    """The cards at the top."""
+    guidance, last = manifest.get("guidance") or {}, {name: points[-1] for name, points in curves.items()}
+    step, steps = max((x for x, _ in last.values()), default=0), config.get("steps")
+    facts = {
+        "images": f"{manifest['num_images']:,}" if isinstance(manifest.get("num_images"), int) else "",
+        "size": f"{manifest['size']} px" if manifest.get("size") else "",
+        "clusters": f"{guidance['num_labels']:,}" if guidance.get("num_labels") else "",
+        "autoencoder": str((manifest.get("autoencoder") or {}).get("name") or ""),
+        "latent": " × ".join(map(str, manifest.get("latent_shape") or [])),
+        "g": str((manifest.get("features") or {}).get("name") or (manifest.get("features") or {}).get("model") or ""),
+        "steps": f"{step:,.0f}" + (f" of {steps:,}" if isinstance(steps, int) and step < steps else ""),
+        "batch size": str(config.get("batch_size") or ""),
+        "training loss": f"{last['train_loss'][1]:.4f}" if "train_loss" in last else "",
+        "total time": charts.duration(sum(timings.values())) if timings else "",
+    }
+    return {name: value for name, value in facts.items() if value and (name != "steps" or step)}
+
+
+def _recipe(command: str, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    annotator = {key: value for key, value in (manifest.get("annotator") or {}).items() if key != "counts"}
+    short = {**manifest, "annotator": annotator} if manifest else {}  # the sizes of 10,000 clusters are drawn above
+    return html.section(
+        "How it was made",
+        "",
+        html.code(command),
+        html.folded("config.yaml, resolved", _as_yaml(config)),
+        html.folded("manifest.yaml of the annotation set", _as_yaml(short)),
+    )
+
+
+def _as_yaml(mapping: Mapping[str, Any]) -> str:
+    return html.code(OmegaConf.to_yaml(OmegaConf.create(dict(mapping)))) if mapping else ""
+
+
+def _annotation_folder(run: Path, config: Mapping[str, Any]) -> Path | None:
+    """What config.yaml names, from the current folder or from the run's; None when it is not here any more."""
+    named = config.get("annotation")
+    places = [Path(named), run / named] if isinstance(named, str) else []
+    return next((place for place in places if (place / "manifest.yaml").is_file()), None)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    return OmegaConf.to_container(read_yaml(path)) if path.is_file() else {}  # type: ignore[return-value]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise InputError(f"{path}: not JSON: {err}") from err
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping of names to values")
+    return content
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _number(value: Any) -> float | None:
+    """A finite number from a cell or a JSON value, None otherwise."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
+
+
+def _numbers(mapping: Mapping[str, Any]) -> dict[str, float]:
+    return {str(key): number for key, value in mapping.items() if (number := _number(value)) is not None}
