@@ -1,17 +1,15 @@
 """Source shards: webdataset tars of images, read one after the other, written whole or not at all."""
 
+import functools
 import glob
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import tarfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_array
+from ldm_sg.data.pool import DecoderPool, decoder_pool
 from ldm_sg.errors import InputError, choices
 
 if TYPE_CHECKING:
@@ -245,28 +244,22 @@ def space_left(path: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB left on its disk"
 
 
-def decoder_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes for `image_batches` to share between calls; -1 = one a core, less one. They never import torch."""
-    count = max(1, (os.cpu_count() or 2) - 1) if workers < 0 else max(1, workers)
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
-
-
 def image_batches(
-    shards: Iterable[str], size: int, batch_size: int, workers: int | ProcessPoolExecutor, on_skip: OnSkip
+    shards: Iterable[str], size: int, batch_size: int, workers: int | DecoderPool, on_skip: OnSkip
 ) -> Iterator[tuple[list[str], "Tensor", "Tensor"]]:
     """(keys, uint8 [B, 3, size, size], cls [B] long, -1 = unknown) of all good images, in the order of the shards.
 
     `workers`: processes that decode (0 = this one, -1 = one a core, less one), or a pool from `decoder_pool`. A batch
     is short only where images were skipped and at the end. Memory: about two encoded and decoded batches a worker."""
     samples = ((shard, sample) for shard in shards for sample in read_shard(shard, on_skip))
+    decode_one = functools.partial(_decode_batch, size)
     if workers == 0:
-        yield from _tensors((_decode_batch(batch, size) for batch in _batched(samples, batch_size)), on_skip)
+        yield from _tensors(map(decode_one, _batched(samples, batch_size)), on_skip)
     elif isinstance(workers, int):
         with decoder_pool(workers) as pool:
             yield from image_batches(shards, size, batch_size, pool, on_skip)
     else:
-        jobs = (pool_job for pool_job in _ahead(workers, _batched(samples, batch_size), size))
-        yield from _tensors(jobs, on_skip)
+        yield from _tensors(workers.in_order(decode_one, _batched(samples, batch_size)), on_skip)
 
 
 Encoded = tuple[str, str, int, bytes]  # shard, key, cls, image
@@ -279,18 +272,7 @@ def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int) -> Iterator
         yield batch
 
 
-def _ahead(pool: ProcessPoolExecutor, batches: Iterator[list[Encoded]], size: int) -> Iterator[Decoded]:
-    """Results in order, with a bounded number of batches under way."""
-    waiting: deque[Future[Decoded]] = deque()
-    for batch in batches:
-        waiting.append(pool.submit(_decode_batch, batch, size))
-        if len(waiting) > 2 * pool._max_workers:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _decode_batch(batch: list[Encoded], size: int) -> Decoded:
+def _decode_batch(size: int, batch: list[Encoded]) -> Decoded:
     keys, images, classes, skipped = [], [], [], []
     for shard, key, cls, data in batch:
         try:
