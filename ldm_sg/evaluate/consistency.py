@@ -1,11 +1,40 @@
 """Cluster consistency: do samples land, under the run's own g and f, in the cluster they were asked for?"""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ldm_sg.errors import InputError
 
 NEAREST = 3
+
+
+class Assigner(Protocol):
+    """f: features [B, D] -> ids [B, n] of the n nearest clusters, nearest first; n is cut to the number of clusters k."""
+
+    k: int
+
+    def nearest(self, features: Tensor, n: int) -> Tensor: ...
+
+
+def consistency(
+    asked: Tensor, samples: Tensor, signals: Tensor, real: Tensor, rebuilt: Tensor, f: Assigner
+) -> dict[str, float]:
+    """Ids asked for [N] and features of the samples [N, D]; ids of the training set [T]; features of real images [M, D]
+    before and after the autoencoder.
+
+    -> the share in the asked cluster and in its 3 nearest; the same of real images after the autoencoder, asked for
+    their own cluster (no sample can be expected to do better); and chance."""
+    nearest_real, nearest_rebuilt = f.nearest(real, NEAREST), f.nearest(rebuilt, NEAREST)
+    parts = {
+        "consistency": landing(asked, f.nearest(samples, NEAREST)),
+        "consistency_real": landing(nearest_real[:, 0], nearest_rebuilt),
+        "consistency_chance": chance(signals, nearest_real, f.k),
+    }
+    return {name: both[0] for name, both in parts.items()} | {
+        name.replace("consistency", "consistency_top3"): both[1] for name, both in parts.items()
+    }
 
 
 def landing(asked: Tensor, nearest: Tensor) -> tuple[float, float]:
@@ -15,11 +44,11 @@ def landing(asked: Tensor, nearest: Tensor) -> tuple[float, float]:
     return float(hits[:, 0].float().mean()), float(hits.any(1).float().mean())
 
 
-def chance(signals: Tensor, nearest: Tensor) -> tuple[float, float]:
-    """What an image that ignores the ids asked for would reach, these being drawn from the training set's ids `signals`
-    [M]: sum_k p_k^2 for an image drawn from the same distribution, and for the three nearest the mean probability of
-    the ids in `nearest` [N, 3] of real images."""
-    p = torch.bincount(signals, minlength=int(nearest.max()) + 1).double() / len(signals)  # [K]
+def chance(signals: Tensor, nearest: Tensor, k: int) -> tuple[float, float]:
+    """What images that ignore the id asked for would reach, where ids are drawn from the training set's `signals` [T]:
+    sum_k p_k^2 for images drawn from the same distribution; for the three nearest, the mean probability of the ids in
+    `nearest` [M, 3] of real images."""
+    p = torch.bincount(signals, minlength=k).double() / len(signals)  # [K]
     return float(p.square().sum()), float(p[nearest].sum(1).mean())
 
 
@@ -27,7 +56,7 @@ def check_ids(ids: Tensor, k: int, where: str) -> Tensor:
     """`ids` [N], all of which the annotator has; InputError otherwise, and for multi-hot signals."""
     if ids.dim() != 1:
         raise InputError(f"{where}: cluster consistency is for one cluster id an image; these signals are multi-hot")
-    if len(ids) and (int(ids.max()) >= k or int(ids.min()) < 0):
-        wrong = int(ids.max()) if int(ids.max()) >= k else int(ids.min())
-        raise InputError(f"{where}: cluster {wrong} was asked for, but the annotator has clusters 0 to {k - 1}")
+    beyond = ids[(ids >= k) | (ids < 0)]
+    if len(beyond):
+        raise InputError(f"{where}: cluster {int(beyond[0])} was asked for; the annotator has clusters 0 to {k - 1}")
     return ids

@@ -34,6 +34,11 @@ class Inception(nn.Module):
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return self.net(pixels)[0]
 
+    @property
+    def classifies(self) -> bool:
+        """False for weights whose last layer (fc) is empty: good for distances, not for the Inception score."""
+        return bool(self.net.fc.weight.any())
+
     def logits(self, features: Tensor) -> Tensor:
         """Class scores [N, 1008] of features [N, 2048], without the bias, as the Inception score takes them."""
         return features @ self.net.fc.weight.T.to(features)

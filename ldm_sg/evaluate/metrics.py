@@ -7,6 +7,9 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 
 from ldm_sg.errors import InputError
 
+NEIGHBOURS = 5  # k of the k-NN manifolds
+SPLITS = 10  # of the Inception score
+NEEDS = {"fd": 2, "kid": 2, "prdc": NEIGHBOURS + 1, "is": SPLITS, "consistency": 1}  # images, at least, by metric
 BLOCK = 2**25  # distances held at once (float32: 128 MiB), whatever the number of images
 
 
@@ -42,7 +45,7 @@ def kernel_distance(
     return {"kid": out[KEY_METRIC_KID_MEAN], "kid_std": out[KEY_METRIC_KID_STD]}
 
 
-def manifold(samples: Tensor, reference: Tensor, k: int = 5) -> dict[str, float]:
+def manifold(samples: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al., 2019), density and coverage (Naeem et al., 2020, Eqs. 3-6).
 
     A ball around each image reaches its k-th nearest neighbour of the same set. precision: share of samples inside some
@@ -70,7 +73,7 @@ def manifold(samples: Tensor, reference: Tensor, k: int = 5) -> dict[str, float]
     }
 
 
-def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> dict[str, float]:
+def inception_score(logits: Tensor, splits: int = SPLITS, seed: int = 0) -> dict[str, float]:
     """exp E KL(p(y|x) || p(y)) of classifier logits [N, classes] (Salimans et al., 2016), mean and spread over splits.
 
     Raises InputError where the logits say nothing (a classifier whose last layer is empty) or N < splits."""

@@ -48,6 +48,15 @@ class ImageSet:
             raise InputError(f"{self.where}/{RECORDS}, line {wrong + 1}: k = {asked[wrong]!r} is not one cluster id")
         return torch.tensor(asked)
 
+    def sampling(self) -> dict[str, Any]:
+        """w, steps, scheduler and seed, as far as the records tell; a list where they differ."""
+        found: dict[str, Any] = {}
+        for key in ("w", "steps", "scheduler", "seed"):
+            values = list({json.dumps(r[key]): r[key] for r in self.records if key in r}.values())
+            if values:
+                found[key] = values[0] if len(values) == 1 else values
+        return found
+
 
 def open_images(where: str) -> ImageSet:
     """A folder (searched recursively; samples.jsonl's list where it has one), a folder of shards, shards by glob or URL.

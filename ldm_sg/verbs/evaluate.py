@@ -1,0 +1,246 @@
+"""evaluate: samples of a run, or any images, against real images -> figures with all that is needed to make them again."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_sg import config
+from ldm_sg.annotate.annotator import LoadedAnnotator, load_annotator
+from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.config import FeaturesConfig
+from ldm_sg.data.images import to_float, to_uint8
+from ldm_sg.errors import InputError
+from ldm_sg.evaluate import figures, sources
+from ldm_sg.evaluate.collect import Network, cached, collect
+from ldm_sg.evaluate.consistency import check_ids, consistency
+from ldm_sg.evaluate.inception import Inception, load_inception
+from ldm_sg.hardware import pick_device
+from ldm_sg.pipeline import SelfGuidedPipeline
+from ldm_sg.verbs.sample import open_pipeline
+
+MOST_REFERENCE = 50_000  # reference images, spread over the whole set
+CEILING = 2_000  # of them pass through the autoencoder, for the best that consistency can be
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is judged: drawn from a run as it is read, or images on disk."""
+
+    where: str
+    total: int
+    size: int
+    batches: Callable[[list[str]], Iterator[tuple[Tensor, Tensor]]]  # (skipped) -> positions [B], uint8 [B, 3, H, W]
+    ids: Callable[[], Tensor]  # the cluster each was asked for, by position; InputError where nothing says
+    sampling: dict[str, Any]  # w, steps, scheduler, seed, as far as they are known
+    out: Path  # where the result goes when nothing else is said
+
+
+def evaluate(
+    source: str | Path,
+    reference: str | Path,
+    metrics: str = "fd,prdc,consistency",
+    n: int = 10_000,
+    features: str | None = None,
+    out: str | Path | None = None,
+    size: int | None = None,
+    w: float = 2.0,
+    steps: int = 25,
+    scheduler: str = "dpmpp_2m",
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str = "auto",
+    run: str | Path | None = None,
+) -> dict[str, Any]:
+    """Prints a table, writes `out` (default RUN/evaluations/SETTINGS.json, or evaluation.json in the folder of images)
+    and returns what it wrote.
+
+    source: a run or pipeline folder (n samples are drawn, their signals from the training distribution), a folder of
+    images or of what `ldm-sg sample` made, or shards. features: the run's own g (default), `inception`,
+    `inception:FILE`, any g by name, or a YAML of feature settings. run: whose g and f judge images on disk; default the
+    run that holds them. Up to 50,000 reference images are used."""
+    started = time.perf_counter()
+    wanted = figures.parse_metrics(metrics)
+    if n < 1 or batch_size < 1 or not math.isfinite(w):
+        raise InputError(f"n={n}, batch_size={batch_size}, w={w}: counts of at least 1 and a finite strength")
+    real, on, folder = sources.open_images(str(reference)), pick_device(device), Path(source)
+    home = _run_of(folder, run) if features is None or "consistency" in wanted or _is_run(folder) else None
+    pipe = open_pipeline(home, device) if home else None
+    if pipe and _is_run(folder):
+        settings = {"w": w, "steps": steps, "scheduler": scheduler, "seed": seed}
+        samples = from_run(pipe, folder, n, size, batch_size, settings, features)
+    else:
+        samples = from_disk(sources.open_images(str(source)), n, size, batch_size)
+    figures.check_enough(wanted, samples.total, samples.where)
+    figures.check_enough(wanted, sources.count(real), str(reference))
+    file = figures.prepare(Path(out) if out else samples.out)
+    asked = samples.ids() if "consistency" in wanted else None
+    annotator = _annotator(pipe, samples.where, on) if features is None or asked is not None else None
+    network = load_network(features, on) if features else annotator.extractor  # type: ignore[union-attr]
+    figures.check_network(wanted, network)
+    if asked is not None:
+        check_ids(asked, annotator.f.k, samples.where)  # type: ignore[union-attr]
+
+    skipped: list[str] = []
+    networks = {"main": network} | ({"own": annotator.extractor} if annotator and asked is not None else {})
+    if networks.get("own") is network:
+        del networks["own"]
+    places, found = collect(samples.batches(skipped), networks, on, samples.total, "samples")
+    real_features = _reference(real, network, samples.size, batch_size, on, skipped)
+    values = figures.compute(wanted, found["main"], real_features, network, seed)
+    if asked is not None and pipe and annotator:
+        before, after = _ceiling(real, pipe, annotator, batch_size, on)
+        own = found.get("own", found["main"])
+        values |= consistency(asked[places], own, _signals(pipe), before, after, annotator.f)
+    result = {
+        "source": str(source),
+        "reference": str(reference),
+        "metrics": values,
+        "samples": len(places),
+        "reference_images": len(real_features),
+        "asked": n,
+        "sampling": samples.sampling,
+        "preprocessing": {"size": samples.size, **sources.PREPROCESSING},
+        "features": dict(network.manifest),
+        "annotator": {"run": str(home), "k": annotator.f.k, "g": annotator.extractor.manifest} if annotator else None,
+        "notes": figures.remarks(wanted, n, found["main"], real_features, skipped),
+        "seconds": round(time.perf_counter() - started, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {name: version(name) for name in ("ldm-sg", "torch", "diffusers", "torch-fidelity")},
+    }
+    figures.write(file, result)
+    print(figures.table(result), f"-> {file}", sep="\n")
+    return result
+
+
+def from_run(
+    pipe: SelfGuidedPipeline,
+    folder: Path,
+    n: int,
+    size: int | None,
+    batch_size: int,
+    settings: dict[str, Any],
+    features: str | None,
+) -> Samples:
+    """n samples drawn as they are read; image i and its signal depend on (seed, i) only."""
+    own = image_size(pipe)
+    if size not in (None, own):
+        raise InputError(f"size={size}: the samples of {folder} have {own} pixels, and so the reference")
+    guidance = pipe.draw(n, settings["seed"])
+
+    def batches(_: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, n, batch_size):
+            part = guidance[start : start + batch_size]
+            yield torch.arange(start, start + len(part)), pipe(part, first_index=start, **settings)
+
+    def ids() -> Tensor:
+        assert guidance.k is not None
+        return guidance.k
+
+    name = "w{w:g}_{scheduler}{steps}_seed{seed}".format(**settings)
+    network = Path(features.replace(":", "-")).stem if features else "own"
+    made = settings | {"signals": "drawn from the training distribution"}
+    inside = (folder / "model_index.json").is_file()  # a pipeline folder, which training replaces, of a run
+    home, prefix = (folder.parent, f"{folder.name}_") if inside else (folder, "")
+    file = home / "evaluations" / f"{prefix}{name}_n{n}_{network}.json"
+    return Samples(str(folder), n, own, batches, ids, made, file)
+
+
+def from_disk(images: sources.ImageSet, n: int, size: int | None, batch_size: int) -> Samples:
+    """At most n images, spread over the set."""
+    total, own = sources.count(images), size or sources.first_size(images)
+
+    def batches(skipped: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        return sources.batches(images, own, batch_size, n, lambda name, reason: skipped.append(f"{name}: {reason}"))
+
+    folder = Path(images.where)
+    out = (folder if folder.is_dir() else Path()) / "evaluation.json"
+    return Samples(
+        images.where, n if total is None else min(n, total), own, batches, images.ids, images.sampling(), out
+    )
+
+
+def load_network(features: str, device: torch.device) -> Inception | FeatureExtractor:
+    """`inception`, `inception:FILE`, a file of Inception weights, a YAML of FeaturesConfig, or any g by its name."""
+    name, _, file = features.partition(":")
+    if name == "inception":
+        return load_inception(file or None).to(device)
+    if Path(features).suffix in (".safetensors", ".pth", ".pt"):
+        return load_inception(features).to(device)
+    if Path(features).suffix in (".yaml", ".yml"):
+        return load_extractor(config.load(FeaturesConfig, features), device)
+    return load_extractor(FeaturesConfig(model=features), device)
+
+
+def image_size(pipe: SelfGuidedPipeline) -> int:
+    """Side of the images that the pipeline makes, in pixels."""
+    return pipe.latent_shape[-1] * pipe.autoencoder.factor
+
+
+def _is_run(folder: Path) -> bool:
+    return any((place / "model_index.json").is_file() for place in (folder, folder / "pipeline"))
+
+
+def _run_of(source: Path, run: str | Path | None) -> Path | None:
+    """The run named, the source itself, or the run whose folder holds it; None when there is none."""
+    if run is not None:
+        return Path(run)
+    return next((place for place in (source, *source.resolve().parents) if _is_run(place)), None)
+
+
+def _annotator(pipe: SelfGuidedPipeline | None, where: str, device: torch.device) -> LoadedAnnotator:
+    if pipe is None:
+        raise InputError(
+            f"{where} belongs to no run, so no g is given: name a feature network, features=inception for example, and "
+            "leave consistency out; or name the run with run=RUN"
+        )
+    try:
+        return load_annotator(pipe.annotator_folder, device)
+    except InputError as err:
+        raise InputError(f"{err}; name a feature network (features=...) and leave consistency out") from err
+
+
+def _signals(pipe: SelfGuidedPipeline) -> Tensor:
+    assert pipe.signals.k is not None
+    return pipe.signals.k.cpu()
+
+
+def _reference(
+    real: sources.ImageSet,
+    network: Inception | FeatureExtractor,
+    size: int,
+    batch_size: int,
+    on: torch.device,
+    skipped: list[str],
+) -> Tensor:
+    """Features [M, D] of the reference images, remembered for these files, this preprocessing and these weights."""
+
+    def compute() -> Tensor:
+        lost = lambda name, reason: skipped.append(f"{name}: {reason}")  # noqa: E731
+        batches = sources.batches(real, size, batch_size, MOST_REFERENCE, lost)
+        total = sources.count(real)
+        return collect(batches, {"main": network}, on, total and min(total, MOST_REFERENCE), "reference")[1]["main"]
+
+    settings = {"size": size, "limit": MOST_REFERENCE, "network": network.manifest, "device": on.type}
+    return cached(sources.fingerprint(real, **settings), compute)
+
+
+def _ceiling(
+    real: sources.ImageSet, pipe: SelfGuidedPipeline, annotator: LoadedAnnotator, batch_size: int, on: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features [M, D] of up to CEILING real images, before and after the run's autoencoder."""
+
+    def rebuilt(images: Tensor) -> Tensor:
+        pixels = to_uint8(pipe.autoencoder.decode(pipe.autoencoder.encode(images)))
+        return annotator.features(to_float(pixels))
+
+    networks: dict[str, Network] = {"before": annotator.features, "after": rebuilt}
+    batches = sources.batches(real, image_size(pipe), batch_size, CEILING, lambda *_: None)
+    found = collect(batches, networks, on, min(sources.count(real) or CEILING, CEILING), "real, rebuilt")[1]
+    return found["before"], found["after"]
