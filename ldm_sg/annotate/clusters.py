@@ -67,6 +67,11 @@ class Clusters:
         """Features [B, D] -> ids [B] long, of the nearest centroid."""
         return self.nearest(features, 1)[:, 0]
 
+    def of_shard(self, features: np.ndarray | None, cls: np.ndarray) -> np.ndarray:
+        """Features [N, D] of a shard (its classes are not looked at) -> ids [N]."""
+        assert features is not None
+        return self.assign(features).numpy()
+
     def nearest(self, features: np.ndarray | Tensor, n: int) -> Tensor:
         """Features [B, D] -> ids [B, n] long of the n nearest centroids, nearest first."""
         return self._search(features, n)[1]
@@ -115,43 +120,36 @@ def on_gpu() -> bool:
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
-def counts(ids: np.ndarray, k: int) -> np.ndarray:
-    """Images in each cluster, [K]."""
-    return np.bincount(ids, minlength=k)
-
-
 def entropy(sizes: np.ndarray) -> float:
-    """Entropy of the cluster sizes in nats, 0 (all in one) .. log K (all equal)."""
+    """Entropy of cluster sizes [K] in nats: 0 (all in one) .. log K (all equal)."""
     p = sizes[sizes > 0] / sizes.sum()
     return float(-(p * np.log(p)).sum())
 
 
-def nmi(a: np.ndarray, b: np.ndarray) -> float:
-    """Normalised mutual information of two labellings, arithmetic mean of entropies below (scikit-learn's default)."""
-    table = contingency(a, b)
-    joint, rows, columns = table / table.sum(), table.sum(1) / table.sum(), table.sum(0) / table.sum()
+def contingency(a: np.ndarray, b: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Ids a [N] in 0 .. A-1 and b [N] in 0 .. B-1 -> how often they meet, int64 `shape` = [A, B]."""
+    table = np.zeros(shape, dtype=np.int64)
+    np.add.at(table, (a, b), 1)
+    return table
+
+
+def nmi(table: np.ndarray) -> float:
+    """Normalised mutual information of the two labellings of a contingency table, with the arithmetic mean of their
+    entropies below (scikit-learn's default)."""
+    joint, rows, columns = (part / table.sum() for part in (table, table.sum(1), table.sum(0)))
     seen = joint > 0
     mutual = float((joint[seen] * np.log(joint[seen] / np.outer(rows, columns)[seen])).sum())
-    mean = (entropy(table.sum(1)) + entropy(table.sum(0))) / 2
+    mean = (entropy(rows) + entropy(columns)) / 2
     return max(0.0, mutual / mean) if mean > 0 else 1.0
 
 
-def ari(a: np.ndarray, b: np.ndarray) -> float:
-    """Adjusted Rand index of two labellings (Hubert and Arabie, 1985): 1 = the same partition, 0 = as by chance."""
-    table = contingency(a, b).astype(np.float64)
+def ari(table: np.ndarray) -> float:
+    """Adjusted Rand index (Hubert and Arabie, 1985): 1 = the same partition, about 0 = as by chance."""
 
     def pairs(n: np.ndarray) -> float:
-        return float((n * (n - 1) / 2).sum())
+        return float((n.astype(np.float64) * (n - 1) / 2).sum())
 
-    both, rows, columns, total = pairs(table), pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum()[None])
+    both, rows, columns, total = pairs(table), pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum(keepdims=True))
     expected = rows * columns / total if total else 0.0
     highest = (rows + columns) / 2
     return 1.0 if highest == expected else (both - expected) / (highest - expected)
-
-
-def contingency(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[labels of a, labels of b] counts of how often they meet."""
-    rows, columns = np.unique(a, return_inverse=True)[1], np.unique(b, return_inverse=True)[1]
-    table = np.zeros((rows.max() + 1, columns.max() + 1), dtype=np.int64)
-    np.add.at(table, (rows, columns), 1)
-    return table

@@ -11,18 +11,24 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import timm
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm_sg.annotate.clusters import Clusters, nmi
-from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.annotate.clusters import Clusters, contingency, nmi
+from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.annotate.stage import write_text
 from ldm_sg.config import AnnotatorConfig, DistillConfig
 from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
+from ldm_sg.data.latents import file_sha256
 from ldm_sg.data.shards import expand, read_shard
 from ldm_sg.errors import InputError
 
@@ -118,10 +124,10 @@ def jitter(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     return (coloured * (1 + contrast) + brightness).clamp(-1, 1)
 
 
-def train_student(cfg: DistillConfig, student: nn.Module, views: np.ndarray, targets: Tensor, bf16: bool) -> nn.Module:
-    """Minimise 1 - cos(student(view), target) over all views; targets [N, V, width]. Returns the student, trained."""
+def train_student(cfg: DistillConfig, reader: FeatureExtractor, views: np.ndarray, targets: Tensor) -> None:
+    """Minimise 1 - cos(student(view), target) over all views; targets [N, V, width]."""
     generator = torch.Generator().manual_seed(cfg.seed)
-    student.train().to(memory_format=torch.channels_last)
+    student = reader.tower.train()
     decayed = [p for p in student.parameters() if p.ndim > 1]
     rest = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -133,8 +139,8 @@ def train_student(cfg: DistillConfig, student: nn.Module, views: np.ndarray, tar
         i = torch.randint(len(views), (cfg.batch_size,), generator=generator)
         v = torch.randint(views.shape[1], (cfg.batch_size,), generator=generator)
         images = jitter(to_float(torch.from_numpy(views[i.numpy(), v.numpy()])), generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            predicted = student(images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=reader.bf16):
+            predicted = student(reader.prepare(images))
         loss = (1 - F.cosine_similarity(predicted.float(), targets[i, v])).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -142,15 +148,78 @@ def train_student(cfg: DistillConfig, student: nn.Module, views: np.ndarray, tar
         schedule.step()
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.3f}")
-    return student.eval()
+    student.eval().requires_grad_(False)
 
 
-def probe_nmi(extractor: FeatureExtractor, source: str, size: int) -> float:
-    """Mean NMI over 5 seeds of k-means (k = number of classes) on a labelled source seen at `size` pixels."""
+def save_student(
+    cfg: DistillConfig, student: nn.Module, figures: dict[str, Any], mean: list[float], std: list[float]
+) -> None:
+    """OUT/model.safetensors (float16) and OUT/manifest.yaml: a folder that `features.model` can name."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in student.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in weights.items()}, out / "model.safetensors.tmp")
+    (out / "model.safetensors.tmp").replace(out / "model.safetensors")
+    manifest = {
+        "name": out.name,
+        "model": cfg.student,
+        "kwargs": student_arguments(cfg),
+        "size": cfg.input,
+        "mean": mean,
+        "std": std,
+        "layer": None,
+        "pool": "auto",
+        "dim": cfg.width,
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "sha256": file_sha256(out / "model.safetensors"),
+        "licence": cfg.licence,
+        "recipe": {k: v for k, v in asdict(cfg).items() if k not in ("out", "licence")},
+        **figures,
+    }
+    write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
+
+
+def student_arguments(cfg: DistillConfig) -> dict[str, Any]:
+    """timm's arguments of the student: its head gives the features."""
+    return {**(cfg.kwargs or {}), "num_classes": cfg.width}
+
+
+def distill(cfg: DistillConfig) -> Path:
+    """Teach `cfg.student`, write the folder `cfg.out`, measure NMI of teacher and student on the probes."""
+    teacher = load_extractor(cfg.teacher, "cpu")
+    out = Path(cfg.out)
+    views, features = teacher_views(cfg, teacher, out.with_name(out.name + ".work"))
+    mean, projection = half_whitening(features, cfg.width, cfg.whiten)
+    targets = (torch.from_numpy(features).float() - mean) @ projection  # [N, V, width]
+    torch.manual_seed(cfg.seed)
+    student = timm.create_model(cfg.student, **student_arguments(cfg))
+    norm_mean, norm_std = ([float(v) for v in student.pretrained_cfg[key]] for key in ("mean", "std"))
+    wrapped = {"name": out.name, "size": cfg.input, "layer": None, "pool": "auto", "precision": "auto"}
+    reader = FeatureExtractor(student, wrapped | {"mean": norm_mean, "std": norm_std})
+    student.requires_grad_(True)
+    train_student(cfg, reader, views, targets)
+    save_student(cfg, student, {}, norm_mean, norm_std)
+    nmi_of = {
+        name: {
+            "classes": len({label for _, label in read_images(source)}),
+            "student": probe_nmi(reader, source, cfg.size),
+            "teacher": probe_nmi(teacher, source, teacher.size),
+        }
+        for name, source in (cfg.probes or {}).items()
+    }
+    save_student(cfg, student, {"nmi": nmi_of}, norm_mean, norm_std)
+    return out
+
+
+def probe_nmi(extractor: FeatureExtractor, source: str, size: int, batch_size: int = 64) -> float:
+    """Mean NMI over 5 seeds of k-means (k = number of classes) on a labelled source whose images have `size` pixels."""
     images, labels = zip(*read_images(source))
-    features = torch.cat(
-        [extractor(to_float(to_tensor(crop_resize(decode(data), size))[None])) for data in tqdm(images, desc="probe")]
-    )
-    k = len(set(labels))
-    ids = [Clusters(AnnotatorConfig(k=k, seed=s)).fit(features).assign(features).numpy() for s in range(5)]
-    return float(np.mean([nmi(i, np.array(labels)) for i in ids]))
+    names = sorted(set(labels))
+    features = []
+    for start in tqdm(range(0, len(images), batch_size), desc="probe"):
+        batch = [to_tensor(crop_resize(decode(data), size)) for data in images[start : start + batch_size]]
+        features.append(extractor(to_float(torch.stack(batch))))
+    points, classes = torch.cat(features), np.array([names.index(label) for label in labels])
+    shape = (len(names), len(names))
+    fits = [Clusters(AnnotatorConfig(k=len(names), seed=s)).fit(points).assign(points).numpy() for s in range(5)]
+    return round(float(np.mean([nmi(contingency(ids, classes, shape)) for ids in fits])), 4)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_sg.config import ASSETS, FeaturesConfig, read_yaml
+from ldm_sg.data.latents import file_sha256
 from ldm_sg.errors import InputError, choices
+from ldm_sg.hardware import use_bf16
 
 EXTRACTORS = ASSETS / "extractors"
 POOLS = ("auto", "cls", "mean")
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class FeatureExtractor(nn.Module):
@@ -40,7 +41,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("std", torch.tensor(manifest["std"]).view(3, 1, 1), persistent=False)
         self.tower = tower
         self.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-        self.bf16 = uses_bf16(str(manifest["precision"]), self.mean.device)
+        self.bf16 = use_bf16(str(manifest["precision"]), self.mean.device)
         self.dim = self.forward(torch.zeros(1, 3, self.size, self.size, device=self.mean.device)).shape[1]
         self.manifest["dim"] = self.dim
 
@@ -103,27 +104,19 @@ class FeatureExtractor(nn.Module):
         return spatial, None if prefix is None or prefix.shape[1] == 0 else prefix
 
 
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """`auto` is bf16 where the hardware multiplies in it: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
 def load_extractor(cfg: FeaturesConfig, device: torch.device | str = "cpu") -> FeatureExtractor:
     """The g of a config: a shipped name, a folder with manifest.yaml, `open_clip:MODEL[/PRETRAINED]`, or a timm name.
 
     Raises InputError for an unknown name, weights that cannot be had or do not fit, a block or pooling it lacks."""
-    for key, allowed in (("pool", POOLS), ("precision", PRECISIONS)):
-        if getattr(cfg, key) not in allowed:
-            raise InputError(f"features.{key}={getattr(cfg, key)}: {choices(getattr(cfg, key), allowed)}")
+    if cfg.pool not in POOLS:
+        raise InputError(f"features.pool={cfg.pool!r}; {choices(cfg.pool, POOLS)}")
     folder = _shipped(cfg.model)
     if folder is not None:
         return _load_folder(folder, cfg, device)
     tower, own = _open_clip(cfg) if cfg.model.startswith("open_clip:") else _timm(cfg)
-    manifest = {"name": cfg.model, **own, "layer": cfg.layer, "pool": cfg.pool, "precision": cfg.precision}
+    weights = str(Path(cfg.weights).resolve()) if cfg.weights else None
+    chosen = {"layer": cfg.layer, "pool": cfg.pool, "precision": cfg.precision}
+    manifest = {"name": cfg.model, "model": cfg.model, "weights": weights, **own, **chosen}
     manifest["sha256"] = weights_sha256(tower)
     return FeatureExtractor(tower, manifest, device)
 
@@ -143,14 +136,19 @@ def _load_folder(folder: Path, cfg: FeaturesConfig, device: torch.device | str) 
     path = Path(cfg.weights) if cfg.weights else folder / "model.safetensors"
     state = read_weights(path)
     if not cfg.weights and file_sha256(path) != own["sha256"]:
-        raise InputError(f"{path}: its sha256 is not the one in manifest.yaml beside it: the file is damaged")
+        raise InputError(f"{path}: its sha256 is not the one that manifest.yaml beside it gives: the file was changed")
     size = own["size"] if cfg.size is None else cfg.size
     tower = timm.create_model(own["model"], **{"num_classes": 0, **own.get("kwargs", {})})
     _load_state(tower, state, path)
     chosen = {"layer": own.get("layer") if cfg.layer is None else cfg.layer, "precision": cfg.precision, "size": size}
     chosen["pool"] = own.get("pool", "auto") if cfg.pool == "auto" else cfg.pool
-    known = {key: own[key] for key in ("model", "mean", "std", "sha256")}
-    extractor = FeatureExtractor(tower, {"name": own["name"], **known, **chosen}, device)
+    known = {
+        "weights": str(Path(cfg.weights).resolve()) if cfg.weights else None,
+        "mean": own["mean"],
+        "std": own["std"],
+    }
+    known["sha256"] = file_sha256(path)
+    extractor = FeatureExtractor(tower, {"name": own["name"], "model": cfg.model, **known, **chosen}, device)
     extractor.folder = folder
     return extractor
 
@@ -252,8 +250,3 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

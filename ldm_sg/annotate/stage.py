@@ -1,0 +1,148 @@
+"""What `annotate` keeps on disk between its passes, shard by shard, so that memory does not grow with their number and a
+second run does only what is missing.
+
+    OUT/features/000000.npy      float16 [n, D], stays
+    OUT/work/000000.latent.f16   raw float16 [n, C, h, w], deleted when the set is finished; .flip.f16 likewise
+    OUT/work/000000.json         keys, classes, skipped, shapes; written last: the shard is done"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+from torch import Tensor
+
+from ldm_sg.data.shards import space_left
+from ldm_sg.errors import InputError
+
+
+@dataclass
+class ShardMeta:
+    """One source shard after the streaming pass."""
+
+    url: str
+    keys: list[str]
+    cls: list[int]  # -1 = unknown
+    skipped: list[tuple[str, str, str]]  # (shard, key, reason)
+    latent_shape: list[int] | None  # [C, h, w]; None when the shard had no image
+
+
+class Stage:
+    """The files of shard number `index` under OUT."""
+
+    def __init__(self, out: Path, index: int):
+        name = f"{index:06d}"
+        self.index, self.tar = index, out / "shards" / f"{name}.tar"
+        self.features = out / "features" / f"{name}.npy"
+        self.latents = {"latent": out / "work" / f"{name}.latent.f16", "flip": out / "work" / f"{name}.flip.f16"}
+        self.meta = out / "work" / f"{name}.json"
+
+    @property
+    def done(self) -> bool:
+        return self.meta.is_file()
+
+    def read_meta(self) -> ShardMeta:
+        return ShardMeta(**json.loads(self.meta.read_text()))
+
+    def read_features(self) -> np.ndarray:
+        """float16 [n, D], memory-mapped."""
+        return np.load(self.features, mmap_mode="r", allow_pickle=False)
+
+    def read_latents(self, which: str, meta: ShardMeta) -> np.ndarray:
+        """float16 [n, C, h, w], memory-mapped."""
+        assert meta.latent_shape is not None
+        return np.memmap(self.latents[which], np.float16, "r", shape=(len(meta.keys), *meta.latent_shape))
+
+
+class StageWriter:
+    """Takes a shard's batches as they come; `finish` gives the files their names. Any error leaves none of them."""
+
+    def __init__(self, stage: Stage, url: str, flips: bool):
+        self.stage, self.meta = stage, ShardMeta(url, [], [], [], None)
+        self.features: list[np.ndarray] = []
+        self.paths = {which: stage.latents[which] for which in (["latent", "flip"] if flips else ["latent"])}
+
+    def __enter__(self) -> "StageWriter":
+        for folder in {self.stage.features.parent, self.stage.meta.parent}:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.files: dict[str, IO[bytes]] = {w: temporary(path).open("wb") for w, path in self.paths.items()}
+        return self
+
+    def add(self, keys: list[str], cls: Tensor, features: Tensor | None, latents: dict[str, Tensor]) -> None:
+        """A batch of B images: features [B, D], latents [B, C, h, w] normalised."""
+        self.meta.keys += keys
+        self.meta.cls += cls.tolist()
+        if features is not None:
+            self.features.append(features.half().cpu().numpy())
+        self.meta.latent_shape = list(latents["latent"].shape[1:])
+        for which, values in latents.items():
+            self._write(which, values.half().cpu().contiguous().numpy().data)
+
+    def _write(self, which: str, data: memoryview) -> None:
+        try:
+            self.files[which].write(data)
+            self.files[which].flush()
+        except OSError as err:
+            path = self.paths[which]
+            raise InputError(f"{path}: cannot write latents: {err.strerror or err}; {space_left(path)}") from err
+
+    def finish(self) -> None:
+        for which, file in self.files.items():
+            file.close()
+            temporary(self.paths[which]).replace(self.paths[which])
+        if self.features:
+            write_array(self.stage.features, np.concatenate(self.features))
+        write_text(self.stage.meta, json.dumps(asdict(self.meta)))
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None:
+            for which, file in self.files.items():
+                file.close()
+                temporary(self.paths[which]).unlink(missing_ok=True)
+
+
+def temporary(path: Path) -> Path:
+    """Where a file grows until it is whole."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary(path).write_text(text)
+    temporary(path).replace(path)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary(path).open("wb") as file:
+        np.save(file, array)
+    temporary(path).replace(path)
+
+
+def stages(out: Path, count: int) -> Iterator[Stage]:
+    return (Stage(out, index) for index in range(count))
+
+
+def sample_features(all_stages: list[Stage], counts: list[int], limit: int, seed: int) -> np.ndarray:
+    """At most `limit` features [n, D] float32, drawn evenly without replacement when there are more; one shard's file is
+    open at a time."""
+    total = sum(counts)
+    chosen = np.arange(total)
+    if total > limit:
+        chosen = np.sort(np.random.default_rng(seed).choice(total, limit, replace=False))
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    out: np.ndarray | None = None
+    for stage, start, end in zip(all_stages, starts[:-1], starts[1:]):
+        first, last = np.searchsorted(chosen, [start, end])
+        if first == last:
+            continue
+        features = stage.read_features()
+        if out is None:
+            out = np.empty((len(chosen), features.shape[1]), np.float32)
+        out[first:last] = features[chosen[first:last] - start]
+    assert out is not None
+    return out

@@ -1,0 +1,16 @@
+"""annotate: source shards -> annotation set, with a report beside it."""
+
+from pathlib import Path
+
+from ldm_sg.annotate.run import annotate_shards
+from ldm_sg.config import AnnotateConfig
+from ldm_sg.report.annotation import write_report
+
+
+def annotate(cfg: AnnotateConfig) -> Path:
+    """The annotation set's folder; a finished one of the same config returns at once."""
+    out = annotate_shards(cfg)
+    if not (out / "report.html").is_file():
+        write_report(out)
+    print(out / "report.html")
+    return out

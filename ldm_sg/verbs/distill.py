@@ -1,0 +1,9 @@
+"""distill: a small g from a large one, without labels."""
+
+from ldm_sg.annotate.distill import distill as teach
+from ldm_sg.config import DistillConfig
+
+
+def distill(cfg: DistillConfig) -> None:
+    """Writes the folder `cfg.out`, which `features.model` can name afterwards."""
+    print(teach(cfg) / "manifest.yaml")
