@@ -34,8 +34,8 @@ _UPRIGHT = {  # EXIF orientation -> what brings the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Our own limit is checked right after the header is read, and it is an error, not a warning.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of odd EXIF blocks and of sizes below our own limit; what matters here is an error, not a warning.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(Exception):
@@ -59,6 +59,8 @@ def decode(data: bytes, key: str = "") -> Image.Image:
             rgb = _to_rgb(image)
     except BadImage:
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit, for headers far beyond ours
+        raise BadImage(f"its header claims more than {MAX_PIXELS:,} pixels", key) from None
     except Image.UnidentifiedImageError:
         raise BadImage(f"not an image ({', '.join(FORMATS)})", key) from None
     except (
@@ -136,3 +138,19 @@ def to_uint8(images: "Tensor") -> "Tensor":
     import torch
 
     return images.detach().float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def decode_index(data: bytes, size: tuple[int, int]) -> Image.Image:
+    """An index PNG (segmentation mask) that belongs to an image of `size` -> its indices, mode P or L. Raises BadImage."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
+            if mask.size != size:
+                raise BadImage(f"its mask is {mask.size[0]} x {mask.size[1]}, the image {size[0]} x {size[1]}")
+            if mask.mode not in ("P", "L"):
+                raise BadImage(f"its mask has mode {mask.mode}: an index image is 8-bit greyscale or palette")
+            mask.load()
+            return mask.copy()
+    except BadImage:
+        raise
+    except Exception as err:  # as in `decode`
+        raise BadImage(f"its mask cannot be decoded: {' '.join(str(err).split()) or type(err).__name__}") from err

@@ -122,23 +122,23 @@ class _StrictTarInfo(tarfile.TarInfo):
 def read_members(url: str) -> Iterator[tuple[str, str, bytes]]:
     """(key, extension in lower case, content) of a shard's files in order. Raises tarfile.TarError where it is damaged,
     after everything before the damage; InputError when it cannot be opened or the connection breaks."""
-    with open_shard(url) as stream:
-        try:
-            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
-                for member in tar:
-                    match = _NAME.match(member.name)
-                    content = tar.extractfile(member) if match and member.isfile() else None
-                    if match and content is not None:
-                        data = content.read()
-                        if len(data) < member.size:
-                            raise tarfile.ReadError(
-                                f"{member.name} is cut off after {len(data)} of {member.size} bytes"
-                            )
-                        yield match[1], match[2].lower(), data
-        except (OSError, EOFError) as err:
-            if is_remote(url):
-                raise InputError(f"shard {url!r} broke off while reading: {err}") from err
-            raise tarfile.ReadError(str(err)) from err
+    try:
+        with (
+            open_shard(url) as stream,
+            tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar,
+        ):
+            for member in tar:
+                match = _NAME.match(member.name)
+                content = tar.extractfile(member) if match and member.isfile() else None
+                if match and content is not None:
+                    data = content.read()
+                    if len(data) < member.size:
+                        raise tarfile.ReadError(f"{member.name} is cut off after {len(data)} of {member.size} bytes")
+                    yield match[1], match[2].lower(), data
+    except (OSError, EOFError) as err:
+        if is_remote(url):
+            raise InputError(f"shard {url!r} broke off while reading: {err}") from err
+        raise tarfile.ReadError(str(err)) from err
 
 
 def read_shard(url: str, on_skip: OnSkip) -> Iterator[Sample]:
@@ -148,9 +148,9 @@ def read_shard(url: str, on_skip: OnSkip) -> Iterator[Sample]:
     without any image; samples with no image, an unreadable cls or json, or a key seen before are reported by key."""
     seen: set[str] = set()
     try:
-        for key, group in itertools.groupby(read_members(url), key=lambda member: member[0]):
+        for key, group in _grouped(read_members(url)):
             files: dict[str, bytes] = {}
-            for _, ext, data in group:
+            for ext, data in group:
                 if ext in files:
                     on_skip(url, key, f"duplicate file {key}.{ext}: the first one is used")
                 files.setdefault(ext, data)
@@ -166,6 +166,24 @@ def read_shard(url: str, on_skip: OnSkip) -> Iterator[Sample]:
     else:
         if not seen:
             on_skip(url, "", f"no image in this shard: expected KEY.{'|'.join(IMAGE_EXTENSIONS)}")
+
+
+def _grouped(members: Iterator[tuple[str, str, bytes]]) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """Neighbours of one key together; what came whole before an error is given before the error is raised."""
+    key, group, damage = "", [], None
+    try:
+        for member_key, ext, data in members:
+            if member_key != key and group:
+                yield key, group
+                group = []
+            key = member_key
+            group.append((ext, data))
+    except tarfile.TarError as err:
+        damage = err
+    if group:
+        yield key, group
+    if damage is not None:
+        raise damage
 
 
 def _to_sample(url: str, key: str, files: dict[str, bytes], on_skip: OnSkip) -> Sample | None:
@@ -229,13 +247,21 @@ class ShardWriter:
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
         try:
-            yield
-        except OSError as err:
+            with disk_errors(self.path):
+                yield
+        except InputError:
             if hasattr(self, "_file"):
                 self._discard()
-            raise InputError(
-                f"{self.path}: cannot write the shard: {err.strerror or err}; {space_left(self.path)}"
-            ) from err
+            raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A disk that is full, read-only or gone while `path` is written: InputError with the path and the space left."""
+    try:
+        yield
+    except OSError as err:
+        raise InputError(f"{path}: cannot be written: {err.strerror or err}; {space_left(path)}") from err
 
 
 def space_left(path: Path) -> str:

@@ -1,0 +1,243 @@
+"""Images of any source -> square images in webdataset shards, over all cores, resumable, with flat memory.
+
+Processes decode, crop and encode small chunks; this process alone writes, shard after shard. A shard that is whole and
+has its line in shards.jsonl is never made again."""
+
+import functools
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index, square
+from ldm_sg.data.pool import DecoderPool, cores
+from ldm_sg.data.shards import ShardWriter, disk_errors
+from ldm_sg.data.sources import Item, Source
+from ldm_sg.errors import InputError
+
+FORMATS = ("jpg", "png", "webp")
+_CHUNK = 16  # images a process works on at a time
+_LOGS = ("shards.jsonl", "skipped.jsonl")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What every packed image looks like."""
+
+    size: int
+    format: str
+    quality: int
+
+    def encode(self, image: Image.Image) -> bytes:
+        """RGB image -> file content; JPEG keeps full colour resolution (4:4:4)."""
+        options: dict[str, Any] = {
+            "jpg": {"format": "JPEG", "quality": self.quality, "subsampling": 0},
+            "png": {"format": "PNG", "compress_level": 3},
+            "webp": {"format": "WEBP", "quality": self.quality},
+        }[self.format]
+        buffer = io.BytesIO()
+        image.save(buffer, **options)
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One item's files for the shard, or why there are none."""
+
+    key: str
+    source: str
+    files: dict[str, bytes] | None
+    reason: str = ""
+
+
+@dataclass
+class Summary:
+    """Totals of a pack, those of earlier runs included."""
+
+    images: int = 0
+    skipped: int = 0
+    shards: int = 0
+
+
+def pack_source(source: Source, dst: Path, form: Form, shard_size: int, workers: int, max_skipped: float) -> Summary:
+    """Makes what is missing of DST/*.tar; InputError when DST belongs to another pack, or too much is unreadable."""
+    claim(dst, {"source": source.identity, **asdict(form), "shard_size": shard_size})
+    if source.classes:
+        write_whole(dst / "classes.json", json.dumps({"classes": source.classes}, indent=1, ensure_ascii=False))
+    log = Log(dst)
+    allowed = None if source.total is None else max_skipped * source.total
+    chunks = _chunks(source.shards(shard_size, log.done))
+    with (
+        DecoderPool(workers if workers > 0 else cores()) if workers else nullcontext() as pool,
+        tqdm(total=source.total, initial=log.total.images + log.total.skipped, desc="pack", unit="image") as bar,
+    ):
+        work = functools.partial(_pack_chunk, form)
+        results = pool.in_order(work, chunks) if pool else map(work, chunks)
+        for name, group in itertools.groupby(results, key=lambda result: result[0]):
+            _write_shard(dst / name, (packed for _, chunk in group for packed in chunk), log, bar)
+            if allowed is not None and log.total.skipped > allowed:
+                break  # it can only get worse
+    _check(log.total, dst, max_skipped)
+    finish(dst, log.total)
+    return log.total
+
+
+def _check(total: Summary, dst: Path, max_skipped: float) -> None:
+    seen = total.images + total.skipped
+    if total.skipped > max_skipped * seen or not total.images:
+        share = f"{total.skipped} of {seen} images could not be used ({total.skipped / max(1, seen):.1%})"
+        raise InputError(f"{share}, more than max_skipped={max_skipped:g} allows; reasons are in {dst / _LOGS[1]}")
+
+
+def _chunks(shards: Iterable[tuple[str, Iterator[Item]]]) -> Iterator[tuple[str, list[Item]]]:
+    for name, items in shards:
+        while chunk := list(itertools.islice(items, _CHUNK)):
+            yield name, chunk
+
+
+def _pack_chunk(form: Form, chunk: tuple[str, list[Item]]) -> tuple[str, list[Packed]]:
+    name, items = chunk
+    return name, [pack_item(form, item) for item in items]
+
+
+def pack_item(form: Form, item: Item) -> Packed:
+    """Reads, decodes, crops and encodes one item with what lies beside it."""
+    try:
+        sample = item.read()
+        image = decode(sample.image)
+        files = {form.format: form.encode(crop_resize(image, form.size))}
+        if sample.cls is not None:
+            files["cls"] = str(sample.cls).encode()
+        if sample.meta is not None:
+            files["json"] = json.dumps(crop_meta(sample.meta, image.size, form.size)).encode()
+        if sample.mask is not None:
+            mask = io.BytesIO()
+            crop_resize_index(decode_index(sample.mask, image.size), form.size).save(mask, format="PNG")
+            files["mask.png"] = mask.getvalue()
+    except BadImage as err:
+        return Packed(item.key, item.source, None, err.reason)
+    return Packed(item.key, item.source, files)
+
+
+def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: int) -> dict[str, Any]:
+    """A sample's json after `crop_resize`: boxes in the new pixels, clipped; those that are cropped away are left out, and
+    so is a label all of whose boxes are. Raises BadImage where `boxes` is not a list of [x0, y0, x1, y1, label]."""
+    if not isinstance(meta, dict) or "boxes" not in meta:
+        return meta
+    left, top, side = square(*original)
+    kept = []
+    try:
+        for x0, y0, x1, y1, label in meta["boxes"]:
+            corners = [(x - start) * size / side for x, start in ((x0, left), (y0, top), (x1, left), (y1, top))]
+            box = [min(max(corner, 0.0), float(size)) for corner in corners]
+            if box[0] < box[2] and box[1] < box[3]:
+                kept.append([*box, label])
+    except (TypeError, ValueError) as err:
+        raise BadImage("its json has boxes that are not [x0, y0, x1, y1, label]") from err
+    gone = {box[4] for box in meta["boxes"]} - {box[4] for box in kept}
+    labels = {"labels": [label for label in meta["labels"] if label not in gone]} if "labels" in meta else {}
+    return {**meta, **labels, "boxes": kept}
+
+
+def _write_shard(path: Path, results: Iterable[Packed], log: "Log", bar: tqdm) -> None:
+    """One shard, and its lines in the logs; a shard without any image is not written."""
+    skipped, images = [], 0
+    with ExitStack() as stack:
+        writer = None
+        for packed in results:
+            bar.update()
+            if packed.files is None:
+                skipped.append({"shard": path.name, "source": packed.source, "reason": packed.reason})
+                continue
+            writer = writer or stack.enter_context(ShardWriter(path))
+            writer.write(packed.key, packed.files)
+            images += 1
+    log.add(path.name, images, skipped)
+
+
+class Log:
+    """shards.jsonl (file, images, skipped) and skipped.jsonl (shard, source, reason): what is finished.
+
+    Both are appended to after a shard is whole; a shard whose line did not get written any more is made again."""
+
+    def __init__(self, dst: Path):
+        self.dst = dst
+        self.total = Summary()
+        shards = [line for line in _read_lines(dst / _LOGS[0]) if not line["images"] or (dst / line["file"]).is_file()]
+        self.done = {line["file"] for line in shards}
+        skipped = [line for line in _read_lines(dst / _LOGS[1]) if line["shard"] in self.done]
+        for path, lines in zip((dst / name for name in _LOGS), (shards, skipped)):
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+        for line in shards:
+            self._count(line)
+
+    def add(self, file: str, images: int, skipped: list[dict[str, str]]) -> None:
+        """Records a finished shard."""
+        line = {"file": file, "images": images, "skipped": len(skipped)}
+        for name, lines in zip(reversed(_LOGS), (skipped, [line])):
+            with disk_errors(self.dst / name), (self.dst / name).open("a") as log:
+                log.writelines(json.dumps(entry) + "\n" for entry in lines)
+        self.done.add(file)
+        self._count(line)
+
+    def _count(self, line: dict[str, Any]) -> None:
+        self.total.images += line["images"]
+        self.total.skipped += line["skipped"]
+        self.total.shards += line["images"] > 0
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; the last one may have been cut off by a kill."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+def claim(dst: Path, settings: dict[str, Any]) -> None:
+    """Makes DST this pack's: writes pack.yaml, or compares with the one there. Removes what a killed run left behind."""
+    if dst.exists() and not dst.is_dir():
+        raise InputError(f"{dst} is a file: the shards need a folder")
+    path = dst / "pack.yaml"
+    if path.is_file():
+        there = yaml.safe_load(path.read_text()).get("settings", {})
+        for name in settings:
+            if there.get(name) == settings[name]:
+                continue
+            if name == "source":
+                raise InputError(
+                    f"{dst} was packed from another source, or its source has changed; choose another folder"
+                )
+            raise InputError(
+                f"{dst} was packed with {name}={there.get(name)}, not {settings[name]}; choose another folder"
+            )
+    elif dst.exists() and any(dst.iterdir()):
+        raise InputError(f"{dst} is not empty and was not made by pack; choose another folder")
+    else:
+        with disk_errors(dst):
+            dst.mkdir(parents=True, exist_ok=True)
+        write_whole(path, yaml.safe_dump({"version": 1, "settings": settings}, sort_keys=False))
+    for left in dst.glob("*.tmp-*"):
+        left.unlink()
+
+
+def finish(dst: Path, total: Summary) -> None:
+    """Adds the totals to pack.yaml: its `done` says that the pack is complete."""
+    content = yaml.safe_load((dst / "pack.yaml").read_text())
+    write_whole(dst / "pack.yaml", yaml.safe_dump({**content, "done": asdict(total)}, sort_keys=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A small file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        temporary.write_text(text)
+        temporary.replace(path)

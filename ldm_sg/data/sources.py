@@ -1,0 +1,288 @@
+"""What can be packed: image folders, lists, LSUN's LMDB folders, other shards. A source names its items shard by shard;
+items are light (a path, an LMDB key, or the encoded sample itself) and are read where they are decoded."""
+
+import functools
+import hashlib
+import os
+import random
+import re
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ldm_sg.data.images import BadImage
+from ldm_sg.data.shards import Sample, expand, is_remote, read_shard
+from ldm_sg.errors import InputError
+
+SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pnm",
+    ".avif",
+}
+_SHUFFLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to pack. `source` names it for people; what reads it is `path`, `path` + `record` (LMDB), or `sample`."""
+
+    key: str
+    source: str
+    path: str = ""
+    record: bytes | None = None
+    sample: Sample | None = None
+    cls: int | None = None
+    problem: str = ""  # found before reading: why there is no image
+
+    def read(self) -> Sample:
+        """The encoded image. Raises BadImage when it is not there."""
+        if self.problem:
+            raise BadImage(self.problem)
+        if self.sample is not None:
+            return self.sample
+        if self.record is None:
+            try:
+                return Sample(self.key, Path(self.path).read_bytes(), self.cls)
+            except OSError as err:
+                raise BadImage(f"cannot be read: {err.strerror or err}") from err
+        with open_lmdb(self.path).begin(buffers=False) as transaction:
+            data = transaction.get(self.record)
+        if data is None:
+            raise BadImage("not in the LMDB any more")
+        return Sample(self.key, data, self.cls)
+
+
+@dataclass
+class Source(ABC):
+    """Where images come from. `identity` is what makes it this source and no other (kept in pack.yaml)."""
+
+    identity: dict[str, Any]
+    total: int | None = None  # images, where it is known beforehand
+    classes: list[str] = field(default_factory=list)  # names of the class folders
+    ignored: int = 0  # files that are not called like images
+
+    @abstractmethod
+    def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
+        """(file name, items) of every output shard of `size` images that is not `done`; items are to be drawn before
+        the next shard is."""
+
+
+def open_source(src: str) -> Source:
+    """The source that `src` names; InputError when there is none."""
+    path = Path(src).expanduser()
+    try:
+        return _open(src, path)
+    except OSError as err:  # a folder or list that may not be read
+        raise InputError(f"{err.filename or src} cannot be read: {err.strerror or err}") from err
+
+
+def _open(src: str, path: Path) -> Source:
+    if path.is_dir():
+        if (path / "data.mdb").is_file():
+            return LmdbSource.open(path)
+        return FolderSource.open(path)
+    if path.is_file() and path.suffix == ".txt":
+        return ListSource.open(path)
+    if path.name == "data.mdb":
+        raise InputError(f"{src}: name the LMDB's folder ({path.parent}), not the file in it")
+    if is_remote(src) or path.suffix in (".tar", ".gz", ".tgz") or any(mark in src for mark in "*?[{"):
+        return ShardSource.open(src)
+    if path.is_file():
+        raise InputError(f"{src} is a file: pack takes a folder, a .txt list, an LMDB folder, or .tar shards")
+    raise InputError(f"source {src!r} not found")
+
+
+def make_key(name: str) -> str:
+    """A file's relative path -> a key for tars and webdataset: no dots, slashes or spaces, at most 80 characters, and
+    unique through eight digits of the path's hash (`a/b.jpg`, `a_b.jpg` and `a_b.png` stay three)."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(name)[0]).strip("_")  # noqa: PTH122
+    return f"{stem[-71:] or 'image'}-{hashlib.sha1(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+@dataclass
+class _ItemSource(Source):
+    """Items that are all known beforehand; about 100 bytes of memory each."""
+
+    root: Path = Path()
+    names: list[str] = field(default_factory=list)  # relative to root
+    labels: list[int | None] = field(default_factory=list)
+
+    def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
+        for number in range(-(-len(self.names) // size)):
+            chosen = range(number * size, min(len(self.names), (number + 1) * size))
+            if shard_name(number) not in done:
+                yield shard_name(number), map(self._item, chosen)
+
+    def _item(self, index: int) -> Item:
+        name = self.names[index]
+        return Item(make_key(name), name, path=str(self.root / name), cls=self.labels[index])
+
+
+class FolderSource(_ItemSource):
+    """Every image below a folder, in an order shuffled with a fixed seed, so that each shard is a mixture of classes.
+
+    When all images lie directly in sub-folders, two or more, those are classes."""
+
+    @classmethod
+    def open(cls, root: Path) -> "Source":
+        others: list[str] = []
+        names = list(_walk(root, others))
+        if not names and any(name.endswith(".tar") and "/" not in name for name in others):
+            return ShardSource.open(str(root))
+        if not names:
+            found = f" among {len(others)} files" if others else ""
+            raise InputError(f"no images in {root}{found} (looked for {' '.join(sorted(SUFFIXES))})")
+        folders = {name.rpartition("/")[0] for name in names}
+        classes = sorted(folders) if len(folders) > 1 and all(f and "/" not in f for f in folders) else []
+        random.Random(_SHUFFLE_SEED).shuffle(names)
+        index = {name: i for i, name in enumerate(classes)}
+        labels = [index[name.partition("/")[0]] if classes else None for name in names]
+        identity = {"kind": "folder", "images": len(names), "digest": _digest(names)}
+        return cls(identity, len(names), classes, len(others), root, names, labels)
+
+
+def _walk(folder: Path, others: list[str], prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Relative paths of images below `folder`, sorted within each folder; links are followed, loops of links are not."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    for entry in visible:
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), others, f"{prefix}{entry.name}/", (*above, here))
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122
+            yield prefix + entry.name
+        else:
+            others.append(prefix + entry.name)
+
+
+class ListSource(_ItemSource):
+    """A text file with one path a line (relative to the list's folder), and after a tab an integer label if wanted."""
+
+    @classmethod
+    def open(cls, path: Path) -> "Source":
+        names: list[str] = []
+        labels: list[int | None] = []
+        seen: dict[str, int] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+            name, tab, label = line.strip().partition("\t")
+            if not name:
+                continue
+            if name in seen:
+                raise InputError(f"{path} line {number}: {name} is listed already in line {seen[name]}")
+            try:
+                labels.append(int(label) if tab else None)
+            except ValueError:
+                raise InputError(f"{path} line {number}: label {label!r} is not an integer") from None
+            seen[name] = number
+            names.append(name)
+        if not names:
+            raise InputError(f"{path}: an empty list")
+        identity = {"kind": "list", "images": len(names), "digest": _digest(names, labels)}
+        return cls(identity, len(names), [], 0, path.parent, names, labels)
+
+
+@dataclass
+class LmdbSource(Source):
+    """LSUN's form: an LMDB folder whose values are encoded images. Keys are read as they are needed."""
+
+    root: Path = Path()
+
+    @classmethod
+    def open(cls, root: Path) -> "Source":
+        environment = open_lmdb(str(root))
+        with environment.begin() as transaction, transaction.cursor() as cursor:
+            count = environment.stat()["entries"]
+            if not count:
+                raise InputError(f"{root}: an empty LMDB")
+            ends = [cursor.key().hex() for move in (cursor.first, cursor.last) if move()]
+        return cls({"kind": "lmdb", "images": count, "digest": _digest([*ends, str(count)])}, count, root=root)
+
+    def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
+        with open_lmdb(str(self.root)).begin() as transaction, transaction.cursor() as cursor:
+            keys = cursor.iternext(keys=True, values=False)
+            for number in range(-(-self.identity["images"] // size)):
+                chosen = islice(keys, size)
+                if shard_name(number) in done:
+                    deque(chosen, maxlen=0)  # moves the cursor on
+                else:
+                    yield shard_name(number), map(self._item, chosen)
+
+    def _item(self, record: bytes) -> Item:
+        name = record.decode("utf-8", "backslashreplace")
+        safe = re.fullmatch(r"[A-Za-z0-9_-]{1,80}", name)  # LSUN's keys are: they stay as they are
+        return Item(name if safe else make_key(name), name, path=str(self.root), record=record)
+
+
+@functools.lru_cache(maxsize=1)  # an LMDB may be open once in a process
+def open_lmdb(folder: str) -> Any:
+    """The environment, for reading; InputError without the package or when it is not an LMDB."""
+    try:
+        import lmdb
+    except ImportError as err:
+        raise InputError(f"{folder} is an LMDB: reading it needs `pip install lmdb`") from err
+    try:
+        return lmdb.open(folder, readonly=True, lock=False, readahead=False)
+    except lmdb.Error as err:
+        raise InputError(f"{folder}: not a readable LMDB: {err}") from err
+
+
+@dataclass
+class ShardSource(Source):
+    """Webdataset shards: each becomes one shard with the same keys, so the number of images a shard stays the same."""
+
+    urls: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, urls: str) -> "Source":
+        shards = expand(urls)
+        sizes = ["" if is_remote(url) else str(Path(url).stat().st_size) for url in shards]
+        names = [url if is_remote(url) else Path(url).name for url in shards]
+        return cls({"kind": "shards", "shards": len(shards), "digest": _digest(names, sizes)}, urls=shards)
+
+    def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
+        for number, url in enumerate(self.urls):
+            if shard_name(number) not in done:
+                yield shard_name(number), _shard_items(url)
+
+
+def _shard_items(url: str) -> Iterator[Item]:
+    problems: list[Item] = []
+
+    def on_skip(shard: str, key: str, reason: str) -> None:
+        problems.append(Item(key, f"{shard}: {key}" if key else shard, problem=reason))
+
+    for sample in read_shard(url, on_skip):
+        yield from problems
+        problems.clear()
+        yield Item(sample.key, f"{url}: {sample.key}", sample=sample)
+    yield from problems
+
+
+def shard_name(number: int) -> str:
+    """000000.tar and so on."""
+    return f"{number:06d}.tar"
+
+
+def _digest(*columns: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for row in zip(*columns):
+        digest.update("\t".join(map(str, row)).encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,46 @@
+"""pack: an image folder, a list, an LMDB or other shards -> source shards of square images."""
+
+import time
+from pathlib import Path
+
+from ldm_sg.data.pack import FORMATS, Form, Summary, pack_source
+from ldm_sg.data.sources import open_source
+from ldm_sg.errors import InputError, choices
+
+
+def pack(
+    src: str | Path,
+    dst: str | Path,
+    size: int = 256,
+    shard_size: int = 1000,
+    workers: int = -1,
+    max_skipped: float = 0.01,
+    quality: int = 95,
+    format: str = "jpg",
+) -> Summary:
+    """Packs `src` into DST/000000.tar, ...; what is finished already is kept.
+
+    src: image folder, .txt list (path, optionally a tab and an integer label), LMDB folder, or shards. size: pixels.
+    workers: processes, -1 = one a core, 0 = this one. max_skipped: share of unusable images above which it fails."""
+    if format not in FORMATS:
+        raise InputError(f"format {format!r}; {choices(format, FORMATS)}")
+    for name, value, low, high in (
+        ("size", size, 8, 8192),
+        ("shard_size", shard_size, 1, 1_000_000),
+        ("quality", quality, 1, 100),
+        ("workers", workers, -1, 1024),
+        ("max_skipped", max_skipped, 0, 1),
+    ):
+        if not low <= value <= high:
+            raise InputError(f"{name}={value}: choose from {low} to {high}")
+    started = time.monotonic()
+    source = open_source(str(src))
+    summary = pack_source(source, Path(dst).expanduser(), Form(size, format, quality), shard_size, workers, max_skipped)
+    seconds = time.monotonic() - started
+    extra = f", {len(source.classes)} classes" if source.classes else ""
+    extra += f", {source.ignored} files that are not images left alone" if source.ignored else ""
+    print(
+        f"{dst}: {summary.images} images of {size} x {size} in {summary.shards} shards{extra}, "
+        f"{summary.skipped} skipped, {seconds:.1f} s"
+    )
+    return summary
