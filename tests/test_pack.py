@@ -82,6 +82,9 @@ def test_class_folders_give_cls(tmp_path):
     got = samples(tmp_path / "dst")
     assert sorted((s.key.split("_")[0], s.cls) for s in got) == sorted([("apple", 0), ("fig", 1), ("pear", 2)] * 8)
     assert len({s.cls for s in got[:12]}) == 3, "every shard mixes the classes"
+    run(tmp_path / "dst", tmp_path / "again")
+    assert [s.cls for s in samples(tmp_path / "again")] == [s.cls for s in got]
+    assert (tmp_path / "again" / "classes.json").read_text() == (tmp_path / "dst" / "classes.json").read_text()
 
 
 @pytest.mark.parametrize("names", [["a/1.png", "2.png"], ["a/x/1.png", "b/2.png"], ["a/1.png", "a/2.png"]])

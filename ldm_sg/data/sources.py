@@ -3,6 +3,7 @@ items are light (a path, an LMDB key, or the encoded sample itself) and are read
 
 import functools
 import hashlib
+import json
 import os
 import random
 import re
@@ -255,7 +256,10 @@ class ShardSource(Source):
         shards = expand(urls)
         sizes = ["" if is_remote(url) else str(Path(url).stat().st_size) for url in shards]
         names = [url if is_remote(url) else Path(url).name for url in shards]
-        return cls({"kind": "shards", "shards": len(shards), "digest": _digest(names, sizes)}, urls=shards)
+        named = Path(shards[0]).with_name("classes.json")  # where pack itself wrote the shards
+        classes = json.loads(named.read_text())["classes"] if named.is_file() else []
+        identity = {"kind": "shards", "shards": len(shards), "digest": _digest(names, sizes)}
+        return cls(identity, None, classes, urls=shards)
 
     def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
         for number, url in enumerate(self.urls):
