@@ -80,7 +80,11 @@ def open_images(where: str) -> ImageSet:
 
 def _records(folder: Path) -> tuple[dict[str, Any], ...]:
     records = []
-    for number, line in enumerate((folder / RECORDS).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = (folder / RECORDS).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise InputError(f"{folder / RECORDS} cannot be read, or is not UTF-8: {err}") from err
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -134,7 +138,9 @@ def batches(
     Remote shards, whose number of images is not known, give their first `limit`. Images that cannot be read are left
     out (a batch is short there) and reported. Threads read and decode two batches ahead: Pillow frees the interpreter."""
     total = count(images)
-    chosen = iter(range(limit) if total is None else spread(total, limit))
+    chosen: Iterator[int] = iter(range(limit)) if total is None else iter(spread(total, limit))
+    if total is not None and limit >= total:
+        chosen = itertools.count()  # reading on to the end reports what is damaged there
     picked = _pick(_encoded(images, on_skip), chosen)
     waiting: deque[list[tuple[int, str, Future[Tensor]]]] = deque()
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
@@ -185,13 +191,15 @@ def _pick(
     encoded: Iterator[tuple[str, Path | bytes]], chosen: Iterator[int]
 ) -> Iterator[tuple[int, str, Path | bytes]]:
     """The entries of `encoded` at the rising positions `chosen`; nothing after the last is read."""
-    at = -1
-    for wanted in chosen:
-        for name, data in encoded:
-            at += 1
-            if at == wanted:
-                yield at, name, data
-                break
+    wanted = next(chosen)
+    for at, (name, data) in enumerate(encoded):
+        if at != wanted:
+            continue
+        yield at, name, data
+        following = next(chosen, None)
+        if following is None:
+            return
+        wanted = following
 
 
 def first_size(images: ImageSet) -> int:
