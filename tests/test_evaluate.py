@@ -231,7 +231,7 @@ def test_inception_distances_of_real_photos(inception, tmp_path: Path) -> None:
     nette, church = (SHARED / "data" / name / "train" for name in ("imagenette10_224", "church_224"))
     if not (nette.is_dir() and church.is_dir()):
         pytest.skip("../shared/data is not here")
-    weights, files = f"inception:{INCEPTION}", sorted(nette.rglob("*.jpg"))
+    weights, files = f"inception:{INCEPTION}", [p for p in sorted(nette.rglob("*")) if p.is_file()]
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
     for name, part in (("a", order[:500]), ("b", order[500:1000])):
         (tmp_path / name).mkdir()
@@ -240,7 +240,7 @@ def test_inception_distances_of_real_photos(inception, tmp_path: Path) -> None:
     for where, expected in ((tmp_path / "b", 59), (church, 182)):
         if where == church:  # 500 of them
             (tmp_path / "church").mkdir()
-            for path in sorted(church.rglob("*.jpg"))[:500]:
+            for path in sorted(church.iterdir())[:500]:
                 (tmp_path / "church" / path.name).symlink_to(path)
             where = tmp_path / "church"
         result = evaluate(tmp_path / "a", where, "fd", features=weights, out=tmp_path / "r.json", device="cpu")

@@ -59,7 +59,10 @@ def sizes(counts: Sequence[int]) -> str:
         return ""
     figure, axes = _axes(9, 2.2)
     ordered = sorted(counts, reverse=True)
-    axes.bar(range(len(ordered)), ordered, width=1.0 if len(ordered) > 60 else 0.8, color=BLUE)
+    if len(ordered) > 100:
+        axes.stairs(ordered, fill=True, color=BLUE)
+    else:
+        axes.bar(range(len(ordered)), ordered, color=BLUE)
     axes.axhline(sum(ordered) / len(ordered), color=GREY, lw=1, ls="--")
     axes.set_xlabel("clusters, largest first")
     axes.set_ylabel("images")
@@ -85,11 +88,10 @@ def stages(seconds: Mapping[str, float]) -> str:
 
 def duration(seconds: float) -> str:
     """12.3 s, 4 min 05 s, 2 h 03 min."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def thin(points: Points, most: int = MOST) -> list[tuple[float, float]]:

@@ -109,7 +109,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 def split_key(key: str) -> tuple[str, str]:
     """'consistency_top3_w2' -> ('consistency_top3', 'w2'); 'fd' -> ('fd', '')."""
     head, _, tail = key.rpartition("_")
-    return (head, tail) if head and (tail in VARIANTS or re.fullmatch(r"w[\d.]+", tail)) else (key, "")
+    return (head, tail) if head and (tail in VARIANTS or re.fullmatch(r"w\d+(\.\d+)?", tail)) else (key, "")
 
 
 def show(name: str, value: float) -> str:
@@ -132,20 +132,21 @@ def _evaluations(run: Path) -> str:
     names = [name for name in METRICS if any(name in result["metrics"] for _, result in found)]
     rows = []
     for stem, result in found:
-        sampling, network, values = (
-            result.get("sampling") or {},
-            result.get("features") or {},
-            _numbers(result["metrics"]),
-        )
-        settings = [f"w = {sampling['w']}"] if "w" in sampling else []
-        settings += (
-            [f"{sampling['steps']} {sampling['scheduler']}"] if {"steps", "scheduler"} <= sampling.keys() else []
-        )
+        values, network = _numbers(result["metrics"]), result.get("features") or {}
         size = f"{result.get('samples', '?')} / {result.get('reference_images', '?')}"
-        head = [", ".join(settings) or stem, str(network.get("name", "?")), size]
+        head = [_settings(result) or stem, str(network.get("name", "?")), size]
         rows.append([*head, *(show(name, values[name]) if name in values else "–" for name in names)])
     titles = [SHORT.get(name, METRICS[name]) for name in names]
     return html.table(["samples made with", "features", "samples / real", *titles], rows)
+
+
+def _settings(result: Mapping[str, Any]) -> str:
+    """'w = 2.0, 25 dpmpp_2m', and which pipeline of the run where it is not the one at the end of training."""
+    sampling, judged = result.get("sampling") or {}, Path(str(result.get("source", ""))).name
+    parts = [f"w = {sampling['w']}"] if "w" in sampling else []
+    if {"steps", "scheduler"} <= sampling.keys():
+        parts.append(f"{sampling['steps']} {sampling['scheduler']}")
+    return ", ".join(parts + [judged] * judged.startswith("pipeline_"))
 
 
 def _clusters(run: Path) -> str:
