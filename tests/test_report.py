@@ -229,7 +229,7 @@ def full(tmp_path: Path) -> Path:
         "samples/step_10.png",
     ):
         grids.save(grids.grid(flat(1, 2), 2), run / name)
-    grids.save(grids.grid(flat(1, 2), 2), annotation / "wall.png")
+    grids.save(grids.grid(flat(1, 2), 2), annotation / "clusters.png")
     (run / "config.yaml").write_text(yaml.safe_dump({"annotation": str(annotation), "steps": 40, "batch_size": 8}))
     (run / "metrics.csv").write_text(
         "step,train_loss,val_loss_guided,val_loss_null,images_per_s,lr\n10,0.5,,,100,0.1\n20,0.4,,,110,0.1\n20,,0.3,0.35,,\n"

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from ldm_sg.config import read_yaml
 from ldm_sg.errors import InputError
 from ldm_sg.report import charts, html
+from ldm_sg.report.annotation import WALL
 
 METRICS = {  # key in a JSON -> what a reader sees
     "fd": "Fréchet distance ↓",
@@ -45,7 +46,7 @@ def write_report(run: Path, command: str | None = None, timings: Mapping[str, fl
     """RUN/report.html, in one file.
 
     Read when present: config.yaml, metrics.csv, metrics.json, evaluations/*.json, clusters.png, the PICTURES,
-    samples/step_*.png, the annotation set that config.yaml names (manifest.yaml, wall.png). `command` and `timings`
+    samples/step_*.png, the annotation set that config.yaml names (manifest.yaml and its wall). `command` and `timings`
     (seconds a stage) are taken from command.txt and timings.json when not given. Raises InputError if `run` is no folder."""
     if not run.is_dir():
         raise InputError(f"run {str(run)!r}: no such folder")
@@ -196,12 +197,14 @@ def _wall(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
         "NMI with the classes": f"{annotator['nmi']:.3f}" if _has(annotator, "nmi") else "",
         "ARI": f"{annotator['ari']:.3f}" if _has(annotator, "ari") else "",
     }
+    oracle = annotator.get("kind") == "oracle"
+    text = "Found without labels; classes, where the shards carry them, only measure the match."
     return html.section(
-        "What the clusters are",
-        "Found without labels; classes, where the shards carry them, only measure the match.",
+        "What the classes are" if oracle else "What the clusters are",
+        "Ground truth, read from the shards: a baseline." if oracle else text,
         html.facts({name: value for name, value in facts.items() if value}),
         html.chart(charts.sizes(counts)),
-        html.picture(annotation / "wall.png", alt="Members of each cluster") if annotation else "",
+        html.picture(annotation / WALL, alt="Members of each cluster") if annotation else "",
     )
 
 
@@ -234,8 +237,9 @@ def _facts(
 
 
 def _recipe(command: str, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    annotator = {key: value for key, value in (manifest.get("annotator") or {}).items() if key != "counts"}
-    short = {**manifest, "annotator": annotator} if manifest else {}  # the sizes of 10,000 clusters are drawn above
+    short = {key: value for key, value in manifest.items() if key not in ("shards", "source")}  # long lists
+    if isinstance(manifest.get("annotator"), dict):
+        short["annotator"] = {key: value for key, value in manifest["annotator"].items() if key != "counts"}
     return html.section(
         "How it was made",
         "",
