@@ -59,7 +59,7 @@ def pack(
     dst: Annotated[Path, typer.Argument(help="Folder of the new shards.")],
     size: Annotated[int, typer.Option(help="Side of the square images, pixels.")] = 256,
     shard_size: Annotated[int, typer.Option(help="Images a shard.")] = 1000,
-    image_format: Annotated[str, typer.Option("--format", help="jpg or png.")] = "jpg",
+    image_format: Annotated[str, typer.Option("--format", help="jpg, png or webp.")] = "jpg",
     quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
     max_skipped: Annotated[float, typer.Option(help="Share of unreadable images above which packing fails.")] = 0.01,
     workers: Annotated[int, typer.Option(help="Processes; -1 = one a core.")] = -1,

@@ -19,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.utils.logging import disable_progress_bar
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from ldm_sg.models.conditioner import Conditioner
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.objective import KINDS, Objective
 
+disable_progress_bar()  # three small files load in a moment; its bar would stand in front of every message
 PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SOLVERS = {
     "ddim": DDIMScheduler,
@@ -134,7 +136,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(str(pretrained_model_name_or_path)))
-        pipe = super().from_pretrained(folder, **kwargs)
+        pipe = super().from_pretrained(folder, **{"low_cpu_mem_usage": False, **kwargs})
         spec = GuidanceSpec(**json.loads((folder / "guidance.json").read_text()))
         signals = Guidance.from_k(load_file(folder / "signals.safetensors")["k"])
         pipe.attach(load_autoencoder(str(folder / "autoencoder")), spec, signals, folder / "annotator")
@@ -189,7 +191,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         solver = make_solver(scheduler, self.scheduler, steps, device)
         objective = objective_of(self.scheduler).to(device)
         denoiser, guidance = cfg(GuidedUNet(self.unet, self.conditioner), w), guidance.to(device)
-        extra = _step_arguments(scheduler, generators, eta)
+        extra = step_arguments(scheduler, generators, eta)
         x = solve(denoiser, noise.to(device, self.unet.dtype), guidance, solver, objective, extra, watch)
         return self.decode(x)
 
@@ -222,7 +224,7 @@ def solve(
     return x
 
 
-def _step_arguments(scheduler: str, generators: list[torch.Generator], eta: float) -> dict[str, Any]:
+def step_arguments(scheduler: str, generators: list[torch.Generator], eta: float) -> dict[str, Any]:
     if eta and scheduler != "ddim":
         raise InputError(f"eta={eta} belongs to scheduler ddim, not {scheduler}")
     if scheduler == "ddim":

@@ -8,7 +8,16 @@ from ldm_sg.config import ObjectiveConfig
 from ldm_sg.guidance.compose import cfg
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.objective import Objective
-from ldm_sg.pipeline import FLOW_SOLVERS, SOLVERS, image_generator, make_solver, noise_scheduler, objective_of, slerp, solve
+from ldm_sg.pipeline import (
+    FLOW_SOLVERS,
+    SOLVERS,
+    image_generator,
+    make_solver,
+    noise_scheduler,
+    objective_of,
+    slerp,
+    solve,
+)
 
 MEANS = torch.tensor([[-3.0, 0.0], [3.0, 0.0], [0.0, 4.0]])  # three clusters, equally likely
 STD = 0.3

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ldm_sg.errors import InputError, choices
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.hardware import pick_device
-from ldm_sg.pipeline import SelfGuidedPipeline, image_generator, slerp
+from ldm_sg.pipeline import SelfGuidedPipeline, image_generator, make_solver, slerp, step_arguments
 from ldm_sg.report.grids import grid
 
 PRESETS = {"paper": {"scheduler": "ddim", "steps": 250, "eta": 0.0, "w": 2.0}}
@@ -56,7 +56,8 @@ def open_pipeline(source: str | Path, device: str = "auto") -> SelfGuidedPipelin
     folder = Path(source)
     for candidate in (folder / "pipeline", folder):
         if (candidate / "model_index.json").is_file():
-            pipe = SelfGuidedPipeline.from_pretrained(candidate).to(pick_device(device))
+            on = pick_device(device)
+            pipe = SelfGuidedPipeline.from_pretrained(candidate).to(on)
             pipe.unet.eval()
             return pipe
     if not folder.is_dir():
@@ -70,6 +71,8 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
     folder = Path(out) if out else Path(run) / "samples" / _name(options)
     _refuse_foreign(folder, options, overwrite)
     pipe = open_pipeline(run, options.device)
+    make_solver(options.scheduler, pipe.scheduler, options.steps, pipe.device)  # refused before anything is drawn
+    step_arguments(options.scheduler, [], options.eta)
     batches, columns = plan(pipe, options)
     building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     building.mkdir(parents=True)

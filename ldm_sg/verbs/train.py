@@ -27,6 +27,8 @@ def train(config: TrainConfig) -> Path:
     device = pick_device(config.device)
     bf16 = use_bf16(config.precision, device)
     latents = LatentSet(config.annotation)
+    network = build.network(config, latents)
+    module = DiffusionModule(network, build.objective(config), config)
     run = Path(config.out)
     claim(run, config, FREE)
     _remember_annotation(run, config, latents)
@@ -35,9 +37,7 @@ def train(config: TrainConfig) -> Path:
         print(f"{run}: already trained for {done:,} steps (asked: {config.steps:,}); raise steps= to go on")
         return run
 
-    network = build.network(config, latents)
     writer = build.PipelineWriter(config, latents, device)
-    module = DiffusionModule(network, build.objective(config), config)
     data = LatentData(latents, config.batch_size, config.steps, config.seed, config.val_share, config.workers)
     print(
         f"{len(data.train_pool):,} latents of {'x'.join(map(str, latents.latent_shape))} (+{len(data.val_pool):,} held "

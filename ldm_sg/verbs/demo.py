@@ -1,0 +1,156 @@
+"""demo: the whole main job on the embedded photos; every stage that is already done is kept."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_sg.config import ASSETS, ROOT, AnnotateConfig, TrainConfig, load
+from ldm_sg.data.images import crop_resize, decode, to_tensor
+from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.shards import expand, read_shard
+from ldm_sg.errors import InputError
+from ldm_sg.report import grids
+from ldm_sg.report.run import write_report
+from ldm_sg.verbs.annotate import annotate
+from ldm_sg.verbs.evaluate import evaluate
+from ldm_sg.verbs.pack import pack
+from ldm_sg.verbs.sample import SampleOptions, open_pipeline, sample
+from ldm_sg.verbs.train import train
+
+EVALUATED = 1000  # samples, and as many real images
+ROWS, REAL, SAMPLES = 8, 6, 8  # of the cluster picture
+STRENGTHS = [0.0, 1.0, 2.0, 3.0]
+
+
+def demo(out: Path, steps: int | None = None, device: str = "auto") -> Path:
+    """pack -> annotate -> train -> sample -> evaluate -> report into `out`, data beside it in OUT-data; returns the report."""
+    data = out.with_name(out.name + "-data")
+    shards, annotation = data / "shards", data / "annotation"
+    timings = _Timings(data / "timings.json")
+    with timings.stage("pack"):
+        pack(str(ASSETS / "fruit64"), shards, size=64, shard_size=1027, format="png")
+    with timings.stage("annotate"):
+        places = [f"shards={shards}/*.tar", f"out={annotation}", f"device={device}"]
+        annotate(load(AnnotateConfig, ROOT / "configs" / "annotate" / "demo.yaml", places))
+    with timings.stage("train"):
+        places = [f"annotation={annotation}", f"out={out}", f"device={device}"]
+        train(load(TrainConfig, ROOT / "configs" / "train" / "demo.yaml", places + [f"steps={steps}"] * bool(steps)))
+    with timings.stage("sample"):
+        _pictures(out, annotation, shards, device)
+    with timings.stage("evaluate"):
+        metrics = _evaluate(out, shards, device)
+    metrics["seconds"] = round(timings.total, 1)
+    _write_json(out / "metrics.json", metrics)
+    report = write_report(out, f"ldm-sg demo --out {out}", timings.seconds)
+    print(json.dumps(metrics, indent=2))
+    print(f"report   {report}\npicture  {out / 'clusters.png'}")
+    return report
+
+
+class _Timings:
+    """Seconds of work a stage, added up over starts, and kept so that a second start still knows them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"== {name}", flush=True)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            if spent > 3 or name not in self.seconds:  # finding a stage done is not work
+                self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 1)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _write_json(self.path, self.seconds)
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def _evaluate(run: Path, shards: Path, device: str) -> dict[str, Any]:
+    """The figures of metrics.json; an evaluation younger than the pipeline it judged is not made again."""
+    found = {
+        "untrained": _evaluation(run / "pipeline_untrained", shards, device, 1.0, "fd"),
+        "w0": _evaluation(run, shards, device, 0.0, "fd"),
+        "w1": _evaluation(run, shards, device, 1.0, "fd,prdc,consistency"),
+        "w2": _evaluation(run, shards, device, 2.0, "fd,prdc,consistency"),
+    }
+    figures = {f"fd_{name}": values["fd"] for name, values in found.items()}
+    figures |= {f"consistency_{w}": found[w]["consistency"] for w in ("w1", "w2")}
+    figures |= {f"consistency_{name}": found["w2"][f"consistency_{name}"] for name in ("real", "chance")}
+    return figures | {f"{m}_{w}": found[w][m] for w in ("w1", "w2") for m in ("precision", "recall")}
+
+
+def _evaluation(source: Path, shards: Path, device: str, w: float, metrics: str) -> dict[str, Any]:
+    run = source.parent if source.name.startswith("pipeline") else source
+    pipeline = source if source != run else run / "pipeline"
+    file = run / "evaluations" / f"demo_{pipeline.name}_w{w:g}.json"
+    if file.is_file() and file.stat().st_mtime > (pipeline / "model_index.json").stat().st_mtime:
+        return json.loads(file.read_text())["metrics"]
+    result = evaluate(source, str(shards), metrics=metrics, n=EVALUATED, w=w, batch_size=125, out=file, device=device)
+    return result["metrics"]
+
+
+def _pictures(run: Path, annotation: Path, shards: Path, device: str) -> None:
+    if _fresh(run / "clusters.png", run):
+        return
+    base: dict[str, Any] = {"device": device}
+    for name, options in {
+        "sweep_w": SampleOptions(n=10, sweep_w=STRENGTHS, **base),
+        "trajectory": SampleOptions(n=5, trajectory=True, **base),
+        "interpolation": SampleOptions(n=10, interpolate=_largest(annotation)[:2], **base),
+    }.items():
+        shutil.copyfile(sample(str(run), options, overwrite=True) / "grid.png", run / f"{name}.png")
+    _cluster_picture(run, annotation, shards, device)
+
+
+def _fresh(picture: Path, run: Path) -> bool:
+    model = run / "pipeline" / "model_index.json"
+    return picture.is_file() and picture.stat().st_mtime > model.stat().st_mtime
+
+
+def _largest(annotation: Path) -> list[int]:
+    """Cluster ids, most members first."""
+    return torch.bincount(LatentSet(annotation).k).argsort(descending=True, stable=True).tolist()
+
+
+def _cluster_picture(run: Path, annotation: Path, shards: Path, device: str) -> None:
+    """clusters.png: each row one of the clusters, spread from the largest to the median one."""
+    ids = _largest(annotation)
+    ids = [ids[i * len(ids) // (2 * ROWS)] for i in range(ROWS)]
+    pipe = open_pipeline(run, device)
+    samples = pipe(pipe.clusters([k for k in ids for _ in range(SAMPLES)])).split(SAMPLES)
+    picture = grids.cluster_picture(ids, members(annotation, shards, ids, REAL), samples)
+    grids.save(picture, run / "clusters.png")
+
+
+def members(annotation: Path, shards: Path, ids: list[int], n: int) -> list[Tensor]:
+    """The first n real images [n, 3, H, W] uint8 of each cluster, read from the source shards."""
+    latents = LatentSet(annotation)
+    size = latents.manifest["size"]
+    wanted = {k: [] for k in ids}  # type: dict[int, list[Tensor]]
+    keys = (sample for shard in expand(str(shards)) for sample in read_shard(shard, lambda *_: None))
+    for source, k in zip(keys, latents.k.tolist()):
+        if k in wanted and len(wanted[k]) < n:
+            wanted[k].append(to_tensor(crop_resize(decode(source.image, source.key), size)))
+    if any(not found for found in wanted.values()):
+        raise InputError(f"{shards}: not the shards that {annotation} was made of")
+    return [torch.stack(wanted[k]) for k in ids]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)

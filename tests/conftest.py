@@ -1,0 +1,66 @@
+"""A tiny annotation set, written as `annotate` writes it: four clusters of flat colours, 16x16 latents of 2x2 pixels."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the hub fails at once instead of waiting
+os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses; the nets are tiny, threads would only wait for each other
+torch.set_num_threads(1)
+
+
+SHARED = Path(__file__).parents[2] / "shared"
+COLOURS = torch.tensor([[-0.8, -0.8, 0.8], [0.8, -0.8, -0.8], [-0.8, 0.8, -0.8], [0.8, 0.8, 0.8]])
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], labels: int) -> Path:
+    """Images [N, 3, H, H] in [-1, 1] through `patch2` -> an annotation set with ids k."""
+    from ldm_sg.autoencoder import load_autoencoder, measure_normalisation
+    from ldm_sg.data.latents import file_sha256, set_hash
+    from ldm_sg.data.shards import ShardWriter
+
+    autoencoder = load_autoencoder("patch2")
+    measure_normalisation(autoencoder, [images])
+    latents = autoencoder.encode(images).numpy().astype(np.float16)
+    (folder / "shards").mkdir(parents=True)
+    (folder / "annotator").mkdir()
+    (folder / "annotator" / "annotator.yaml").write_text("kind: clusters\n")
+    autoencoder.save(folder / "autoencoder")
+    path = folder / "shards" / "000000.tar"
+    with ShardWriter(path) as writer:
+        for i, (latent, label) in enumerate(zip(latents, k, strict=True)):
+            writer.write(f"{i:06d}", {"latent.npy": npy(latent), "k.npy": npy(np.int64(label))})
+    digest = file_sha256(path)
+    manifest = {
+        "version": 1,
+        "size": images.shape[-1],
+        "num_images": len(images),
+        "latent_shape": list(latents.shape[1:]),
+        "flips": False,
+        "guidance": {"kind": "clusters", "num_labels": labels, "multi_hot": False, "spatial_channels": 0},
+        "shards": [{"file": path.name, "images": len(images), "bytes": path.stat().st_size, "sha256": digest}],
+        "hash": set_hash([digest]),
+    }
+    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 images of 16x16 pixels, one flat colour a cluster, a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    k = [i % 4 for i in range(64)]
+    noise = 0.05 * torch.randn(64, 3, 16, 16, generator=generator)
+    images = (COLOURS[k][:, :, None, None] + noise).clamp(-1, 1)
+    return write_annotation_set(tmp_path_factory.mktemp("sets") / "colours", images, k, 4)

@@ -1,0 +1,163 @@
+"""The command line: fast help, exit codes, overrides; every YAML loads, every README command runs or dry-runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ldm_sg import config as configs
+from ldm_sg.cli import app
+from ldm_sg.config import ROOT, AnnotateConfig, TrainConfig, load, model_config
+from ldm_sg.guidance.signal import Guidance, GuidanceSpec
+from ldm_sg.models.unet import make_unet
+from ldm_sg.pipeline import noise_scheduler
+
+SCHEMAS = {
+    "annotate": "AnnotateConfig",
+    "train": "TrainConfig",
+    "autoencoder": "FitAutoencoderConfig",
+    "distill": "DistillConfig",
+    "model": "ModelConfig",
+}
+YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
+VERBS = ["pack", "annotate", "train", "sample", "evaluate", "demo", "fit-autoencoder", "distill"]
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.output
+
+
+def test_help_imports_no_torch_and_is_fast() -> None:
+    code = "import sys; sys.argv = ['ldm-sg', '--help']\nimport ldm_sg.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'numpy', 'diffusers', 'omegaconf'} & set(sys.modules), 'heavy import'"
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        took.append(time.perf_counter() - start)
+    assert min(took) < 1.0  # 0.07 s alone on a quiet machine; the assertion on imports is the sharp one
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    code, output = run(verb, "--help")
+    assert code == 0 and "Example" in output and f"ldm-sg {verb}" in output
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_config_loads_and_builds(path: Path) -> None:
+    own = [f"{key}=x" for key in re.findall(r"(\S+): \?\?\?", path.read_text())]  # what the user must give
+    prefix = {"church": "shards.", "clothing": "shards.", "imagenette": "shards.", "church_val": "val_shards."}
+    loaded = load(getattr(configs, SCHEMAS[path.parent.name]), path, [prefix.get(o[:-2], "") + o for o in own])
+    assert len(path.read_text().splitlines()) <= 40
+    if isinstance(loaded, TrainConfig):
+        assert noise_scheduler(loaded.objective)
+        loaded = model_config(loaded.model)
+    if isinstance(loaded, configs.ModelConfig):
+        with torch.device("meta"):
+            net = make_unet(loaded, GuidanceSpec(num_labels=10), (4, 32, 32))
+        assert sum(p.numel() for p in net.parameters()) > 1e6
+    if isinstance(loaded, AnnotateConfig):
+        assert (ROOT / "autoencoders" / loaded.autoencoder / "manifest.yaml").is_file()
+
+
+@pytest.mark.parametrize("tokens", ["vector", "concepts", "none"])
+@pytest.mark.parametrize("inject", ["concat", "add"])
+def test_every_injection_changes_the_prediction(tokens: str, inject: str) -> None:
+    torch.manual_seed(0)
+    small = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "heads": 2}
+    spec = GuidanceSpec(num_labels=5, spatial_channels=2)
+    net = make_unet(model_config({**small, "tokens": tokens, "inject": inject}), spec, (4, 8, 8)).eval()
+    x, t, k = torch.randn(3, 4, 8, 8), torch.tensor([5, 50, 500]), torch.tensor([0, 1, 2])
+    on = torch.ones(3, dtype=torch.bool)
+    guidance = Guidance(keep=on, k=k, spatial=torch.rand(3, 2, 8, 8))
+    with torch.no_grad():
+        out, null = net(x, t, guidance), net(x, t, guidance.null())
+        other = net(x, t, Guidance(keep=on, k=k + 1, spatial=guidance.spatial))
+        hot = net(x, t, Guidance(keep=on, k=torch.nn.functional.one_hot(k, 5).float(), spatial=guidance.spatial))
+        empty = net(x, t, Guidance(keep=on, k=torch.zeros(3, 5), spatial=guidance.spatial))
+        null2 = net(x, t, Guidance(keep=~on, k=k + 1, spatial=1 - guidance.spatial))
+    assert out.shape == x.shape and torch.allclose(out, hot, atol=1e-5)
+    assert not torch.allclose(out, null, atol=1e-4) and not torch.allclose(out, other, atol=1e-4)
+    assert not torch.allclose(empty, null, atol=1e-4)  # an empty multi-hot is not the null
+    assert torch.equal(null, null2)  # the null removes every part of the signal
+
+
+def test_concept_tokens_are_masked_and_unordered() -> None:
+    small = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "heads": 2, "tokens": "concepts"}
+    net = make_unet(model_config(small), GuidanceSpec(num_labels=5, multi_hot=True), (4, 8, 8)).eval()
+    x, t, k = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([[1.0, 0, 1, 0, 0]])
+    on = torch.ones(1, dtype=torch.bool)
+    with torch.no_grad():
+        a, b, c = (
+            net(x, t, Guidance(keep=on, k=k, concepts=torch.tensor([ids])))
+            for ids in ([0, 2, -1], [2, 0, -1], [0, 3, -1])
+        )
+    assert torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, c, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "configs/train/demo.yaml", "stepps=3"], "unknown key 'stepps'; did you mean 'steps'"),
+        (["train", "configs/train/demo.yaml", "guidance.dorp=0"], "did you mean 'guidance.drop'"),
+        (["train", "configs/train/demo.yaml", "steps=many"], "steps"),
+        (["train", "configs/train/demo.yaml", "steps"], "key=value"),
+        (["train", "configs/train/dmo.yaml"], "did you mean 'configs/train/demo.yaml'"),
+        (["train", "configs/model/s.yaml"], "unknown key"),
+        (["annotate", "configs/annotate/demo.yaml", "shards=nowhere/*.tar", "out=x"], "nowhere"),
+        (["pack", "nowhere", "x"], "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    code, output = run(*arguments)
+    assert code == 2 and message in output and output.count("\n") == 1, output
+    assert not Path("x").exists()
+
+
+def test_missing_required_value_and_deep_base_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("steps: 3\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nout: x\n")
+    (tmp_path / "c.yaml").write_text("base: b.yaml\n")
+    assert "no value for annotation, out" in run("train", str(tmp_path / "a.yaml"))[1]
+    assert "one level deep" in run("train", str(tmp_path / "c.yaml"))[1]
+    code, output = run("train", str(tmp_path / "b.yaml"), "annotation=y", "--dry-run")
+    assert code == 0 and "steps: 3" in output and "out: x" in output
+    (tmp_path / "d.yaml").write_text("steps: [unclosed\n")
+    assert "not a readable YAML" in run("train", str(tmp_path / "d.yaml"))[1]
+
+
+def commands() -> list[str]:
+    """Every command in README's sh blocks, continuation lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_readme_commands_are_real(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Config verbs dry-run; other verbs must parse; make targets and scripts must exist."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", Path("Makefile").read_text(), re.M)
+    elif words[0] == "python":
+        assert Path(words[1]).is_file()
+        subprocess.run([sys.executable, words[1], "--help"], check=True, capture_output=True)
+    elif words[0] == "ldm-sg" and words[1] in ("annotate", "train", "fit-autoencoder", "distill"):
+        code, output = run(*words[1:], "--dry-run")
+        assert code == 0, output
+    elif words[0] == "ldm-sg":
+        command_group = __import__("typer").main.get_command(app)
+        verb = command_group.commands[words[1]]
+        verb.make_context(words[1], words[2:], resilient_parsing=False)
+    else:
+        assert words[0] in ("git", "cd", "conda", "pip"), command

@@ -1,0 +1,144 @@
+"""Sampling through the command that a user types."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS
+from PIL import Image
+from test_train import config
+from typer.testing import CliRunner
+
+from ldm_sg.cli import app
+from ldm_sg.config import ObjectiveConfig
+from ldm_sg.errors import InputError
+from ldm_sg.pipeline import SOLVERS, SelfGuidedPipeline
+from ldm_sg.verbs.sample import SampleOptions, open_pipeline, sample
+from ldm_sg.verbs.train import train
+
+
+@pytest.fixture(scope="module")
+def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Long enough to tell the four colours apart."""
+    return train(
+        config(colours, tmp_path_factory.mktemp("runs") / "run", steps=300, batch_size=16, warmup=20, decay=0.3, ema=0.98,
+               checkpoint_every=300, val_every=0, objective=ObjectiveConfig(kind="v"))
+    )  # fmt: skip
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+def pictures(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(p)) for p in sorted(folder.glob("0*.png"))])
+
+
+def test_cluster_samples_have_the_colour_of_their_cluster(run: Path, tmp_path: Path) -> None:
+    code, output = invoke("sample", run, "--cluster", "2", "--cluster", "0", "-n", "4", "--out", tmp_path / "s")
+    assert code == 0, output
+    images = torch.from_numpy(pictures(tmp_path / "s")).float() / 127.5 - 1  # [8, H, W, 3]
+    nearest = torch.cdist(images.mean((1, 2)), COLOURS).argmin(1)
+    assert nearest.tolist() == [2] * 4 + [0] * 4
+    records = [json.loads(line) for line in (tmp_path / "s" / "samples.jsonl").read_text().splitlines()]
+    assert [r["k"] for r in records] == [2] * 4 + [0] * 4 and records[5]["index"] == 5
+    assert {"file", "seed", "w", "steps", "scheduler"} <= records[0].keys()
+    assert (tmp_path / "s" / "grid.png").is_file()
+
+
+@pytest.mark.parametrize("scheduler", ["dpmpp_2m", "ddpm"])
+def test_images_do_not_depend_on_the_batch_size(scheduler: str, run: Path, tmp_path: Path) -> None:
+    """Also for a solver that adds noise: every image has its own stream."""
+    made = []
+    for size in (1, 5, 8):
+        options = SampleOptions(n=8, batch_size=size, scheduler=scheduler, steps=10, device="cpu")
+        made.append(pictures(sample(str(run), options, str(tmp_path / str(size)))).astype(int))
+    assert np.abs(made[0] - made[1]).max() <= 1 and np.abs(made[0] - made[2]).max() <= 1
+    assert np.abs(made[0][0] - made[0][1]).max() > 1
+
+
+@pytest.mark.parametrize("scheduler", sorted(SOLVERS))
+def test_every_solver_makes_the_asked_colour(scheduler: str, run: Path) -> None:
+    pipe = open_pipeline(run, "cpu")
+    images = pipe(pipe.clusters([1, 3]), w=1.5, steps=30, scheduler=scheduler).float() / 127.5 - 1
+    assert torch.cdist(images.mean((2, 3)), COLOURS).argmin(1).tolist() == [1, 3]
+
+
+def test_signals_are_drawn_from_the_training_distribution(run: Path) -> None:
+    pipe = open_pipeline(run, "cpu")
+    assert pipe.draw(6, seed=3).k.tolist() == pipe.draw(4, seed=3).k.tolist() + pipe.draw(2, 3, first_index=4).k.tolist()
+    shares = torch.bincount(pipe.draw(2000).k, minlength=4) / 2000
+    assert (shares - 0.25).abs().max() < 0.05
+
+
+def test_sweep_interpolation_and_trajectory(run: Path, tmp_path: Path) -> None:
+    for flags, count in (
+        (["--sweep-w", "0,1,2", "-n", "3"], 9),
+        (["--interpolate", "0,3", "-n", "5"], 10),
+        (["--trajectory", "-n", "2", "--steps", "12"], 20),
+    ):
+        out = tmp_path / flags[0]
+        code, output = invoke("sample", run, *flags, "--out", out)
+        assert code == 0, output
+        assert len(pictures(out)) == count == len((out / "samples.jsonl").read_text().splitlines())
+    ends = torch.from_numpy(pictures(tmp_path / "--interpolate")[[0, 4]]).float() / 127.5 - 1
+    assert torch.cdist(ends.mean((1, 2)), COLOURS).argmin(1).tolist() == [0, 3]
+
+
+def test_paper_preset_and_the_script(run: Path, tmp_path: Path) -> None:
+    code, output = invoke("sample", run, "--preset", "paper", "-n", "2", "--out", tmp_path / "p")
+    assert code == 0, output
+    record = json.loads((tmp_path / "p" / "samples.jsonl").read_text().splitlines()[0])
+    assert (record["scheduler"], record["steps"], record["w"]) == ("ddim", 250, 2.0)
+
+
+def test_same_command_again_gives_the_same_files_and_other_settings_are_refused(run: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "s")
+    first = pictures(sample(str(run), SampleOptions(n=2, steps=4), out))
+    assert np.array_equal(first, pictures(sample(str(run), SampleOptions(n=2, steps=4), out)))
+    with pytest.raises(InputError, match="other settings"):
+        sample(str(run), SampleOptions(n=2, steps=5), out)
+    assert not np.array_equal(first, pictures(sample(str(run), SampleOptions(n=2, steps=5), out, overwrite=True)))
+
+
+def test_pipeline_round_trips_and_is_found_by_diffusers(run: Path, tmp_path: Path) -> None:
+    pipe = SelfGuidedPipeline.from_pretrained(run / "pipeline")
+    pipe.save_pretrained(tmp_path / "copy")
+    again = SelfGuidedPipeline.from_pretrained(tmp_path / "copy")
+    assert torch.equal(pipe(pipe.clusters([1]), steps=3), again(again.clusters([1]), steps=3))
+    assert torch.equal(pipe.signals.k, again.signals.k) and again.annotator_folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cluster", "4"], "clusters 0 to 3"),
+        (["--cluster", "-1"], "clusters 0 to 3"),
+        (["--scheduler", "dimm"], "did you mean 'ddim'"),
+        (["--steps", "0"], "at least 1"),
+        (["--steps", "2000"], "1000 noise levels"),
+        (["-n", "0"], "at least 1"),
+        (["--preset", "papr"], "did you mean 'paper'"),
+        (["--interpolate", "0,9"], "clusters 0 to 3"),
+        (["--interpolate", "0"], "two cluster ids"),
+        (["--sweep-w", "a,b"], "numbers with commas"),
+        (["--eta", "1"], "belongs to scheduler ddim"),
+        (["--trajectory", "--sweep-w", "1"], "give one"),
+        (["--device", "tpu"], "device='tpu'"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_leave_nothing(flags: list[str], message: str, run: Path, tmp_path: Path) -> None:
+    code, output = invoke("sample", run, *flags, "--out", tmp_path / "s")
+    assert code == 2 and message in output and output.count("\n") == 1, output
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_runs_and_foreign_folders(run: Path, tmp_path: Path) -> None:
+    assert invoke("sample", tmp_path / "no")[0] == 2
+    assert "no pipeline/" in invoke("sample", tmp_path)[1]
+    (tmp_path / "mine.txt").write_text("precious")
+    code, output = invoke("sample", run, "-n", "1", "--out", tmp_path)
+    assert code == 2 and "holds no samples" in output and (tmp_path / "mine.txt").read_text() == "precious"

@@ -1,0 +1,249 @@
+"""Training: exact resume, Ctrl-C and kill -9, learning something, refusing what does not belong."""
+
+import csv
+import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_annotation_set
+from safetensors.torch import load_file
+
+from ldm_sg.config import GuidanceConfig, ObjectiveConfig, TrainConfig, load, to_yaml
+from ldm_sg.data.latents import LatentSet
+from ldm_sg.errors import InputError
+from ldm_sg.training.callbacks import ema_update
+from ldm_sg.training.data import Steps, mix_seed, split
+from ldm_sg.training.diffusion import lr_factor
+from ldm_sg.verbs.sample import SampleOptions, open_pipeline, signals
+from ldm_sg.verbs.train import train
+
+TINY = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "heads": 2, "hidden": 16, "token_width": 8}
+
+
+def config(annotation: Path, out: Path, **changes) -> TrainConfig:
+    base = TrainConfig(
+        annotation=str(annotation), out=str(out), model=TINY, steps=12, batch_size=8, lr=2e-3, warmup=4, ema=0.9,
+        precision="fp32", device="cpu", workers=0, val_share=0.1, log_every=2, val_every=6, sample_every=0,
+        checkpoint_every=4,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    pipeline = run / "pipeline"
+    return {
+        **load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors"),
+        **load_file(pipeline / "conditioner" / "diffusion_pytorch_model.safetensors"),
+    }
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def whole(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(config(colours, tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def test_resumed_run_equals_an_uninterrupted_one(whole: Path, colours: Path, tmp_path: Path) -> None:
+    run = train(config(colours, tmp_path / "run", steps=5, checkpoint_every=5))
+    assert run == train(config(colours, run, checkpoint_every=4))
+    assert weights(run).keys() == weights(whole).keys()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(run)[name]), name
+    for ours, theirs in zip(rows(run)[3:], rows(whole)[3:], strict=True):
+        assert ours["step"] == theirs["step"] and ours["val_loss_guided"] == theirs["val_loss_guided"]
+    assert [r["train_loss"] for r in rows(run)][-1] == [r["train_loss"] for r in rows(whole)][-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_run_resumes_exactly(number: int, colours: Path, tmp_path: Path) -> None:
+    """A real process, killed or interrupted in the middle, then the same command again."""
+    wanted = config(colours, tmp_path / "run", steps=60, checkpoint_every=7, val_every=20)
+    (tmp_path / "c.yaml").write_text(to_yaml(wanted))
+    command = [sys.executable, "-c", "from ldm_sg.cli import main; main()", "train", str(tmp_path / "c.yaml")]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    code = process.wait(60)
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert code == (130 if number == signal.SIGINT else -9) and 7 <= step < 60
+    train(wanted)
+    reference = train(dataclasses.replace(wanted, out=str(tmp_path / "reference")))
+    for name, value in weights(reference).items():
+        assert torch.equal(value, weights(tmp_path / "run")[name]), name
+    steps = [int(row["step"]) for row in rows(tmp_path / "run") if row["train_loss"]]
+    assert steps == sorted(set(steps)) and steps[-1] == 60
+
+
+def test_two_processes_train_what_one_does(whole: Path, colours: Path, tmp_path: Path) -> None:
+    """DDP over gloo: the same stream of batches and noise, so the same weights up to the order of sums."""
+    wanted = config(colours, tmp_path / "run", devices=2)
+    (tmp_path / "c.yaml").write_text(to_yaml(wanted))
+    script = tmp_path / "go.py"
+    script.write_text("import sys\nfrom ldm_sg.cli import main\nif __name__ == '__main__':\n    main()\n")
+    command = [sys.executable, str(script), "train", str(tmp_path / "c.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, value in weights(whole).items():
+        assert torch.allclose(value, weights(tmp_path / "run")[name], atol=2e-4), name
+
+
+def test_overfits_eight_images_to_a_visible_copy(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.nn.functional.interpolate(
+        torch.rand(8, 3, 4, 4, generator=generator) * 2 - 1, size=16, mode="nearest"
+    )
+    annotation = write_annotation_set(tmp_path / "set", images, list(range(8)), 8)
+    wide = {**TINY, "channels": 32, "hidden": 64}
+    run = train(
+        config(annotation, tmp_path / "run", model=wide, steps=700, batch_size=32, warmup=50, decay=0.5, ema=0.99,
+               val_share=0.0, checkpoint_every=700, objective=ObjectiveConfig(kind="v"))
+    )  # fmt: skip
+    pipe = open_pipeline(run, "cpu")
+    copies = pipe(pipe.clusters(range(8)), w=1.0, seed=5).float() / 127.5 - 1
+    psnr = 10 * torch.log10(4 / (copies - images).square().flatten(1).mean(1))
+    others = (copies - images.roll(1, 0)).square().mean()
+    assert psnr.median() > 20, psnr
+    assert others > 10 * (copies - images).square().mean()
+
+
+def test_guided_validation_loss_is_logged_beside_null(whole: Path) -> None:
+    logged = [row for row in rows(whole) if row["val_loss_guided"]]
+    assert [int(row["step"]) for row in logged] == [6, 12]
+    assert all(float(row["val_loss_null"]) > 0 for row in logged)
+    assert list((whole / "tensorboard").glob("events*"))
+
+
+def test_no_guidance_baseline_never_trains_the_labels(colours: Path, tmp_path: Path) -> None:
+    run = train(config(colours, tmp_path / "run", guidance=GuidanceConfig(drop=1.0), weight_decay=0.0, steps=6))
+    before = load_file(run / "pipeline_untrained" / "conditioner" / "diffusion_pytorch_model.safetensors")
+    after = load_file(run / "pipeline" / "conditioner" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(before["labels"], after["labels"]) and not torch.equal(before["null"], after["null"])
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0", "flow"])
+def test_every_objective_trains_and_samples(kind: str, colours: Path, tmp_path: Path) -> None:
+    run = train(config(colours, tmp_path / "run", steps=3, objective=ObjectiveConfig(kind=kind), val_share=0.0))
+    pipe = open_pipeline(run, "cpu")
+    assert pipe(signals(pipe, SampleOptions(n=2)), steps=4).shape == (2, 3, 16, 16)
+
+
+def test_init_starts_from_another_run(whole: Path, colours: Path, tmp_path: Path) -> None:
+    run = train(config(colours, tmp_path / "run", steps=1, init=str(whole)))
+    started = load_file(run / "pipeline_untrained" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in started.items())
+    with pytest.raises(InputError, match="no pipeline/"):
+        train(config(colours, tmp_path / "x", init=str(tmp_path)))
+    with pytest.raises(InputError, match=r"unet\.conv_in"):
+        train(config(colours, tmp_path / "y", init=str(whole), model={**TINY, "channels": 32}))
+
+
+def test_refuses_a_folder_of_another_config(whole: Path, colours: Path) -> None:
+    with pytest.raises(InputError, match=r"belongs to another config.*lr.*0\.002"):
+        train(config(colours, whole, lr=1e-4))
+
+
+def test_finished_run_returns_at_once(whole: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config(colours, whole)) == whole
+    assert "already trained" in capsys.readouterr().out
+
+
+def test_refuses_an_annotation_set_that_changed(colours: Path, tmp_path: Path) -> None:
+    images = torch.zeros(16, 3, 16, 16)
+    images[::2] = 0.5
+    annotation = write_annotation_set(tmp_path / "set", images, [0, 1] * 8, 2)
+    run = train(config(annotation, tmp_path / "run", steps=1))
+    annotation.rename(tmp_path / "old")
+    write_annotation_set(tmp_path / "set", -images, [0, 1] * 8, 2)
+    with pytest.raises(InputError, match="changed under"):
+        train(config(annotation, run, steps=2))
+
+
+def test_pickled_checkpoint_with_code_is_never_run(colours: Path, tmp_path: Path) -> None:
+    run = train(config(colours, tmp_path / "run", steps=1))
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {marker}",))
+
+    (run / "checkpoints" / "last.ckpt").write_bytes(pickle.dumps({"global_step": Evil()}))
+    with pytest.raises(InputError, match="not a checkpoint"):
+        train(config(colours, run, steps=2))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"lr": -1.0}, "lr=-1"),
+        ({"guidance": GuidanceConfig(drop=1.5)}, "guidance.drop=1.5"),
+        ({"model": "bb"}, "did you mean 'b'"),
+        ({"model": {**TINY, "multipliers": [1, 2, 2, 2, 2]}}, "halves 4 times"),
+        ({"model": {**TINY, "attention": [8]}}, "no level has"),
+        ({"model": {**TINY, "heads": 5}}, "does not divide"),
+        ({"objective": ObjectiveConfig(kind="epss")}, "did you mean 'eps'"),
+        ({"precision": "fp8"}, "precision='fp8'"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"annotation": "nowhere"}, "not an annotation set"),
+    ],
+)
+def test_wrong_values_are_named_and_leave_nothing(change: dict, message: str, colours: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        train(config(colours, tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_are_a_function_of_the_step() -> None:
+    pool, _ = split(50, 0.1, 0)
+    whole = list(Steps(pool, 7, 8, 20, 0, 0, 1))
+    assert list(Steps(pool, 7, 8, 20, 13, 0, 1)) == whole[13:]
+    for rank in (0, 1):
+        mine = list(Steps(pool, 7, 8, 20, 0, rank, 2))
+        assert len(mine) == 20 and all(m[1:] == w[1:][rank::2] for m, w in zip(mine, whole, strict=True))
+    assert mix_seed(0, 1) != mix_seed(1, 0)
+
+
+def test_split_holds_out_disjoint_samples() -> None:
+    kept, held_out = split(100, 0.02, 0)
+    assert len(held_out) == 2 and sorted([*kept.tolist(), *held_out.tolist()]) == list(range(100))
+    assert len(split(100, 0.0, 0)[1]) == 0
+
+
+def test_ema_warms_up_and_then_decays() -> None:
+    averaged, current = [torch.zeros(1)], [torch.ones(1)]
+    ema_update(0.9)(averaged, current, 0)
+    assert averaged[0].item() == pytest.approx(0.9)
+    ema_update(0.9)(averaged, [torch.zeros(1)], 10_000)
+    assert averaged[0].item() == pytest.approx(0.81)
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    c = TrainConfig(annotation="", out="", steps=100, warmup=10, decay=0.2)
+    assert lr_factor(0, c) == pytest.approx(0.1) and lr_factor(50, c) == 1 and lr_factor(90, c) == pytest.approx(0.5)
+
+
+def test_loader_reads_what_was_written(colours: Path) -> None:
+    latents = LatentSet(colours)
+    assert len(latents) == 64 and latents.k.tolist() == [i % 4 for i in range(64)]
+    batch = latents.latents(torch.arange(64))
+    assert batch.mean().abs() < 0.01 and abs(batch.std() - 1) < 0.01
+
+
+def test_resolved_config_loads_again(whole: Path, colours: Path) -> None:
+    again = load(TrainConfig, whole / "config.yaml")
+    assert again == config(colours, whole)
