@@ -196,7 +196,7 @@ class Trap:
 
 def test_weights_with_code_or_of_another_network_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "trap.pth").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "trap.pth").write_bytes(pickle.dumps(Trap(), protocol=2))
     torch.save(Trap(), tmp_path / "trap2.pth")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.pth").write_text("not weights")
@@ -424,7 +424,8 @@ def tiny_g(folder: Path) -> Path:
     tower = timm.create_model("test_resnet", num_classes=0)
     folder.mkdir()
     save_file(tower.state_dict(), folder / "model.safetensors")
-    manifest = {"name": "tiny-g", "model": "test_resnet", "size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    manifest = {"name": "tiny-g", "model": "test_resnet", "kwargs": {"num_classes": 0}, "layer": None, "pool": "auto"}
+    manifest |= {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
     manifest["sha256"] = file_sha256(folder / "model.safetensors")
     (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
     return folder
@@ -501,6 +502,8 @@ def test_samples_on_disk_are_judged_by_the_run_that_holds_them(run: Path) -> Non
 def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, plain = str(run.parent / "real.tar"), folder_of(tmp_path / "plain")
     (tmp_path / "empty").mkdir()
+    unfinished = folder_of(tmp_path / "unfinished" / "samples").parent
+    (unfinished / "checkpoints").mkdir()
     one = folder_of(tmp_path / "one", 1)
     cases = [
         ((run, real, "fdd"), {}, "did you mean 'fd'"),
@@ -515,6 +518,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
         ((run, str(one), "fd"), {}, "1 images are too few"),
         ((run, str(tmp_path / "nothing")), {}, "not found"),
         ((tmp_path / "norun", real), {}, "not found"),
+        ((unfinished, real, "fd"), {"features": "tiny"}, "no complete pipeline"),
+        ((plain, str(run), "fd"), {"features": "tiny"}, "not images"),
         ((plain, real, "fd"), {}, "belongs to no run"),
         ((plain, real, "consistency"), {"features": "tiny"}, "asked for"),
         ((plain, real, "fd"), {"features": "resnet9000"}, "resnet9000"),
@@ -541,6 +546,48 @@ def test_a_run_of_ground_truth_labels_says_what_to_do(
     monkeypatch.setattr("ldm_sg.verbs.evaluate.load_annotator", oracle)
     with pytest.raises(InputError, match=r"oracle.*features="):
         evaluate(run, str(run.parent / "real.tar"), "fd", n=4, device="cpu")
+
+
+def test_other_networks_judge_beside_the_runs_own(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances with g from a YAML at another size; consistency still with the run's own g."""
+    (tmp_path / "g.yaml").write_text(f"model: {run.parent / 'g'}\nsize: 48\n")
+    args = {"metrics": "fd,consistency", "n": 10, "steps": 2, "device": "cpu"}
+    own = evaluate(run, str(run.parent / "real.tar"), out=tmp_path / "own.json", **args)
+    other = evaluate(run, str(run.parent / "real.tar"), features=str(tmp_path / "g.yaml"), **args)
+    assert other["features"]["size"] == 48 and own["features"]["size"] == 32
+    assert other["metrics"]["fd"] != own["metrics"]["fd"]
+    assert other["metrics"]["consistency"] == own["metrics"]["consistency"]
+    assert (run / "evaluations" / "w2_dpmpp_2m2_seed0_n10_g.json").is_file()
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    evaluate(run, str(run.parent / "real.tar"), "fd", n=4, steps=1, device="cpu", out=tmp_path / "r.json")
+    assert (tmp_path / "r.json").is_file() and "not remembered" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_no_figures(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(InputError, match="No space left"):
+            evaluate(run, str(run.parent / "real.tar"), "fd", n=4, steps=1, device="cpu", out=tmp_path / "o" / "r.json")
+    assert capsys.readouterr().out.startswith("fd ") and list((tmp_path / "o").iterdir()) == []
+
+
+def test_small_references_are_noted_when_enlarged(tmp_path: Path, run: Path) -> None:
+    big, small = tmp_path / "big", folder_of(tmp_path / "small")
+    big.mkdir()
+    for i in range(6):
+        (big / f"{i}.png").write_bytes(photo(i, (64, 80)))
+    result = evaluate(big, small, "fd", features=str(run.parent / "g"), device="cpu")
+    assert result["preprocessing"]["size"] == 64 and any("enlarged to 64 px" in note for note in result["notes"])
+    assert json.loads((big / "evaluation.json").read_text())["samples"] == 6
 
 
 def test_damaged_reference_images_are_noted(run: Path, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Batches of uint8 images -> features, and a cache for those of reference images."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -52,8 +54,11 @@ def cached(name: str | None, compute: Callable[[], Tensor]) -> Tensor:
     if path.is_file():
         return load_file(path)["features"]
     features = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    save_file({"features": features.contiguous()}, temporary)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        save_file({"features": features.contiguous()}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as err:  # safetensors wraps the system's errors
+        print(f"note: features are not remembered: {path.parent} cannot be written ({err})", file=sys.stderr)
     return features

@@ -54,9 +54,17 @@ def compute(wanted: list[str], samples: Tensor, reference: Tensor, network: Any,
     return found
 
 
-def remarks(wanted: list[str], asked: int, samples: Tensor, reference: Tensor, skipped: list[str]) -> list[str]:
-    """What a reader of the figures must know: counts that fell short, images left out, biased estimates."""
+def remarks(
+    wanted: list[str], asked: int, samples: Tensor, reference: Tensor, skipped: list[str], sizes: tuple[int, int]
+) -> list[str]:
+    """What a reader of the figures must know: counts that fell short, images left out or enlarged, biased estimates.
+
+    `sizes`: pixels of the comparison and of the first reference image."""
     notes = [f"{len(samples):,} samples, not the {asked:,} asked for"] if len(samples) < asked else []
+    if sizes[1] < sizes[0]:
+        notes.append(
+            f"reference images of {sizes[1]} px are enlarged to {sizes[0]} px: give size={sizes[1]}, or larger ones"
+        )
     smaller, dim = min(len(samples), len(reference)), samples.shape[1]
     if "fd" in wanted and smaller <= dim:
         notes.append(
@@ -93,5 +101,9 @@ def prepare(file: Path) -> Path:
 def write(file: Path, result: dict[str, Any]) -> None:
     """JSON that appears under its name when whole."""
     temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    try:
+        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    except OSError as err:  # a disk that filled up meanwhile
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"out={str(file)!r} could not be written: {err.strerror}; the figures stand above") from err

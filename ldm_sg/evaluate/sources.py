@@ -1,5 +1,6 @@
 """Images to evaluate or to compare with: a folder, webdataset shards, or what `ldm-sg sample` wrote."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ from ldm_sg.errors import InputError
 PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 RECORDS = "samples.jsonl"
+RUN_MARKS = ("checkpoints", "pipeline", "model_index.json")  # a run's own sample grids are no samples
 OnSkip = Callable[[str, str], None]  # (image, reason)
 
 
@@ -65,6 +67,10 @@ def open_images(where: str) -> ImageSet:
     folder = Path(where).expanduser()
     if not folder.is_dir():
         return ImageSet(where, tuple(expand(where)), in_shards=True)
+    if any((folder / name).exists() for name in RUN_MARKS):
+        raise InputError(
+            f"{where}: a run or a pipeline folder, not images (and it has no complete pipeline to sample from)"
+        )
     if (folder / RECORDS).is_file():
         records = _records(folder)
         return ImageSet(where, tuple(str(folder / record["file"]) for record in records), False, records)
@@ -108,10 +114,13 @@ def count(images: ImageSet) -> int | None:
         return len(images.paths)
     if any(is_remote(path) for path in images.paths):
         return None
-    return sum(_count_shard(path) for path in images.paths)
+    stats = [(path, Path(path).stat()) for path in images.paths]
+    return sum(_count_shard(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
 
 
-def _count_shard(path: str) -> int:
+@functools.cache
+def _count_shard(path: str, size: int, changed: int) -> int:
+    """Images in a shard as it is now: reading all headers takes seconds for a large one, and it is asked several times."""
     keys = set()
     try:
         with tarfile.open(path) as tar:

@@ -87,8 +87,10 @@ def evaluate(
     if asked is not None:
         check_ids(asked, annotator.f.k, samples.where)  # type: ignore[union-attr]
 
-    skipped: list[str] = []
-    networks = {"main": network} | ({"own": annotator.extractor} if annotator and asked is not None else {})
+    skipped, sizes = [], (samples.size, sources.first_size(real))
+    networks: dict[str, Network] = {"main": network} | (
+        {"own": annotator.extractor} if annotator and asked is not None else {}
+    )
     if networks.get("own") is network:
         del networks["own"]
     places, found = collect(samples.batches(skipped), networks, on, samples.total, "samples")
@@ -109,13 +111,14 @@ def evaluate(
         "preprocessing": {"size": samples.size, **sources.PREPROCESSING},
         "features": dict(network.manifest),
         "annotator": {"run": str(home), "k": annotator.f.k, "g": annotator.extractor.manifest} if annotator else None,
-        "notes": figures.remarks(wanted, n, found["main"], real_features, skipped),
+        "notes": figures.remarks(wanted, n, found["main"], real_features, skipped, sizes),
         "seconds": round(time.perf_counter() - started, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {name: version(name) for name in ("ldm-sg", "torch", "diffusers", "torch-fidelity")},
     }
+    print(figures.table(result))
     figures.write(file, result)
-    print(figures.table(result), f"-> {file}", sep="\n")
+    print(f"-> {file}")
     return result
 
 
@@ -227,8 +230,8 @@ def _reference(
         total = sources.count(real)
         return collect(batches, {"main": network}, on, total and min(total, MOST_REFERENCE), "reference")[1]["main"]
 
-    settings = {"size": size, "limit": MOST_REFERENCE, "network": network.manifest, "device": on.type}
-    return cached(sources.fingerprint(real, **settings), compute)
+    what = {key: network.manifest.get(key) for key in ("name", "sha256", "layer", "pool", "size", "precision")}
+    return cached(sources.fingerprint(real, size=size, limit=MOST_REFERENCE, device=on.type, network=what), compute)
 
 
 def _ceiling(
