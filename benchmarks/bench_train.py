@@ -15,7 +15,9 @@ from ldm_sg.models.unet import make_unet
 from ldm_sg.pipeline import noise_scheduler, objective_of
 
 
-def step_maker(model: str, shape: tuple[int, int, int], batch: int, device: torch.device, bf16: bool, last: bool, comp: bool):
+def step_maker(
+    model: str, shape: tuple[int, int, int], batch: int, device: torch.device, bf16: bool, last: bool, comp: bool
+):
     """One training step of a fresh network as a function without arguments."""
     torch.manual_seed(0)
     net = make_unet(model_config(model), GuidanceSpec(num_labels=32), shape).to(device)
@@ -64,7 +66,9 @@ def main() -> None:
             for _ in range(3):
                 step()
             best[variant] = max(best[variant], 3 * args.batch / (time.perf_counter() - start))
-    print(f"{args.model}, latents {args.latent}, batch {args.batch}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{args.model}, latents {args.latent}, batch {args.batch}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     print("| precision | channels-last | compile | images/s |\n| --- | --- | --- | --- |")
     for (bf16, last, comp), rate in best.items():
         print(f"| {'bf16' if bf16 else 'fp32'} | {'yes' if last else 'no'} | {'yes' if comp else 'no'} | {rate:,.0f} |")

@@ -95,7 +95,10 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
 )
 def sample(
     run: Annotated[str, typer.Argument(help="Run or pipeline folder.")],
-    cluster: Annotated[list[int] | None, typer.Option(help="Cluster id; may be repeated. Default: drawn from the training distribution.")] = None,
+    cluster: Annotated[
+        list[int] | None,
+        typer.Option(help="Cluster id; may be repeated. Default: drawn from the training distribution."),
+    ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Images (of each cluster).")] = 16,
     w: Annotated[float, typer.Option("--w", "-w", help="Guidance strength: 0 unconditional, 1 conditional.")] = 2.0,
     steps: Annotated[int, typer.Option(help="Solver steps.")] = 25,
@@ -130,7 +133,9 @@ def evaluate(
     reference: Annotated[str, typer.Option(help="Real images: shards or a folder.")],
     metrics: Annotated[str, typer.Option(help="Of fd, kid, prdc, is, consistency.")] = "fd,prdc,consistency",
     n: Annotated[int, typer.Option("-n", "--n", help="Samples and reference images.")] = 10_000,
-    features: Annotated[str | None, typer.Option(help="Feature network; default the run's g. inception, a name or a file.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Feature network; default the run's g. inception, a name or a file.")
+    ] = None,
     w: Annotated[float, typer.Option("--w", "-w", help="Guidance strength.")] = 2.0,
     steps: Annotated[int, typer.Option(help="Solver steps.")] = 25,
     scheduler: Annotated[str, typer.Option(help="dpmpp_2m, ddim, ddpm, unipc or euler.")] = "dpmpp_2m",

@@ -61,7 +61,9 @@ class DistillConfig:
 
     teacher: FeaturesConfig = field(default_factory=FeaturesConfig)
     images: list[str] = field(default_factory=list)  # globs of image files or shards, FILE.parquet?IMAGE,LABEL columns
-    probes: Any = None  # mapping name -> one such source with labels: k-means NMI of teacher and student goes in the manifest
+    probes: Any = (
+        None  # mapping name -> one such source with labels: k-means NMI of teacher and student goes in the manifest
+    )
     out: str = "???"
     student: str = "resnet18"  # timm model
     kwargs: Any = None  # its arguments (num_classes = width of the features is set from `width`)
@@ -143,30 +145,41 @@ class TrainConfig:
 
 @dataclass
 class FitAutoencoderConfig:
-    shards: str = "???"
-    val_shards: Any = None  # glob, or mapping name -> glob, of held-out images
-    out: str = "???"
-    name: str | None = None
+    """A small KL autoencoder. Its factor is patch * 2 ** (len(widths) - 1)."""
+
+    shards: Any = "???"  # glob, or mapping name -> glob; the first one's latents are those that come out normalised
+    out: str = "???"  # folder of the fit, and of the autoencoder: `autoencoder=OUT` uses it
+    name: str | None = None  # None = the folder's name
+    holdout: dict[str, int] = field(default_factory=dict)  # name -> how many of its last images are not trained on
+    val_shards: dict[str, str] = field(default_factory=dict)  # name -> glob of held-out images
+    zoom: dict[str, float] = field(default_factory=dict)  # name -> read at zoom * size pixels, for random crops
     size: int = 64
     channels: int = 8  # latent channels
-    widths: list[int] = field(default_factory=lambda: [32, 64, 96, 128])  # one a level; factor = 2 ** (levels - 1)
-    blocks: int = 1
-    kl: float = 1e-5
-    lpips: float = 0.0
-    lpips_weights: str | None = None
-    gan: float = 0.0
-    gan_start: int = 5000
+    patch: int = 2  # pixel-unshuffle before the network: the full resolution is where the time goes
+    widths: list[int] = field(default_factory=lambda: [56, 80, 96])  # one a level
+    blocks: int = 1  # residual blocks a level
+    noise: float = 0.3  # training latents get noise of up to this many of their own stds
+    kl: float = 1e-3  # per pixel, beside an L1 of images in [-1, 1]
+    half: float = 0.25  # weight of: half-size latents decode to half-size images
+    lpips: float = 0.3
+    lpips_weights: str | None = None  # safetensors of torchvision's AlexNet features; None = torchvision downloads them
+    lpips_size: int = 64  # smaller images are enlarged to this first
+    gan: float = 0.0  # weight of the PatchGAN, relative to the reconstruction's gradient
+    gan_start: float = 0.6  # share of the steps after which it begins
     steps: int = 10_000
     batch_size: int = 32
-    lr: float = 3e-4
+    lr: float = 1e-3
     ema: float = 0.999
     seed: int = 0
     precision: str = "auto"
     device: str = "auto"
-    workers: int = 1
-    checkpoint_every: int = 1000
+    workers: int = -1
+    log_every: int = 50
+    val_every: int = 500
+    checkpoint_every: int = 250
     licence: str = "Apache-2.0"
-    note: str = ""
+    data: str = ""  # goes into the manifest: what the images were, under which terms
+    recipe: str = ""  # likewise: the command
 
 
 Schema = TypeVar("Schema")
@@ -225,14 +238,16 @@ def _dotlist(overrides: list[str]) -> list[tuple[str, DictConfig]]:
 
 def _check_keys(given: DictConfig, schema: DictConfig, source: str, prefix: str = "") -> None:
     for key in given:
-        if key not in schema:
+        if key not in schema.keys():  # `in schema` is False for a key whose value is still missing
             known = [prefix + str(k) for k in schema]
             raise InputError(f"{source}: unknown key {prefix + str(key)!r}; {choices(prefix + str(key), known)}")
         inner, value = schema._get_node(key), given._get_node(key)
-        if isinstance(inner, DictConfig) and isinstance(value, DictConfig) and dataclasses.is_dataclass(
-            OmegaConf.get_type(inner)
+        if (
+            isinstance(inner, DictConfig)
+            and isinstance(value, DictConfig)
+            and dataclasses.is_dataclass(OmegaConf.get_type(inner))
         ):
-            _check_keys(value, inner, source, f"{prefix}{key}.")
+            _check_keys(value, inner, source, prefix + str(key) + ".")
 
 
 def model_config(model: Any) -> ModelConfig:

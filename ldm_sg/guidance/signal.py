@@ -22,7 +22,7 @@ class Guidance:
     spatial: Tensor | None = None  # [B, S, h, w] float coverage in [0, 1] on the latent grid
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "Guidance":
-        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Guidance(**{name: None if part is None else fn(part) for name, part in parts.items()})
 
     def __len__(self) -> int:

@@ -95,4 +95,3 @@ def _check(config: ModelConfig, latent_shape: tuple[int, int, int]) -> None:
 
 def _groups(widths: list[int]) -> int:
     return next(g for g in (32, 16, 8, 4, 2, 1) if all(w % g == 0 for w in widths))
-

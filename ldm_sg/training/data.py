@@ -62,7 +62,9 @@ class LatentBatches(Dataset):
 class LatentData(pl.LightningDataModule):
     """The training stream and the held-out images of one annotation set."""
 
-    def __init__(self, latents: LatentSet, batch_size: int, steps: int, seed: int, val_share: float, workers: int) -> None:
+    def __init__(
+        self, latents: LatentSet, batch_size: int, steps: int, seed: int, val_share: float, workers: int
+    ) -> None:
         super().__init__()
         self.latents, self.batch_size, self.steps, self.seed, self.workers = latents, batch_size, steps, seed, workers
         self.train_pool, self.val_pool = split(len(latents), val_share, seed)
