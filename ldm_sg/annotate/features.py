@@ -3,10 +3,12 @@
 The only file that imports timm and open_clip. A g is a shipped extractor (a folder of ours), any timm model, or any
 open_clip image tower; it resizes and normalises by itself, runs frozen, and can be read at a chosen block."""
 
+import difflib
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,10 @@ class FeatureExtractor(nn.Module):
         self.tower = tower
         self.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
         self.bf16 = use_bf16(str(manifest["precision"]), self.mean.device)
-        self.dim = self.forward(torch.zeros(1, 3, self.size, self.size, device=self.mean.device)).shape[1]
+        try:
+            self.dim = self.forward(torch.zeros(1, 3, self.size, self.size, device=self.mean.device)).shape[1]
+        except (AssertionError, RuntimeError) as err:  # patches that do not divide the size, windows larger than it
+            raise InputError(f"features.size={self.size}: {self.name} cannot read it: {err}") from err
         self.manifest["dim"] = self.dim
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
@@ -110,10 +115,11 @@ def load_extractor(cfg: FeaturesConfig, device: torch.device | str = "cpu") -> F
     Raises InputError for an unknown name, weights that cannot be had or do not fit, a block or pooling it lacks."""
     if cfg.pool not in POOLS:
         raise InputError(f"features.pool={cfg.pool!r}; {choices(cfg.pool, POOLS)}")
-    folder = _shipped(cfg.model)
+    clip = cfg.model.startswith("open_clip:")
+    folder = None if clip else _shipped(cfg.model)
     if folder is not None:
         return _load_folder(folder, cfg, device)
-    tower, own = _open_clip(cfg) if cfg.model.startswith("open_clip:") else _timm(cfg)
+    tower, own = _open_clip(cfg) if clip else _timm(cfg)
     weights = str(Path(cfg.weights).resolve()) if cfg.weights else None
     chosen = {"layer": cfg.layer, "pool": cfg.pool, "precision": cfg.precision}
     manifest = {"name": cfg.model, "model": cfg.model, "weights": weights, **own, **chosen}
@@ -132,32 +138,40 @@ def _shipped(model: str) -> Path | None:
 
 
 def _load_folder(folder: Path, cfg: FeaturesConfig, device: torch.device | str) -> FeatureExtractor:
+    if cfg.weights:
+        raise InputError(f"features.weights={cfg.weights}: {cfg.model} comes with its own weights; leave this key out")
     own: dict[str, Any] = OmegaConf.to_container(read_yaml(folder / "manifest.yaml"))  # type: ignore[assignment]
-    path = Path(cfg.weights) if cfg.weights else folder / "model.safetensors"
+    path = folder / "model.safetensors"
     state = read_weights(path)
-    if not cfg.weights and file_sha256(path) != own["sha256"]:
+    if file_sha256(path) != own["sha256"]:
         raise InputError(f"{path}: its sha256 is not the one that manifest.yaml beside it gives: the file was changed")
-    size = own["size"] if cfg.size is None else cfg.size
-    tower = timm.create_model(own["model"], **{"num_classes": 0, **own.get("kwargs", {})})
+    tower = timm.create_model(own["model"], **own["kwargs"])
     _load_state(tower, state, path)
-    chosen = {"layer": own.get("layer") if cfg.layer is None else cfg.layer, "precision": cfg.precision, "size": size}
-    chosen["pool"] = own.get("pool", "auto") if cfg.pool == "auto" else cfg.pool
-    known = {
-        "weights": str(Path(cfg.weights).resolve()) if cfg.weights else None,
+    manifest = {
+        "name": own["name"],
+        "model": cfg.model,
+        "weights": None,
+        "size": cfg.size or own["size"],
         "mean": own["mean"],
         "std": own["std"],
+        "layer": own["layer"] if cfg.layer is None else cfg.layer,
+        "pool": own["pool"] if cfg.pool == "auto" else cfg.pool,
+        "precision": cfg.precision,
+        "sha256": own["sha256"],
     }
-    known["sha256"] = file_sha256(path)
-    extractor = FeatureExtractor(tower, {"name": own["name"], "model": cfg.model, **known, **chosen}, device)
+    extractor = FeatureExtractor(tower, manifest, device)
     extractor.folder = folder
     return extractor
 
 
 def _timm(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
-    base = cfg.model.split(".")[0]
+    base = cfg.model.split(".")[0]  # ARCHITECTURE.PRETRAINED_TAG
     if not timm.is_model(base):
-        shipped = [p.name for p in EXTRACTORS.iterdir() if p.is_dir()]
-        raise InputError(f"features.model={cfg.model!r}: {choices(cfg.model, [*timm.list_models(), *shipped])}")
+        shipped = [path.parent.name for path in EXTRACTORS.glob("*/manifest.yaml")]
+        known = [*timm.list_models(), *shipped]
+        near = difflib.get_close_matches(cfg.model, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"ours: {', '.join(shipped)}; others: timm.list_models()"
+        raise InputError(f"features.model={cfg.model!r}: no such extractor; {hint}")
     try:
         own = timm.get_pretrained_cfg(cfg.model)
     except RuntimeError as err:
@@ -165,23 +179,39 @@ def _timm(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
         raise InputError(f"features.model={cfg.model!r}: {choices(cfg.model, tags)}") from err
     own = own or timm.get_pretrained_cfg(base)
     kwargs: dict[str, Any] = {"num_classes": 0}
-    if cfg.weights:
-        kwargs["pretrained_cfg_overlay"] = {"state_dict": read_weights(Path(cfg.weights))}
     if cfg.size is not None and own.fixed_input_size:
         kwargs["img_size"] = cfg.size
-    try:
-        tower = timm.create_model(cfg.model, pretrained=True, **kwargs)
-    except Exception as err:  # hub, HTTP, SSL and timm errors have no common base
-        reason = " ".join(str(err).split())[:200]
-        if cfg.weights:
-            raise InputError(f"features.weights={cfg.weights}: does not fit {cfg.model}: {reason}") from err
-        raise InputError(
-            f"features.model={cfg.model!r}: its weights cannot be had ({type(err).__name__}: {reason}); "
-            "give a local copy as features.weights=FILE"
-        ) from err
+    if cfg.weights:
+        tower = timm.create_model(cfg.model, **kwargs)
+        _load_timm_state(tower, read_weights(Path(cfg.weights)), Path(cfg.weights))
+    else:
+        tower = _fetch(cfg, lambda: timm.create_model(cfg.model, pretrained=True, **kwargs))
     data = timm.data.resolve_model_data_config(tower)
     size = cfg.size or data["input_size"][-1]
     return tower, {"size": size, "mean": [float(v) for v in data["mean"]], "std": [float(v) for v in data["std"]]}
+
+
+def _load_timm_state(tower: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Through timm's own renaming and resizing of positions; a classifier and other parts that the tower does not have are
+    left out, but every weight that it has must be there (timm itself would leave it at random)."""
+    adapt = getattr(sys.modules[type(tower).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = adapt(state, tower) if adapt else state
+        parts = {key.split(".")[0] for key in tower.state_dict()}
+        _load_state(tower, {k: v for k, v in state.items() if k.split(".")[0] in parts}, path)
+    except (KeyError, IndexError, AttributeError, AssertionError) as err:  # timm's renaming of another model's weights
+        raise InputError(f"{path}: does not fit the model") from err
+
+
+def _fetch(cfg: FeaturesConfig, create: Callable[[], nn.Module]) -> nn.Module:
+    """A model with weights from the hub, or InputError with the way out."""
+    try:
+        return create()
+    except Exception as err:  # hub, HTTP, SSL and timm errors have no common base
+        raise InputError(
+            f"features.model={cfg.model!r}: its weights cannot be had ({type(err).__name__}: "
+            f"{' '.join(str(err).split())[:200]}); give a local copy as features.weights=FILE"
+        ) from err
 
 
 def _open_clip(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
@@ -197,14 +227,10 @@ def _open_clip(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
             f"tags: {choices(tag, tags)}"
         )
     kwargs: dict[str, Any] = {} if cfg.size is None else {"force_image_size": cfg.size}
-    try:
-        clip = open_clip.create_model(model, pretrained=None if cfg.weights else tag, **kwargs)
-    except Exception as err:  # as for timm
-        reason = " ".join(str(err).split())[:200]
-        raise InputError(
-            f"features.model={cfg.model!r}: its weights cannot be had ({type(err).__name__}: {reason}); "
-            "give a local copy as features.weights=FILE"
-        ) from err
+    if cfg.weights:
+        clip = open_clip.create_model(model, pretrained=None, **kwargs)
+    else:
+        clip = _fetch(cfg, lambda: open_clip.create_model(model, pretrained=tag, **kwargs))
     tower = clip.visual
     if cfg.weights:
         state = read_weights(Path(cfg.weights))
@@ -233,7 +259,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             state = state[wrapper]
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected a mapping of names to tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return {
+        key.removeprefix("module."): value.float() if value.is_floating_point() else value
+        for key, value in state.items()
+    }
 
 
 def _load_state(tower: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
