@@ -1,0 +1,228 @@
+"""Fitting a small KL autoencoder: L1 + LPIPS + PatchGAN + KL, with noise on the latents so that the decoder forgives a
+diffusion net's small errors.
+
+Everything random in step t is a function of (seed, t), so that a resumed fit is the fit that never stopped."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
+from torch import Tensor, nn
+
+from ldm_sg.config import FitAutoencoderConfig
+from ldm_sg.errors import InputError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images of one origin, held in memory."""
+
+    name: str
+    images: Tensor  # uint8 [N, 3, S, S], S >= the fitted size; larger ones are shrunk and cropped at random
+
+
+def draw(sources: list[Source], size: int, batch: int, generator: torch.Generator) -> Tensor:
+    """A training batch, float [batch, 3, size, size] in [-1, 1]: every image equally likely, mirrored half of the time."""
+    counts = torch.tensor([len(s.images) for s in sources])
+    origin = torch.multinomial(counts.float(), batch, replacement=True, generator=generator)
+    parts = []
+    for i, source in enumerate(sources):
+        n = int((origin == i).sum())
+        if n:
+            index = torch.randint(len(source.images), (n,), generator=generator)
+            parts.append(_crop(source.images[index].float() / 127.5 - 1, size, generator))
+    images = torch.cat(parts)
+    mirrored = torch.rand(batch, generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
+def _crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """[N, 3, S, S] shrunk to one random side in [size, S], then one random crop of size x size."""
+    full = images.shape[-1]
+    if full == size:
+        return images
+    side = int(torch.randint(size, full + 1, (), generator=generator))
+    images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = torch.randint(side - size + 1, (2,), generator=generator).tolist()
+    return images[:, :, top : top + size, left : left + size]
+
+
+def perceptual_distance(weights: str | None) -> nn.Module:
+    """LPIPS (AlexNet) from the package `lpips`; `weights` is a safetensors file of torchvision's `AlexNet.features`
+    (None = torchvision downloads them). Takes images in [-1, 1], returns [B, 1, 1, 1]."""
+    try:
+        import lpips
+    except ImportError as err:
+        raise InputError("lpips > 0 needs the package lpips: pip install 'ldm-sg[lpips]', or set lpips=0") from err
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")  # lpips uses an older spelling
+        net = lpips.LPIPS(net="alex", pnet_rand=weights is not None, verbose=False)
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise InputError(f"lpips_weights={weights!r}: no such file")
+        _load_alexnet(net.net, load_file(weights), weights)
+    return net.eval().requires_grad_(False)
+
+
+def _load_alexnet(alexnet: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """lpips cuts `features` into slices whose children keep torchvision's indices as names."""
+    convs = {name: m for part in alexnet.children() for name, m in part.named_children() if isinstance(m, nn.Conv2d)}
+    state = {key.removeprefix("features."): value.float() for key, value in state.items()}
+    for name, conv in convs.items():
+        if f"{name}.weight" not in state:
+            raise InputError(
+                f"lpips_weights={source}: no tensor {name}.weight: expected torchvision's AlexNet features"
+            )
+        conv.load_state_dict({"weight": state[f"{name}.weight"], "bias": state[f"{name}.bias"]})
+
+
+def add_noise(z: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """z [B, C, h, w] plus noise of std u * strength in units of each channel's own spread, u ~ U(0, 1) a sample.
+
+    Being relative, it cannot be evaded by blowing the latents up."""
+    spread = z.detach().std(dim=(0, 2, 3), keepdim=True)
+    level = strength * torch.rand(len(z), 1, 1, 1, generator=generator).to(z.device)
+    return z + level * spread * torch.randn(z.shape, generator=generator).to(z.device)
+
+
+def learning_rate(step: int, config: FitAutoencoderConfig) -> float:
+    """Learning rate: 200 steps of warm-up, then a half cosine down to 1% at `config.steps`."""
+    warm = min(1.0, (step + 1) / 200)
+    return config.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps))))
+
+
+def make_net(config: FitAutoencoderConfig) -> AutoencoderKL:
+    """The network, initialised from `config.seed`: no attention, so that it works at any image size."""
+    torch.manual_seed(config.seed)
+    levels = len(config.widths)
+    return AutoencoderKL(
+        in_channels=3 * config.patch**2,
+        out_channels=3 * config.patch**2,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.widths),
+        layers_per_block=config.blocks,
+        latent_channels=config.channels,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=config.size // config.patch,
+    )
+
+
+class Fit:
+    """The state of a fit: net, its running average, critic, optimisers. `step()` is one update."""
+
+    def __init__(self, config: FitAutoencoderConfig, device: torch.device, bf16: bool) -> None:
+        self.config, self.device, self.bf16, self.steps = config, device, bf16, 0
+        self.net = make_net(config).to(device).train()
+        self.average = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.perceptual = perceptual_distance(config.lpips_weights).to(device) if config.lpips > 0 else None
+        self.critic: nn.Module | None = None
+        if config.gan > 0:
+            self.critic = NLayerDiscriminator(n_layers=2).apply(weights_init).to(device).train()
+            self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), config.lr / 3, betas=(0.5, 0.9))
+
+    def step(self, images: Tensor, generator: torch.Generator) -> dict[str, float]:
+        """One update on `images` [B, 3, S, S] in [-1, 1] -> the losses."""
+        images = images.to(self.device)
+        rate = learning_rate(self.steps, self.config)
+        self._set_rate(self.optimizer, rate)
+        fake, losses = self._reconstruct(images, generator)
+        total = sum(getattr(self.config, name, 1.0) * value for name, value in losses.items())  # l1 has weight 1
+        adversarial = self.critic is not None and self.steps >= self.config.gan_start * self.config.steps
+        if adversarial:
+            losses["gan"] = -self._judge(fake).mean()
+            total = total + self._gan_weight(total, losses["gan"]) * losses["gan"]
+        total.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if adversarial:
+            losses["critic"] = self._train_critic(images, fake.detach())
+        self.steps += 1
+        self._average()
+        return {name: float(value.detach()) for name, value in losses.items()}
+
+    def _reconstruct(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        c = self.config
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            posterior = self.net.encode(F.pixel_unshuffle(images, c.patch)).latent_dist
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            noise = torch.randn(mean.shape, generator=generator).to(self.device)
+            z = add_noise(mean + noise * (0.5 * logvar).exp(), c.noise, generator)
+            fake = self._decode(z)
+            losses = {"l1": (fake - images).abs().mean()}
+            losses["kl"] = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / images.numel()
+            if c.half > 0:
+                losses["half"] = (self._decode(F.avg_pool2d(z, 2)) - F.avg_pool2d(images, 2)).abs().mean()
+            if self.perceptual is not None:
+                top, left = torch.randint(
+                    4, (2,), generator=generator
+                ).tolist()  # AlexNet's stride of 4 would leave a grid
+                pair = (enlarge(x[:, :, top:, left:], c.lpips_size) for x in (fake, images))
+                losses["lpips"] = self.perceptual(*pair).float().mean()
+        return fake, losses
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.net.decode(z).sample, self.config.patch).float()
+
+    def _judge(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.critic(images).float()
+
+    def _gan_weight(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+        """VQGAN (Esser et al., 2021), Eq. 7: the ratio of the two gradients at the decoder's last layer."""
+        last = self.net.decoder.conv_out.weight
+        ours, theirs = (
+            torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+        )
+        return self.config.gan * (ours / (theirs + 1e-4)).clamp(max=1e4).detach()
+
+    def _train_critic(self, real: Tensor, fake: Tensor) -> Tensor:
+        self._set_rate(self.critic_optimizer, self.config.lr / 3)
+        loss = 0.5 * (F.relu(1 - self._judge(real)).mean() + F.relu(1 + self._judge(fake)).mean())
+        self.critic_optimizer.zero_grad(set_to_none=True)  # the generator's step left gradients there
+        loss.backward()
+        self.critic_optimizer.step()
+        return loss
+
+    @staticmethod
+    def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+    def _average(self) -> None:
+        decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            for name, value in self.net.state_dict().items():
+                self.average[name].lerp_(value, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed fit needs: tensors and plain containers only."""
+        state = {"steps": self.steps, "net": self.net.state_dict(), "average": self.average}
+        state["optimizer"] = self.optimizer.state_dict()
+        if self.critic is not None:
+            state.update(critic=self.critic.state_dict(), critic_optimizer=self.critic_optimizer.state_dict())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.net.load_state_dict(state["net"])
+        self.average = {k: v.to(self.device) for k, v in state["average"].items()}
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+
+def enlarge(images: Tensor, size: int) -> Tensor:
+    """At least size x size: LPIPS' network loses small images in its first strides."""
+    return images if images.shape[-1] >= size else F.interpolate(images, (size, size), mode="bilinear")
