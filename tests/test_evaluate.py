@@ -524,6 +524,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
         ((plain, real, "consistency"), {"features": "tiny"}, "asked for"),
         ((plain, real, "fd"), {"features": "resnet9000"}, "resnet9000"),
         ((plain, real, "fd"), {"run": tmp_path / "norun"}, "norun"),
+        ((run, real, "fd"), {"run": run}, "is a run itself"),
         ((plain, real, "fd"), {"features": "no.safetensors"}, "no such file"),
         ((run, real), {"out": plain}, "cannot be written"),
         ((run, real), {"out": plain / "000.png" / "x.json"}, "give another out"),

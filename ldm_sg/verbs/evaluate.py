@@ -69,37 +69,28 @@ def evaluate(
     wanted = figures.parse_metrics(metrics)
     if n < 1 or batch_size < 1 or not math.isfinite(w):
         raise InputError(f"n={n}, batch_size={batch_size}, w={w}: counts of at least 1 and a finite strength")
-    real, on, folder = sources.open_images(str(reference)), pick_device(device), Path(source)
-    home = _run_of(folder, run) if features is None or "consistency" in wanted or _is_run(folder) else None
+    real, on = sources.open_images(str(reference)), pick_device(device)
+    home = _run_of(Path(source), run, needed=features is None or "consistency" in wanted)
     pipe = open_pipeline(home, device) if home else None
-    if pipe and _is_run(folder):
+    if pipe and home == Path(source):
         settings = {"w": w, "steps": steps, "scheduler": scheduler, "seed": seed}
-        samples = from_run(pipe, folder, n, size, batch_size, settings, features)
+        samples = from_run(pipe, home, n, size, batch_size, settings, features)
     else:
         samples = from_disk(sources.open_images(str(source)), n, size, batch_size)
     figures.check_enough(wanted, samples.total, samples.where)
     figures.check_enough(wanted, sources.count(real), str(reference))
     file = figures.prepare(Path(out) if out else samples.out)
-    asked = samples.ids() if "consistency" in wanted else None
-    annotator = _annotator(pipe, samples.where, on) if features is None or asked is not None else None
-    network = load_network(features, on) if features else annotator.extractor  # type: ignore[union-attr]
-    figures.check_network(wanted, network)
-    if asked is not None:
-        check_ids(asked, annotator.f.k, samples.where)  # type: ignore[union-attr]
+    judges = open_judges(wanted, features, samples, pipe, on)
 
-    skipped, sizes = [], (samples.size, sources.first_size(real))
-    networks: dict[str, Network] = {"main": network} | (
-        {"own": annotator.extractor} if annotator and asked is not None else {}
-    )
-    if networks.get("own") is network:
-        del networks["own"]
-    places, found = collect(samples.batches(skipped), networks, on, samples.total, "samples")
-    real_features = _reference(real, network, samples.size, batch_size, on, skipped)
-    values = figures.compute(wanted, found["main"], real_features, network, seed)
-    if asked is not None and pipe and annotator:
-        before, after = _ceiling(real, pipe, annotator, batch_size, on)
-        own = found.get("own", found["main"])
-        values |= consistency(asked[places], own, _signals(pipe), before, after, annotator.f)
+    skipped: list[str] = []
+    sizes = (samples.size, sources.first_size(real))
+    places, found = collect(samples.batches(skipped), judges.networks, on, samples.total, "samples")
+    real_features = _reference(real, judges.network, samples.size, batch_size, on, skipped)
+    values = figures.compute(wanted, found["main"], real_features, judges.network, seed)
+    if judges.annotator and judges.asked is not None and pipe:
+        before, after = _ceiling(real, pipe, judges.annotator, batch_size, on)
+        asked, own = judges.asked[places], found.get("own", found["main"])
+        values |= consistency(asked, own, _signals(pipe), before, after, judges.annotator.f)
     result = {
         "source": str(source),
         "reference": str(reference),
@@ -109,8 +100,8 @@ def evaluate(
         "asked": n,
         "sampling": samples.sampling,
         "preprocessing": {"size": samples.size, **sources.PREPROCESSING},
-        "features": dict(network.manifest),
-        "annotator": {"run": str(home), "k": annotator.f.k, "g": annotator.extractor.manifest} if annotator else None,
+        "features": dict(judges.network.manifest),
+        "annotator": judges.describe(home),
         "notes": figures.remarks(wanted, n, found["main"], real_features, skipped, sizes),
         "seconds": round(time.perf_counter() - started, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -120,6 +111,44 @@ def evaluate(
     figures.write(file, result)
     print(f"-> {file}")
     return result
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The network whose features are compared, and for consistency the ids asked for and the run's own g and f."""
+
+    network: Inception | FeatureExtractor
+    asked: Tensor | None
+    annotator: LoadedAnnotator | None
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """What each sample passes through: `main`, and `own` where consistency needs another one."""
+        if self.asked is None or self.annotator is None or self.annotator.extractor is self.network:
+            return {"main": self.network}
+        return {"main": self.network, "own": self.annotator.extractor}
+
+    def describe(self, run: Path | None) -> dict[str, Any] | None:
+        if self.annotator is None:
+            return None
+        return {"run": str(run), "k": self.annotator.f.k, "g": self.annotator.extractor.manifest}
+
+
+def open_judges(
+    wanted: list[str], features: str | None, samples: Samples, pipe: SelfGuidedPipeline | None, on: torch.device
+) -> Judges:
+    """Everything that judges, checked before the first sample is drawn."""
+    asked = samples.ids() if "consistency" in wanted else None
+    annotator = _annotator(pipe, samples.where, on) if features is None or asked is not None else None
+    if features is not None:
+        network = load_network(features, on)
+    else:
+        assert annotator is not None
+        network = annotator.extractor
+    figures.check_network(wanted, network)
+    if asked is not None and annotator is not None:
+        check_ids(asked, annotator.f.k, samples.where)
+    return Judges(network, asked, annotator)
 
 
 def from_run(
@@ -190,11 +219,16 @@ def _is_run(folder: Path) -> bool:
     return any((place / "model_index.json").is_file() for place in (folder, folder / "pipeline"))
 
 
-def _run_of(source: Path, run: str | Path | None) -> Path | None:
-    """The run named, the source itself, or the run whose folder holds it; None when there is none."""
-    if run is not None:
-        return Path(run)
-    return next((place for place in (source, *source.resolve().parents) if _is_run(place)), None)
+def _run_of(source: Path, run: str | Path | None, needed: bool) -> Path | None:
+    """The source itself where it is a run; for images on disk, where g and f are `needed`, the run named or the one whose
+    folder holds them; otherwise None."""
+    if _is_run(source):
+        if run is not None:
+            raise InputError(f"run={str(run)!r}: {source} is a run itself; `run` is for images on disk")
+        return source
+    if not needed:
+        return None
+    return Path(run) if run is not None else next(filter(_is_run, source.resolve().parents), None)
 
 
 def _annotator(pipe: SelfGuidedPipeline | None, where: str, device: torch.device) -> LoadedAnnotator:
