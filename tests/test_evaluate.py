@@ -527,7 +527,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
         ((run, real, "fd"), {"run": run}, "is a run itself"),
         ((plain, real, "fd"), {"features": "no.safetensors"}, "no such file"),
         ((run, real), {"out": plain}, "cannot be written"),
-        ((run, real), {"out": plain / "000.png" / "x.json"}, "give another out"),
+        ((run, real), {"out": plain / "000.png" / "x.json"}, "give another --out"),
         ((run, real), {"device": "gpu"}, "device='gpu'"),
     ]
     before = sorted(run.rglob("*"))
@@ -545,7 +545,7 @@ def test_a_run_of_ground_truth_labels_says_what_to_do(
         raise InputError("annotator.kind=oracle reads ground truth from shards")
 
     monkeypatch.setattr("ldm_sg.verbs.evaluate.load_annotator", oracle)
-    with pytest.raises(InputError, match=r"oracle.*features="):
+    with pytest.raises(InputError, match=r"oracle.*--features"):
         evaluate(run, str(run.parent / "real.tar"), "fd", n=4, device="cpu")
 
 

@@ -36,7 +36,7 @@ def check_network(wanted: list[str], network: Any) -> None:
     if "is" in wanted and not (isinstance(network, Inception) and network.classifies):
         raise InputError(
             "metric `is` reads a classifier's scores, and this feature network has none (its last layer is empty or "
-            "missing): give features=inception with full weights, or leave `is` out"
+            "missing): give --features inception with full weights, or leave `is` out"
         )
 
 
@@ -63,7 +63,7 @@ def remarks(
     notes = [f"{len(samples):,} samples, not the {asked:,} asked for"] if len(samples) < asked else []
     if sizes[1] < sizes[0]:
         notes.append(
-            f"reference images of {sizes[1]} px are enlarged to {sizes[0]} px: give size={sizes[1]}, or larger ones"
+            f"reference images of {sizes[1]} px are enlarged to {sizes[0]} px: give --size {sizes[1]}, or larger ones"
         )
     smaller, dim = min(len(samples), len(reference)), samples.shape[1]
     if "fd" in wanted and smaller <= dim:
@@ -77,7 +77,7 @@ def remarks(
 
 def table(result: dict[str, Any]) -> str:
     """The figures in lines, then what they were computed of."""
-    lines = [f"{name:<26}{value:>12.4f}" for name, value in result["metrics"].items()]
+    lines = [f"{name:<26}{value:>12.4g}" for name, value in result["metrics"].items()]
     made = ", ".join(f"{key} {value}" for key, value in result["sampling"].items())
     lines.append(
         f"{result['samples']:,} samples of {result['source']}{f' ({made})' if made else ''} against "
@@ -92,9 +92,9 @@ def prepare(file: Path) -> Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise InputError(f"out={str(file)!r}: {err.strerror}: give another out=FILE.json") from err
+        raise InputError(f"--out {str(file)!r}: {err.strerror}: give another --out FILE.json") from err
     if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise InputError(f"out={str(file)!r} cannot be written there: give another out=FILE.json")
+        raise InputError(f"--out {str(file)!r} cannot be written there: give another --out FILE.json")
     return file
 
 
@@ -106,4 +106,4 @@ def write(file: Path, result: dict[str, Any]) -> None:
         temporary.replace(file)
     except OSError as err:  # a disk that filled up meanwhile
         temporary.unlink(missing_ok=True)
-        raise InputError(f"out={str(file)!r} could not be written: {err.strerror}; the figures stand above") from err
+        raise InputError(f"--out {str(file)!r} could not be written: {err.strerror}; the figures stand above") from err

@@ -96,6 +96,6 @@ def _download() -> tuple[dict[str, Tensor], str]:
     except (OSError, RuntimeError) as err:  # no network, or a file that does not match its hash
         raise InputError(
             f"the Inception weights could not be downloaded ({first_line(err)}): fetch {name} from torch-fidelity's "
-            "releases elsewhere and name the file: features=inception:FILE"
+            "releases elsewhere and name the file: --features inception:FILE"
         ) from err
     return state, sha256_of(Path(torch.hub.get_dir()) / "checkpoints" / name)

@@ -234,13 +234,13 @@ def _run_of(source: Path, run: str | Path | None, needed: bool) -> Path | None:
 def _annotator(pipe: SelfGuidedPipeline | None, where: str, device: torch.device) -> LoadedAnnotator:
     if pipe is None:
         raise InputError(
-            f"{where} belongs to no run, so no g is given: name a feature network, features=inception for example, and "
-            "leave consistency out; or name the run with run=RUN"
+            f"{where} belongs to no run, so there is no g of its own: name a feature network (--features inception, for "
+            "example) and leave consistency out, or judge the images from inside their run's folder"
         )
     try:
         return load_annotator(pipe.annotator_folder, device)
     except InputError as err:
-        raise InputError(f"{err}; name a feature network (features=...) and leave consistency out") from err
+        raise InputError(f"{err}; name a feature network (--features) and leave consistency out") from err
 
 
 def _signals(pipe: SelfGuidedPipeline) -> Tensor:
