@@ -14,7 +14,7 @@ _PUBLIC = {
     "InputError": "ldm_sg.errors",
     "SelfGuidedPipeline": "ldm_sg.pipeline",
 }
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

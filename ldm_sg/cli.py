@@ -107,6 +107,9 @@ def sample(
     preset: Annotated[str | None, typer.Option(help="paper = DDIM, 250 steps, eta 0, w 2.")] = None,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at once; changes the speed, not the images.")] = 64,
+    precision: Annotated[
+        str, typer.Option(help="fp32; bf16 or auto: up to 2.5 times as fast, a grey level off.")
+    ] = "fp32",
     sweep_w: Annotated[str | None, typer.Option(help="One row a strength: 0,1,2,3")] = None,
     interpolate: Annotated[str | None, typer.Option(help="Walk between two clusters: 3,17")] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Rows of predicted images over the steps.")] = False,
@@ -120,7 +123,19 @@ def sample(
     from ldm_sg.verbs.sample import sample as draw
 
     options = SampleOptions(
-        list(cluster or []), n, w, steps, scheduler, eta, seed, batch_size, strengths, ends, trajectory, device
+        list(cluster or []),
+        n,
+        w,
+        steps,
+        scheduler,
+        eta,
+        seed,
+        batch_size,
+        strengths,
+        ends,
+        trajectory,
+        precision,
+        device,
     )
     print(draw(run, apply_preset(options, preset), out, overwrite) / "grid.png")
 
@@ -142,6 +157,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
     size: Annotated[int | None, typer.Option(help="Side to which images are cropped; default the run's.")] = None,
+    precision: Annotated[str, typer.Option(help="Of the sampling: auto, fp32 or bf16.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
@@ -149,7 +165,8 @@ def evaluate(
     from ldm_sg.verbs.evaluate import evaluate as run
 
     run(source, reference, metrics=metrics, n=n, features=features, out=out, size=size, w=w, steps=steps,
-        scheduler=scheduler, seed=seed, batch_size=batch_size, device=device)  # fmt: skip
+        scheduler=scheduler, seed=seed, batch_size=batch_size, device=device,
+        precision=precision)  # fmt: skip
 
 
 @app.command(epilog="Example: ldm-sg demo --out runs/demo")

@@ -35,7 +35,9 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_help_imports_no_torch_and_is_fast() -> None:
-    code = "import sys; sys.argv = ['ldm-sg', '--help']\nimport ldm_sg.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
+    code = (
+        "import sys; sys.argv = ['ldm-sg', '--help']\nimport ldm_sg.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
+    )
     code += "assert not {'torch', 'numpy', 'diffusers', 'omegaconf'} & set(sys.modules), 'heavy import'"
     took = []
     for _ in range(3):
@@ -116,7 +118,9 @@ def test_concept_tokens_are_masked_and_unordered() -> None:
         (["pack", "nowhere", "x"], "nowhere"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_2(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_input_is_one_line_and_exit_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     code, output = run(*arguments)
     assert code == 2 and message in output and output.count("\n") == 1, output

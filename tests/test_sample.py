@@ -69,7 +69,9 @@ def test_every_solver_makes_the_asked_colour(scheduler: str, run: Path) -> None:
 
 def test_signals_are_drawn_from_the_training_distribution(run: Path) -> None:
     pipe = open_pipeline(run, "cpu")
-    assert pipe.draw(6, seed=3).k.tolist() == pipe.draw(4, seed=3).k.tolist() + pipe.draw(2, 3, first_index=4).k.tolist()
+    assert (
+        pipe.draw(6, seed=3).k.tolist() == pipe.draw(4, seed=3).k.tolist() + pipe.draw(2, 3, first_index=4).k.tolist()
+    )
     shares = torch.bincount(pipe.draw(2000).k, minlength=4) / 2000
     assert (shares - 0.25).abs().max() < 0.05
 

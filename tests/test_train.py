@@ -24,7 +24,15 @@ from ldm_sg.training.diffusion import lr_factor
 from ldm_sg.verbs.sample import SampleOptions, open_pipeline, signals
 from ldm_sg.verbs.train import train
 
-TINY = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "heads": 2, "hidden": 16, "token_width": 8}
+TINY = {
+    "channels": 16,
+    "multipliers": [1, 2],
+    "blocks": 1,
+    "attention": [2],
+    "heads": 2,
+    "hidden": 16,
+    "token_width": 8,
+}
 
 
 def config(annotation: Path, out: Path, **changes) -> TrainConfig:
@@ -95,7 +103,9 @@ def test_two_processes_train_what_one_does(whole: Path, colours: Path, tmp_path:
     script = tmp_path / "go.py"
     script.write_text("import sys\nfrom ldm_sg.cli import main\nif __name__ == '__main__':\n    main()\n")
     command = [sys.executable, str(script), "train", str(tmp_path / "c.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for name, value in weights(whole).items():
         assert torch.allclose(value, weights(tmp_path / "run")[name], atol=2e-4), name

@@ -10,10 +10,11 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm_sg.annotate.stage import write_bytes
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
@@ -96,7 +97,7 @@ class Clusters:
 
     def save(self, folder: Path) -> None:
         """FOLDER/centroids.safetensors."""
-        save_file({"centroids": self.centroids.contiguous()}, folder / CENTROIDS)
+        write_bytes(folder / CENTROIDS, save({"centroids": self.centroids.contiguous()}))
 
     @classmethod
     def load(cls, folder: Path, settings: dict[str, Any]) -> "Clusters":

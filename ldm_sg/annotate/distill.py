@@ -18,14 +18,14 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm_sg.annotate.clusters import Clusters, contingency, nmi
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
-from ldm_sg.annotate.stage import write_text
+from ldm_sg.annotate.stage import write_bytes, write_text
 from ldm_sg.config import AnnotatorConfig, DistillConfig
 from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
 from ldm_sg.data.latents import file_sha256
@@ -158,8 +158,7 @@ def save_student(
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in student.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in weights.items()}, out / "model.safetensors.tmp")
-    (out / "model.safetensors.tmp").replace(out / "model.safetensors")
+    write_bytes(out / "model.safetensors", save({k: v.contiguous() for k, v in weights.items()}))
     manifest = {
         "name": out.name,
         "model": cfg.student,

@@ -27,7 +27,8 @@ from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisat
 from ldm_sg.config import AnnotateConfig, to_yaml
 from ldm_sg.data.images import decode, to_float
 from ldm_sg.data.latents import file_sha256, set_hash
-from ldm_sg.data.shards import ShardWriter, decoder_pool, expand, image_batches, read_shard
+from ldm_sg.data.pool import decoder_pool
+from ldm_sg.data.shards import ShardWriter, expand, image_batches, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.hardware import pick_device
 

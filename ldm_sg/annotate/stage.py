@@ -5,6 +5,7 @@ second run does only what is missing.
     OUT/work/000000.latent.f16   raw float16 [n, C, h, w], deleted when the set is finished; .flip.f16 likewise
     OUT/work/000000.json         keys, classes, skipped, shapes; written last: the shard is done"""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -110,17 +111,25 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """The file appears under its name when whole; InputError when the disk is full or not writable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary(path).write_bytes(data)
+        temporary(path).replace(path)
+    except OSError as err:
+        temporary(path).unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {err.strerror or err}; {space_left(path)}") from err
+
+
 def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary(path).write_text(text)
-    temporary(path).replace(path)
+    write_bytes(path, text.encode())
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(path).open("wb") as file:
-        np.save(file, array)
-    temporary(path).replace(path)
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_bytes(path, buffer.getvalue())
 
 
 def stages(out: Path, count: int) -> Iterator[Stage]:

@@ -39,7 +39,13 @@ def checkpoint_step(path: Path) -> int:
 
 
 def fit(
-    module: DiffusionModule, data: LatentData, config: TrainConfig, run: Path, device: torch.device, bf16: bool, hooks: Hooks
+    module: DiffusionModule,
+    data: LatentData,
+    config: TrainConfig,
+    run: Path,
+    device: torch.device,
+    bf16: bool,
+    hooks: Hooks,
 ) -> bool:
     """Trains to `config.steps` or to an interruption; True when it came to the end."""
     last = run / "checkpoints" / "last.ckpt"

@@ -106,7 +106,7 @@ def _evaluation(source: Path, shards: Path, device: str, w: float, metrics: str)
 def _pictures(run: Path, annotation: Path, shards: Path, device: str) -> None:
     if _fresh(run / "clusters.png", run):
         return
-    base: dict[str, Any] = {"device": device}
+    base: dict[str, Any] = {"device": device, "precision": "auto"}
     for name, options in {
         "sweep_w": SampleOptions(n=10, sweep_w=STRENGTHS, **base),
         "trajectory": SampleOptions(n=5, trajectory=True, **base),
@@ -131,7 +131,7 @@ def _cluster_picture(run: Path, annotation: Path, shards: Path, device: str) -> 
     ids = _largest(annotation)
     ids = [ids[i * len(ids) // (2 * ROWS)] for i in range(ROWS)]
     pipe = open_pipeline(run, device)
-    samples = pipe(pipe.clusters([k for k in ids for _ in range(SAMPLES)])).split(SAMPLES)
+    samples = pipe(pipe.clusters([k for k in ids for _ in range(SAMPLES)]), precision="auto").split(SAMPLES)
     picture = grids.cluster_picture(ids, members(annotation, shards, ids, REAL), samples)
     grids.save(picture, run / "clusters.png")
 

@@ -56,6 +56,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 64,
     device: str = "auto",
+    precision: str = "auto",
     run: str | Path | None = None,
 ) -> dict[str, Any]:
     """Prints a table, writes `out` (default RUN/evaluations/SETTINGS.json, or evaluation.json in the folder of images)
@@ -73,7 +74,7 @@ def evaluate(
     home = _run_of(Path(source), run, needed=features is None or "consistency" in wanted)
     pipe = open_pipeline(home, device) if home else None
     if pipe and home == Path(source):
-        settings = {"w": w, "steps": steps, "scheduler": scheduler, "seed": seed}
+        settings = {"w": w, "steps": steps, "scheduler": scheduler, "seed": seed, "precision": precision}
         samples = from_run(pipe, home, n, size, batch_size, settings, features)
     else:
         samples = from_disk(sources.open_images(str(source)), n, size, batch_size)

@@ -37,6 +37,7 @@ class SampleOptions:
     sweep_w: list[float] = field(default_factory=list)
     interpolate: list[int] = field(default_factory=list)
     trajectory: bool = False
+    precision: str = "fp32"
     device: str = "auto"
 
     def settings(self) -> dict[str, Any]:
@@ -111,7 +112,8 @@ def generate(
     bar = tqdm(total=len(guidance), unit="image", desc=f"sampling w={w:g}", disable=not progress)
     for start in range(0, len(guidance), options.batch_size):
         part = guidance[start : start + options.batch_size]
-        images = pipe(part, w, options.steps, options.scheduler, options.seed, start, options.eta)
+        images = pipe(part, w, options.steps, options.scheduler, options.seed, start, options.eta,
+                      precision=options.precision)  # fmt: skip
         bar.update(len(part))
         yield Batch(images, [_record(options, k=_id(part, i), w=w, index=start + i) for i in range(len(part))])
     bar.close()
@@ -141,7 +143,8 @@ def _interpolate(pipe: SelfGuidedPipeline, options: SampleOptions) -> Iterator[B
         a, b = slerp(ends[0], ends[1], share)
         arc.append(a * ends[0] + b * ends[1])
     for noise in (ends[0].expand(options.n, -1, -1, -1), torch.stack(arc)):
-        images = pipe(Guidance.from_k(k), options.w, options.steps, options.scheduler, options.seed, 0, noise=noise)
+        images = pipe(Guidance.from_k(k), options.w, options.steps, options.scheduler, options.seed, 0, noise=noise,
+                      precision=options.precision)  # fmt: skip
         yield Batch(images, [_record(options, k=[first, last], share=s, w=options.w) for s in shares])
 
 
@@ -155,9 +158,12 @@ def _trajectory(pipe: SelfGuidedPipeline, options: SampleOptions) -> Iterator[Ba
         final = pipe(
             chosen[i : i + 1], options.w, options.steps, options.scheduler, options.seed, i, options.eta,
             watch=lambda step, x0, seen=seen: seen.update({step: x0}) if step in shown else None,
+            precision=options.precision,
         )  # fmt: skip
         frames = [pipe.decode(seen[step]) for step in shown[:-1]] + [final]
-        yield Batch(torch.cat(frames), [_record(options, k=_id(chosen, i), index=i, step=s, w=options.w) for s in shown])
+        yield Batch(
+            torch.cat(frames), [_record(options, k=_id(chosen, i), index=i, step=s, w=options.w) for s in shown]
+        )
 
 
 def _record(options: SampleOptions, **what: Any) -> dict[str, Any]:

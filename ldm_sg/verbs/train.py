@@ -4,8 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from ldm_sg import build
 from ldm_sg.config import TrainConfig, claim
 from ldm_sg.data.latents import LatentSet
@@ -86,8 +84,5 @@ def _draw(pipe: SelfGuidedPipeline, path: Path) -> None:
     """The same 40 signals and noises at every call, so that grids of one run can be compared."""
     path.parent.mkdir(exist_ok=True)
     pipe.unet.eval()
-    with torch.autocast(pipe.device.type, enabled=False):
-        images = pipe(pipe.draw(40, seed=0), w=2.0, seed=0)
+    images = pipe(pipe.draw(40, seed=0), w=2.0, seed=0, precision="auto")
     grid(images, columns=10).save(path)
-
-
