@@ -290,6 +290,8 @@ def claim(folder: Path, config: Any, free: tuple[str, ...] = ()) -> None:
                 )
     elif folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and has no config.yaml: choose another out=")
+    if path.is_file() and path.read_text() == to_yaml(config):
+        return
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(to_yaml(config))

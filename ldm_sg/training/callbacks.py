@@ -1,9 +1,10 @@
-"""What happens around the steps: EMA, checkpoints that survive kill -9, metrics.csv, sample grids, a clean Ctrl-C."""
+"""What happens around the steps: EMA, checkpoints that survive kill -9, metrics.csv, exports, a clean Ctrl-C."""
 
 import csv
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def ema_update(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Te
         torch._foreach_lerp_(list(averaged), list(current), 1 - d)
 
     return update
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What training needs from rooms that it does not import."""
+
+    start: Callable[[nn.Module], None]  # untrained network -> pipeline folder
+    export: Callable[[nn.Module], None]  # EMA network -> pipeline folder
+    draw: Callable[[nn.Module, int], None]  # EMA network, step -> a grid on disk
 
 
 class EMA(WeightAveraging):
@@ -88,18 +98,20 @@ class StopCleanly(Callback):
 class MetricsFile(Callback):
     """metrics.csv, appended to; rows past the checkpoint that a killed run resumes from are dropped."""
 
-    def __init__(self, path: Path, config: TrainConfig, first_step: int) -> None:
+    def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path, self.config = path, config
+
+    def _keep_until(self, step: int) -> None:
         rows = []
-        if path.is_file() and first_step:
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
-        temporary = path.with_suffix(".tmp")
+        if self.path.is_file() and step:
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(path)
+        temporary.replace(self.path)
 
     def _append(self, **row: float) -> None:
         with self.path.open("a", newline="") as file:
@@ -107,6 +119,8 @@ class MetricsFile(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.start, self.start_step, self.losses = time.perf_counter(), trainer.global_step, []
+        if trainer.is_global_zero:
+            self._keep_until(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -132,15 +146,20 @@ class MetricsFile(Callback):
         self.start, self.start_step = time.perf_counter(), trainer.global_step
 
 
-class SampleGrid(Callback):
-    """Every N steps `draw(EMA network, step)` writes a grid of the same noise and signals."""
+class Hooked(Callback):
+    """Calls what other rooms do with the network, on one rank: `start` before the first step of a new run, `draw` every
+    N steps with the EMA network (the same noise and signals each time)."""
 
-    def __init__(self, every: int, ema: EMA, draw: Callable[[nn.Module, int], None]) -> None:
-        self.every, self.ema, self.draw = every, ema, draw
+    def __init__(self, hooks: Hooks, every: int, ema: EMA) -> None:
+        self.hooks, self.every, self.ema = hooks, every, ema
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and trainer.global_step == 0:
+            self.hooks.start(self.ema.network)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.is_global_zero and self.every and trainer.global_step % self.every == 0:
-            self.draw(self.ema.network, trainer.global_step)
+            self.hooks.draw(self.ema.network, trainer.global_step)
 
 
 class ProgressBar(TQDMProgressBar):

@@ -91,6 +91,5 @@ class LatentData(pl.LightningDataModule):
             return []
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        mine = self.val_pool[rank::world] if len(self.val_pool) >= world else self.val_pool
-        chunks = mine.split(max(1, self.batch_size // world))
-        return self._loader([[i, *chunk.tolist()] for i, chunk in enumerate(chunks)], False, 0)  # type: ignore[arg-type]
+        chunks = [chunk[rank::world].tolist() for chunk in self.val_pool.split(self.batch_size) if len(chunk) >= world]
+        return self._loader([[i, *chunk] for i, chunk in enumerate(chunks)], False, 0)  # type: ignore[arg-type]

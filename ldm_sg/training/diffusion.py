@@ -21,18 +21,19 @@ class DiffusionModule(pl.LightningModule):
         super().__init__()
         self.network, self.objective, self.config = network, objective, config
 
-    def _generator(self, *parts: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, *parts))
+    def _draw(self, x0: Tensor, stream: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise like x0 [b, C, h, w], times [b], keep [b]: this rank's slice of what the global batch gets."""
+        generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, stream, index))
+        total, mine = self.config.batch_size, slice(self.trainer.global_rank, None, self.trainer.world_size)
+        noise = torch.randn((total, *x0.shape[1:]), generator=generator, device=self.device)
+        t = self.objective.sample_t(total, generator)
+        keep = torch.rand(total, generator=generator, device=self.device) >= self.config.guidance.drop
+        return noise[mine][: len(x0)], t[mine][: len(x0)], keep[mine][: len(x0)]
 
     def training_step(self, batch: tuple[int, Tensor, Guidance], batch_idx: int) -> Tensor:
         step, x0, guidance = batch  # x0 [b, C, h, w]
-        world, rank = self.trainer.world_size, self.trainer.global_rank
-        generator = self._generator(TRAIN, step)
-        torch.manual_seed(mix_seed(self.config.seed, TRAIN, step, rank))  # the network's dropout, if it has any
-        total = self.config.batch_size
-        noise = torch.randn((total, *x0.shape[1:]), generator=generator, device=self.device)[rank::world]
-        t = self.objective.sample_t(total, generator)[rank::world]
-        keep = torch.rand(total, generator=generator, device=self.device)[rank::world] >= self.config.guidance.drop
+        torch.manual_seed(mix_seed(self.config.seed, TRAIN, step, self.trainer.global_rank))  # the network's dropout
+        noise, t, keep = self._draw(x0, TRAIN, step)
         loss = self._loss(self.network, x0, noise, t, guidance.with_keep(keep)).mean()
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -45,9 +46,7 @@ class DiffusionModule(pl.LightningModule):
     def validation_step(self, batch: tuple[int, Tensor, Guidance], batch_idx: int) -> None:
         """The same noise and times at every validation, with guidance and with the null."""
         index, x0, guidance = batch
-        generator = self._generator(VAL, index, self.trainer.global_rank)
-        noise = torch.randn(x0.shape, generator=generator, device=self.device)
-        t = self.objective.sample_t(len(x0), generator)
+        noise, t, _ = self._draw(x0, VAL, index)
         for name, signal in (("guided", guidance), ("null", guidance.null())):
             loss = self._loss(self.network, x0, noise, t, signal).mean()
             self.log(f"val_loss_{name}", loss, batch_size=len(x0), sync_dist=True)

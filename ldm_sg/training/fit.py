@@ -1,28 +1,17 @@
 """Lightning's trainer set up for one run: fresh or resumed."""
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import nn
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.errors import InputError
-from ldm_sg.training.callbacks import EMA, MetricsFile, ProgressBar, SampleGrid, SaveLast, StopCleanly
+from ldm_sg.training.callbacks import EMA, Hooked, Hooks, MetricsFile, ProgressBar, SaveLast, StopCleanly
 from ldm_sg.training.data import LatentData
 from ldm_sg.training.diffusion import DiffusionModule
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What training needs from rooms that it does not import."""
-
-    export: Callable[[nn.Module], None]  # EMA network -> pipeline folder
-    draw: Callable[[nn.Module, int], None]  # EMA network, step -> a grid on disk
 
 
 def checkpoint_step(path: Path) -> int:
@@ -54,9 +43,9 @@ def fit(
     ema = EMA(config.ema)
     saver = SaveLast(last, config.checkpoint_every, ema, hooks.export)
     stopper = StopCleanly(saver)
-    metrics = MetricsFile(run / "metrics.csv", config, data.first_step)
+    metrics = MetricsFile(run / "metrics.csv", config)
     # order matters: EMA averages before anything reads it, and metrics come before a checkpoint ends the step
-    callbacks = [ema, metrics, SampleGrid(config.sample_every, ema, hooks.draw), saver, stopper]
+    callbacks = [ema, metrics, Hooked(hooks, config.sample_every, ema), saver, stopper]
     _quiet()
     validate = len(data.val_pool) > 0 and config.val_every > 0
     trainer = pl.Trainer(

@@ -11,9 +11,10 @@ from ldm_sg.errors import InputError
 from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.pipeline import SelfGuidedPipeline
 from ldm_sg.report.grids import grid
+from ldm_sg.training.callbacks import Hooks
 from ldm_sg.training.data import LatentData
 from ldm_sg.training.diffusion import DiffusionModule
-from ldm_sg.training.fit import Hooks, checkpoint_step, fit
+from ldm_sg.training.fit import checkpoint_step, fit
 
 # What may change between two starts of one run without making it another run.
 FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every")
@@ -44,11 +45,10 @@ def train(config: TrainConfig) -> Path:
         file=sys.stderr,
     )
     hooks = Hooks(
+        start=lambda ema: writer.export(ema, run / "pipeline_untrained"),
         export=lambda ema: writer.export(ema, run / "pipeline"),
         draw=lambda ema, step: _draw(writer.pipeline(ema), run / "samples" / f"step_{step:07d}.png"),
     )
-    if not done:
-        writer.export(network, run / "pipeline_untrained")
     if not fit(module, data, config, run, device, bf16, hooks):
         print(f"interrupted and saved in {run}; the same command resumes", file=sys.stderr)
         raise KeyboardInterrupt
@@ -77,6 +77,7 @@ def _remember_annotation(run: Path, config: TrainConfig, latents: LatentSet) -> 
                 f"annotation={config.annotation!r} changed under {run}: its hash is {latents.hash[:12]}, the run was "
                 f"trained on {known[:12]}; restore it, or train into another out="
             )
+        return
     path.write_text(json.dumps({"folder": config.annotation, "hash": latents.hash}) + "\n")
 
 
