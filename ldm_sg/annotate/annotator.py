@@ -24,7 +24,7 @@ SMALL = 16 * 2**20  # bytes of a shipped g that are still copied beside f
 
 
 def fit(cfg: AnnotatorConfig, all_stages: list[Stage], counts: list[int], classes: int) -> Annotator:
-    """f of a config, fitted on the features that the streaming pass left; what an earlier run fitted is taken as it is."""
+    """f of a config, fitted on the features that the streaming pass left on disk."""
     fitters: dict[str, Callable[[], Annotator]] = {
         "clusters": lambda: Clusters(cfg).fit(sample_features(all_stages, counts, cfg.sample, cfg.seed)),
         "oracle": lambda: Oracle(classes),

@@ -8,6 +8,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_sg.annotate.annotator import Annotator, fit, save_annotator
+from ldm_sg.annotate.annotator import KINDS, Annotator, fit, load_f, save_annotator
 from ldm_sg.annotate.clusters import ari, contingency, entropy, nmi
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.oracle import check_classes
@@ -29,7 +30,7 @@ from ldm_sg.data.images import decode, to_float
 from ldm_sg.data.latents import file_sha256, set_hash
 from ldm_sg.data.pool import decoder_pool
 from ldm_sg.data.shards import ShardWriter, expand, image_batches, read_shard
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, choices
 from ldm_sg.hardware import pick_device
 
 CALIBRATION_IMAGES = 1000  # that an autoencoder without mean and std of its own is measured on
@@ -39,6 +40,8 @@ T = TypeVar("T")
 def annotate_shards(cfg: AnnotateConfig) -> Path:
     """Make (or finish) the annotation set `cfg.out`. Raises InputError for anything wrong with the input; what is done
     until then stays, and the same command goes on from there."""
+    if cfg.annotator.kind not in KINDS:
+        raise InputError(f"annotator.kind={cfg.annotator.kind!r}; {choices(cfg.annotator.kind, KINDS)}")
     out, shards = Path(cfg.out), expand(cfg.shards)
     claim(out, cfg, shards)
     if (out / "manifest.yaml").is_file():
@@ -50,8 +53,10 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     extractor = None if cfg.annotator.kind == "oracle" else load_extractor(cfg.features, device)
     extract(cfg, shards, all_stages, size, extractor, autoencoder)
     summary = summarise(all_stages, cfg.max_skipped, cfg.shards)
-    annotator = fit(cfg.annotator, all_stages, summary.counts, summary.classes)
-    save_annotator(out / "annotator", annotator, extractor)
+    if not (out / "annotator" / "annotator.yaml").is_file():
+        fitted = fit(cfg.annotator, all_stages, summary.counts, summary.classes)
+        save_annotator(out / "annotator", fitted, extractor)
+    annotator, _ = load_f(out / "annotator")
     table = write_shards(all_stages, annotator, cfg.flips, summary.classes)
     write_text(out / "skipped.jsonl", "".join(skipped_lines(all_stages)))
     manifest = describe(cfg, out, all_stages, annotator, extractor, autoencoder, size, summary, table)
@@ -61,26 +66,32 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
 
 
 def claim(out: Path, cfg: AnnotateConfig, shards: list[str]) -> None:
-    """Write OUT/config.yaml, or check that the one there is ours: InputError naming the first key that differs."""
+    """Write OUT/config.yaml, or check that the one there is ours: InputError naming the first key that differs.
+
+    As long as no shard is done the folder binds nobody, and until f is fitted its settings stay free: features are kept
+    when k was too large."""
     wanted = flat(yaml.safe_load(to_yaml(cfg)))
     for free in ("out", "shards", "workers", "device", "max_skipped", "features.batch_size"):
         wanted.pop(free)
     wanted["shards"] = shards
-    path = out / "config.yaml"
-    if not path.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"out={str(out)!r} holds something that annotate did not make: choose another folder")
-        write_text(path, yaml.safe_dump(wanted, sort_keys=False))
+    path, finished = out / "config.yaml", (out / "manifest.yaml").is_file()
+    if not path.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out={str(out)!r} holds something that annotate did not make: choose another folder")
+    found = yaml.safe_load(path.read_text()) if path.is_file() else None
+    if found == wanted:
         return
-    found = yaml.safe_load(path.read_text())
-    fitted = (out / "annotator" / "annotator.yaml").is_file()
-    for key, value in wanted.items():
-        if found.get(key) == value or (key.startswith("annotator.") and not fitted and key != "annotator.kind"):
-            continue  # before f is fitted its settings are still free: features can be kept when k was too large
-        shown = difference(found.get(key), value)
-        raise InputError(f"out={str(out)!r} belongs to another config: {key} {shown}; choose another out=")
-    if found != wanted:
-        write_text(path, yaml.safe_dump(wanted, sort_keys=False))
+    if finished or any((out / "work").glob("*.json")):
+        fitted = (out / "annotator" / "annotator.yaml").is_file()
+        for key, value in wanted.items():
+            free = key.startswith("annotator.") and key != "annotator.kind" and not fitted
+            if found.get(key) != value and not free:
+                raise InputError(
+                    f"out={str(out)!r} belongs to another config: {key} {difference(found.get(key), value)}; "
+                    "choose another out="
+                )
+    else:
+        shutil.rmtree(out / "autoencoder", ignore_errors=True)  # its mean and std may be those of other images
+    write_text(path, yaml.safe_dump(wanted, sort_keys=False))
 
 
 def difference(found: Any, value: Any) -> str:
@@ -141,7 +152,7 @@ class Batch:
 def batches_of(shards: list[str], todo: list[int], size: int, batch_size: int, workers: int) -> Iterator[Batch]:
     """Batches of the shards `todo`, one after the other, each followed by its end mark."""
     skipped: list[tuple[str, str, str]] = []
-    with decoder_pool(workers) as pool:
+    with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
         for index in todo:
             on_skip = lambda *entry: skipped.append(entry)  # noqa: E731
             for keys, images, cls in image_batches([shards[index]], size, batch_size, pool, on_skip):

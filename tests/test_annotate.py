@@ -1,0 +1,344 @@
+"""annotate from source shards to annotation set: content, resuming, refusals, memory, report."""
+
+import errno
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from ldm_sg.annotate import run, stage
+from ldm_sg.annotate.annotator import load_annotator
+from ldm_sg.annotate.run import annotate_shards
+from ldm_sg.annotate.stage import Stage, sample_features, write_array
+from ldm_sg.autoencoder import load_autoencoder
+from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig
+from ldm_sg.data.images import to_float
+from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.shards import ShardWriter, image_batches
+from ldm_sg.errors import InputError
+from ldm_sg.verbs.annotate import annotate
+
+SIZE = 32
+COLOURS = [(220, 30, 30), (30, 200, 40), (40, 60, 230)]
+
+
+def png(index: int) -> bytes:
+    """A noisy picture whose colour is its class, index mod 3."""
+    rng = np.random.default_rng(index)
+    pixels = (
+        np.array(COLOURS[index % 3]) + rng.normal(0, 25, (SIZE, SIZE, 3)) + np.linspace(-30, 30, SIZE)[None, :, None]
+    )
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_shards(folder: Path, shards: int = 2, each: int = 9, cls: bool = True) -> str:
+    for s in range(shards):
+        with ShardWriter(folder / f"{s:06d}.tar") as writer:
+            for i in range(s * each, (s + 1) * each):
+                writer.write(f"image{i:04d}", {"png": png(i)} | ({"cls": str(i % 3).encode()} if cls else {}))
+    return str(folder / "*.tar")
+
+
+def config(tmp_path: Path, shards: str, **changes) -> AnnotateConfig:
+    defaults = {
+        "shards": shards,
+        "out": str(tmp_path / "set"),
+        "autoencoder": "patch4",
+        "features": FeaturesConfig(batch_size=4, precision="fp32"),
+        "annotator": AnnotatorConfig(k=3),
+        "workers": 0,
+        "device": "cpu",
+    }
+    return AnnotateConfig(**{**defaults, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[AnnotateConfig, Path]:
+    """A finished set of 2 x 9 images with mirrored latents, decoded in another process."""
+    folder = tmp_path_factory.mktemp("finished")
+    cfg = config(folder, make_shards(folder / "source"), flips=True, workers=1)
+    return cfg, annotate(cfg)
+
+
+@pytest.fixture
+def no_leftovers(tmp_path):
+    """Nothing half-written stays, whatever happens."""
+    yield
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def all_images(cfg: AnnotateConfig) -> tuple[list[str], torch.Tensor]:
+    """Keys and images [N, 3, H, W] in [-1, 1] of the source shards."""
+    shards = sorted(str(p) for p in Path(cfg.shards).parent.glob("*.tar"))
+    keys, images, _ = zip(*image_batches(shards, SIZE, 64, 0, lambda *_: None))
+    return [key for batch in keys for key in batch], to_float(torch.cat(images))
+
+
+def test_latents_are_the_autoencoders_and_mirrored_ones_too(finished):
+    cfg, out = finished
+    latents, (keys, images) = LatentSet(out, verify=True), all_images(cfg)
+    autoencoder = load_autoencoder(out / "autoencoder")
+    assert len(latents) == len(keys) == 18 and latents.latent_shape == (48, 8, 8)
+    everything = torch.arange(18)
+    assert torch.allclose(latents.latents(everything), autoencoder.encode(images), atol=4e-3)
+    mirrored = latents.latents(everything, torch.ones(18, dtype=torch.bool))
+    assert torch.allclose(mirrored, autoencoder.encode(images.flip(-1)), atol=4e-3)
+    plain = latents.latents(everything)
+    assert plain.mean().abs() < 0.05 and abs(plain.std() - 1) < 0.05  # patch4 comes without mean and std: measured here
+
+
+def test_signals_are_what_the_saved_annotator_says_of_the_images(finished, tmp_path):
+    cfg, out = finished
+    moved = shutil.copytree(out / "annotator", tmp_path / "elsewhere" / "annotator")  # stands alone
+    annotator = load_annotator(moved)
+    _, images = all_images(cfg)
+    latents = LatentSet(out)
+    assert torch.equal(annotator(images).k, latents.k)
+    stored = np.concatenate([np.load(path) for path in sorted((out / "features").iterdir())])
+    assert stored.dtype == np.float16
+    assert torch.allclose(annotator.features(images), torch.from_numpy(stored).float(), atol=2e-2)
+
+
+def test_manifest_tells_what_made_it(finished):
+    _, out = finished
+    manifest = yaml.safe_load((out / "manifest.yaml").read_text())
+    assert manifest["features"]["name"] == "demo-g" and len(manifest["features"]["sha256"]) == 64
+    assert sum(manifest["annotator"]["counts"]) == manifest["num_images"] == 18
+    classes, ids = [i % 3 for i in range(18)], LatentSet(out).k.tolist()
+    assert manifest["annotator"]["classes"] == 3
+    assert manifest["annotator"]["nmi"] == pytest.approx(normalized_mutual_info_score(classes, ids), abs=1e-4)
+    assert manifest["annotator"]["ari"] == pytest.approx(adjusted_rand_score(classes, ids), abs=1e-4)
+    assert manifest["guidance"]["num_labels"] == 3 and manifest["size"] == SIZE
+    assert [entry["images"] for entry in manifest["source"]] == [9, 9]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["annotator", "autoencoder", "clusters.png", "config.yaml", "features", "index", "manifest.yaml", "report.html",
+         "shards", "sizes.png", "skipped.jsonl"]
+    )  # fmt: skip
+
+
+def test_report_is_self_contained(finished):
+    _, out = finished
+    text = (out / "report.html").read_text()
+    assert "http" not in text and text.count("data:image/png;base64,") == 2
+    wall = Image.open(out / "clusters.png")
+    assert wall.width > 6 * SIZE and wall.height > 3 * SIZE
+
+
+def test_a_finished_set_returns_at_once(finished, monkeypatch):
+    cfg, out = finished
+    monkeypatch.setattr(run, "load_extractor", lambda *_: pytest.fail("did work again"))
+    before = (out / "manifest.yaml").stat().st_mtime_ns
+    assert annotate(cfg) == out and (out / "manifest.yaml").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"annotator": AnnotatorConfig(k=4)}, r"annotator\.k is 3 there and 4 here"),
+        ({"features": FeaturesConfig(layer=2, precision="fp32")}, r"features\.layer"),
+        ({"autoencoder": "patch2"}, "autoencoder is 'patch4' there and 'patch2' here"),
+        ({"flips": False}, "flips"),
+    ],
+)
+def test_a_folder_of_another_config_is_refused(finished, changes, key):
+    cfg, _ = finished
+    with pytest.raises(InputError, match=key):
+        annotate_shards(AnnotateConfig(**{**vars(cfg), **changes}))
+
+
+def test_other_shards_and_foreign_folders_are_refused(finished, tmp_path):
+    cfg, _ = finished
+    other = make_shards(tmp_path / "source")
+    with pytest.raises(InputError, match="belongs to another config: shards"):
+        annotate_shards(AnnotateConfig(**{**vars(cfg), "shards": other}))
+    with pytest.raises(InputError, match="did not make"):
+        annotate_shards(AnnotateConfig(**{**vars(cfg), "out": str(tmp_path / "source")}))
+
+
+def test_resume_does_only_what_is_missing_and_gives_the_same_set(tmp_path, monkeypatch, no_leftovers):
+    shards = make_shards(tmp_path / "source", shards=3)
+    whole = annotate_shards(config(tmp_path, shards, out=str(tmp_path / "whole")))
+    cfg = config(tmp_path, shards)
+    finish = stage.StageWriter.finish
+
+    def killed(self):
+        if self.stage.index == 2:
+            raise KeyboardInterrupt
+        finish(self)
+
+    monkeypatch.setattr(stage.StageWriter, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        annotate_shards(cfg)
+    out = Path(cfg.out)
+    assert Stage(out, 1).done and not Stage(out, 2).done and not (out / "manifest.yaml").exists()
+    monkeypatch.setattr(stage.StageWriter, "finish", finish)
+    seen = []
+    monkeypatch.setattr(run, "image_batches", lambda urls, *rest: seen.extend(urls) or image_batches(urls, *rest))
+    annotate_shards(cfg)
+    assert [Path(url).name for url in seen] == ["000002.tar"]
+    assert LatentSet(out).hash == LatentSet(whole).hash
+    assert not (out / "work").exists()
+
+
+def test_resume_while_writing_shards(tmp_path, monkeypatch, no_leftovers):
+    shards = make_shards(tmp_path / "source")
+    whole = annotate_shards(config(tmp_path, shards, out=str(tmp_path / "whole")))
+    cfg = config(tmp_path, shards)
+    write = run.write_shard
+
+    def killed(which, *rest):
+        if which.index == 1:
+            raise KeyboardInterrupt
+        write(which, *rest)
+
+    monkeypatch.setattr(run, "write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        annotate_shards(cfg)
+    first = Stage(Path(cfg.out), 0).tar.stat().st_mtime_ns
+    monkeypatch.setattr(run, "write_shard", write)
+    monkeypatch.setattr(run, "image_batches", lambda *_: pytest.fail("decoded again"))
+    assert LatentSet(annotate_shards(cfg)).hash == LatentSet(whole).hash
+    assert Stage(Path(cfg.out), 0).tar.stat().st_mtime_ns == first
+
+
+def test_k_too_large_says_so_and_keeps_the_features(tmp_path, monkeypatch, no_leftovers):
+    cfg = config(tmp_path, make_shards(tmp_path / "source"), annotator=AnnotatorConfig(k=19))
+    with pytest.raises(InputError, match=r"annotator\.k=19: only 18 images"):
+        annotate_shards(cfg)
+    assert not (Path(cfg.out) / "manifest.yaml").exists()
+    monkeypatch.setattr(run, "image_batches", lambda *_: pytest.fail("decoded again"))
+    cfg.annotator.k = 18
+    assert len(LatentSet(annotate_shards(cfg)).k.unique()) == 18
+    assert yaml.safe_load((Path(cfg.out) / "config.yaml").read_text())["annotator.k"] == 18
+
+
+def test_bad_images_are_listed_and_fail_only_above_the_share(tmp_path, no_leftovers):
+    with ShardWriter(tmp_path / "source" / "a.tar") as writer:
+        for i in range(9):
+            writer.write(f"good{i}", {"png": png(i)})
+        writer.write("text", {"jpg": b"hello"})
+    cfg = config(tmp_path, str(tmp_path / "source" / "*.tar"), max_skipped=0.05)
+    with pytest.raises(InputError, match=r"1 of 10 images .* max_skipped=0\.05.*text: not an image"):
+        annotate_shards(cfg)
+    cfg.max_skipped = 0.1
+    out = annotate_shards(cfg)
+    lines = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["key"], Path(line["shard"]).name) for line in lines] == [("text", "a.tar")]
+    assert len(LatentSet(out)) == 9
+
+
+def test_a_cut_off_shard_keeps_its_good_members(tmp_path, no_leftovers):
+    make_shards(tmp_path / "source")
+    path = tmp_path / "source" / "000000.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    cfg = config(tmp_path, str(tmp_path / "source" / "*.tar"), max_skipped=0.2)
+    out = annotate_shards(cfg)
+    assert 9 < len(LatentSet(out)) < 18
+    assert "000000.tar" in (out / "skipped.jsonl").read_text()
+
+
+def test_a_shard_without_images(tmp_path, no_leftovers):
+    with ShardWriter(tmp_path / "source" / "a.tar") as writer:
+        writer.write("note", {"txt": b"hello"})
+    with pytest.raises(InputError, match="no image in"):
+        annotate_shards(config(tmp_path, str(tmp_path / "source" / "*.tar")))
+    make_shards(tmp_path / "source")
+    out = annotate_shards(
+        config(tmp_path, str(tmp_path / "source" / "*.tar"), out=str(tmp_path / "two"), max_skipped=0.2)
+    )
+    assert len(LatentSet(out)) == 18
+    assert len(list((out / "shards").iterdir())) == 3  # one for each source shard
+
+
+def test_missing_shards_and_devices(tmp_path):
+    with pytest.raises(InputError, match="no file matches"):
+        annotate_shards(config(tmp_path, str(tmp_path / "*.tar")))
+    shards = make_shards(tmp_path / "source", shards=1)
+    with pytest.raises(InputError, match="device"):
+        annotate_shards(config(tmp_path, shards, device="gpu"))
+    with pytest.raises(InputError, match=r"annotator\.kind.*clusters"):
+        annotate_shards(config(tmp_path, shards, out=str(tmp_path / "b"), annotator=AnnotatorConfig(kind="cluster")))
+
+
+def test_a_config_that_came_to_nothing_does_not_bind_the_folder(tmp_path, no_leftovers):
+    shards = make_shards(tmp_path / "source", shards=1)
+    with pytest.raises(InputError, match=r"features\.layer=7"):
+        annotate_shards(config(tmp_path, shards, features=FeaturesConfig(layer=7)))
+    assert len(LatentSet(annotate_shards(config(tmp_path, shards)))) == 9
+
+
+def test_oracle_reads_classes_and_needs_no_g(tmp_path, monkeypatch, no_leftovers):
+    monkeypatch.setattr(run, "load_extractor", lambda *_: pytest.fail("loaded g"))
+    cfg = config(tmp_path, make_shards(tmp_path / "source"), annotator=AnnotatorConfig(kind="oracle"))
+    out = annotate(cfg)
+    latents = LatentSet(out)
+    assert latents.k.tolist() == [i % 3 for i in range(18)]
+    assert latents.spec.kind == "oracle" and latents.spec.num_labels == 3
+    with pytest.raises(InputError, match="ground truth"):
+        load_annotator(out / "annotator")
+
+
+def test_oracle_without_classes(tmp_path, no_leftovers):
+    shards = make_shards(tmp_path / "source", cls=False)
+    with pytest.raises(InputError, match=r"image0000 has no \.cls"):
+        annotate_shards(config(tmp_path, shards, annotator=AnnotatorConfig(kind="oracle")))
+
+
+def test_full_disk(tmp_path, monkeypatch, no_leftovers):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    shards = make_shards(tmp_path / "source")
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a, **k: Full() if ".latent.f16" in self.name else opened(self, *a, **k)
+    )
+    with pytest.raises(InputError, match=r"000000\.latent\.f16: .*No space left on device; .* left on its disk"):
+        annotate_shards(config(tmp_path, shards))
+
+
+def test_same_images_in_one_or_two_shards_give_the_same_latents(tmp_path):
+    one = annotate_shards(config(tmp_path, make_shards(tmp_path / "a", 1, 18), out=str(tmp_path / "one")))
+    two = annotate_shards(config(tmp_path, make_shards(tmp_path / "b", 2, 9), out=str(tmp_path / "two")))
+    everything = torch.arange(18)
+    assert torch.equal(LatentSet(one).latents(everything), LatentSet(two).latents(everything))
+
+
+def test_features_for_the_fit_are_bounded_and_spread_over_shards(tmp_path):
+    parts = [Stage(tmp_path, i) for i in range(4)]
+    for i, part in enumerate(parts):
+        write_array(part.features, np.full((100, 2), i, np.float16))
+    assert len(sample_features(parts, [100] * 4, 1000, 0)) == 400
+    some = sample_features(parts, [100] * 4, 80, 0)
+    assert some.shape == (80, 2) and set(some[:, 0]) == {0, 1, 2, 3}
+    assert np.array_equal(some, sample_features(parts, [100] * 4, 80, 0))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
+    program = (
+        "import resource, sys, tests.test_annotate as t; from pathlib import Path; folder = Path(sys.argv[1]);"
+        "t.run.annotate_shards(t.config(folder, str(folder / 'source' / '*.tar'), annotator=t.AnnotatorConfig(k=3, sample=100)));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for shards in (2, 20):
+        make_shards(tmp_path / str(shards) / "source", shards, 60)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / str(shards))],
+            cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] < 1.1 * peaks[0], f"peak RSS in KiB: {peaks}"
