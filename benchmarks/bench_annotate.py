@@ -1,0 +1,101 @@
+"""Images a second of annotate's streaming pass (read, decode in worker processes, g, features and latents to disk) beside g's
+bare forward pass on the same images already in memory: `python benchmarks/bench_annotate.py`.
+
+The first stage is `patch4`, which costs next to nothing, so that the figure is g's. Runs alternate, best of 3 each."""
+
+import io
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.annotate.run import batches_of, extract, prepare_autoencoder
+from ldm_sg.annotate.stage import stages
+from ldm_sg.config import ASSETS, AnnotateConfig, FeaturesConfig
+from ldm_sg.data.images import decode, to_float
+from ldm_sg.data.shards import ShardWriter, expand, read_shard
+from ldm_sg.hardware import pick_device
+
+FRUIT = str(ASSETS / "fruit64" / "*.tar")
+REPEATS, BATCH = 3, 64
+
+
+def photos(size: int) -> Iterator[bytes]:
+    """The embedded photos, enlarged to `size` pixels, as JPEG."""
+    for url in expand(FRUIT):
+        for sample in read_shard(url, lambda *_: None):
+            buffer = io.BytesIO()
+            decode(sample.image).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=92)
+            yield buffer.getvalue()
+
+
+def make_shards(folder: Path, size: int, n: int) -> list[str]:
+    images, shards = itertools.cycle(list(itertools.islice(photos(size), n))), []
+    for s in range(2):
+        shards.append(str(folder / f"{s:06d}.tar"))
+        with ShardWriter(shards[-1]) as writer:
+            for i in range(n // 2):
+                writer.write(f"{i:06d}", {"jpg": next(images)})
+    return shards
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(name: str, cfg: AnnotateConfig, g: FeatureExtractor, shards: list[str], size: int) -> dict[str, object]:
+    out, device = Path(cfg.out), g.mean.device
+    autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
+    batches = [b.images for b in batches_of(shards, [0, 1], size, BATCH, 0) if b.images is not None]
+    n = sum(map(len, batches))
+    g(to_float(batches[0].to(device)))
+    times: dict[str, list[float]] = {"bare": [], "annotate": []}
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for images in batches:
+            g(to_float(images.to(device)))
+        synchronise()
+        times["bare"].append(time.perf_counter() - start)
+        for folder in ("work", "features"):
+            shutil.rmtree(out / folder, ignore_errors=True)
+        start = time.perf_counter()
+        extract(cfg, shards, list(stages(out, 2)), size, g, autoencoder)
+        times["annotate"].append(time.perf_counter() - start)
+    bare, whole = (n / min(times[which]) for which in ("bare", "annotate"))
+    return {
+        "g": name,
+        "pixels": size,
+        "images": n,
+        "bare": round(bare),
+        "annotate": round(whole),
+        "share": round(whole / bare, 3),
+    }
+
+
+def main() -> None:
+    device = pick_device("auto")
+    cases = [("vit_small_patch16_224", 256, 1200 if device.type == "cpu" else 8000), ("demo-g", 64, 8000)]
+    for name, size, n in cases:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            features = FeaturesConfig(model=name, batch_size=BATCH)
+            if name != "demo-g":  # speed does not depend on the weights
+                features.weights = str(folder / "random.safetensors")
+                save_file(timm.create_model(name, num_classes=0).state_dict(), features.weights)
+            cfg = AnnotateConfig(shards="", out=str(folder / "out"), autoencoder="patch4", features=features)
+            found = measure(name, cfg, load_extractor(features, device), make_shards(folder, size, n), size)
+            print(json.dumps(found | {"device": device.type, "threads": torch.get_num_threads()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
