@@ -57,7 +57,7 @@ class AnnotateConfig:
 
 @dataclass
 class DistillConfig:
-    """A small g from a large one, without labels: the student repeats the teacher's centred, half-whitened features."""
+    """A small g from a large one, without labels: the student repeats the teacher's centred, partly whitened features."""
 
     teacher: FeaturesConfig = field(default_factory=FeaturesConfig)
     images: list[str] = field(default_factory=list)  # globs of image files or shards, FILE.parquet?IMAGE,LABEL columns
@@ -69,16 +69,18 @@ class DistillConfig:
     kwargs: Any = None  # its arguments (num_classes = width of the features is set from `width`)
     size: int = 64  # pixels of the images that the student sees
     input: int = 96  # pixels at which it reads them
-    width: int = 64  # principal components of the teacher's features that are kept
-    whiten: float = 0.5  # power of the eigenvalues' roots that is divided out: 0 = plain PCA, 1 = whitening
+    width: int = 96  # principal components of the teacher's features that are kept
+    whiten: float = 0.75  # power of the eigenvalues' roots that is divided out: 0 = plain PCA, 1 = whitening
     views: int = 6  # random crops and flips of each image, the first is the whole image
     crop: float = 0.35  # smallest share of the image's area that a view shows
-    steps: int = 6000
+    steps: int = 2400
     batch_size: int = 128
     lr: float = 2e-3
     weight_decay: float = 0.05
     seed: int = 0
+    device: str = "auto"
     licence: str = "Apache-2.0"
+    note: str = ""
 
 
 @dataclass

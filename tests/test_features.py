@@ -1,19 +1,25 @@
 """g: blocks, pooling, sizes, weights, shipped extractors and what is refused."""
 
+import io
 import json
 import math
 import os
 import shutil
 
+import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from ldm_sg.annotate.distill import distill, make_student, partly_whitened, train_student
 from ldm_sg.annotate.features import EXTRACTORS, load_extractor, read_weights
-from ldm_sg.config import FeaturesConfig
+from ldm_sg.config import DistillConfig, FeaturesConfig
+from ldm_sg.data.shards import ShardWriter
 from ldm_sg.errors import InputError
 
 VIT, CONV = "test_vit", "test_resnet"  # timm's own tiny models
@@ -247,3 +253,64 @@ def test_open_clip_tower(tmp_path):
     assert features.shape == (2, 32) and patches.shape == (2, 32, 4, 4)
     with pytest.raises(InputError, match="name its weights"):
         load_extractor(FeaturesConfig(model="open_clip:ViT-B-32"))
+
+
+def picture(colour, seed):
+    noise = np.random.default_rng(seed).normal(0, 20, (48, 60, 3))
+    buffer = io.BytesIO()
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_distilling_makes_a_folder_that_features_model_can_name(tmp_path, weights):
+    for name, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(6):
+            (tmp_path / "images" / name / f"{i}.jpg").write_bytes(picture(colour, i))
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        for i in range(4):
+            writer.write(str(i), {"jpg": picture((40, 200, 40), i), "cls": b"0"})
+    files = str(tmp_path / "images" / "*" / "*.jpg")
+    cfg = DistillConfig(
+        teacher=config(weights, VIT, size=64, layer=2),
+        images=[files, str(tmp_path / "a.tar")],
+        probes={"colours": files},
+        out=str(tmp_path / "tiny-g"),
+        student=CONV,
+        size=32,
+        input=32,
+        width=8,
+        views=3,
+        steps=3,
+        batch_size=4,
+        device="cpu",
+    )
+    distill(cfg)
+    manifest = yaml.safe_load((tmp_path / "tiny-g" / "manifest.yaml").read_text())
+    assert manifest["images"] == 16 and set(manifest["nmi"]["colours"]) == {"classes", "student", "teacher"}
+    g = load_extractor(FeaturesConfig(model=str(tmp_path / "tiny-g")))
+    assert g(images(2)).shape == (2, 8) and g.name == "tiny-g"
+    first = (tmp_path / "tiny-g" / "model.safetensors").read_bytes()
+    distill(cfg)  # the teacher's features are read from beside the folder now
+    assert (tmp_path / "tiny-g" / "model.safetensors").read_bytes() == first
+
+
+def test_targets_of_distillation_are_whitened_components():
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 3, 1, 0.5, 0.2, 0.1]) + 7
+    white = partly_whitened(x, 3, 1.0)
+    assert torch.allclose(torch.cov(white.T), torch.eye(3), atol=1e-4)
+    plain = partly_whitened(x, 3, 0.0)
+    assert torch.allclose(plain.var(0), torch.linalg.eigvalsh(torch.cov(x.T)).flip(0)[:3], rtol=1e-4)
+    assert white.mean(0).abs().max() < 1e-4
+
+
+def test_student_learns_what_the_teacher_says():
+    """A student of the colour: the loss must fall well under that of guessing."""
+    colours = torch.rand(64, 3, generator=torch.Generator().manual_seed(0))
+    views = (colours * 255).to(torch.uint8)[:, None, :, None, None].expand(64, 2, 3, 16, 16).contiguous().numpy()
+    cfg = DistillConfig(out="student", student=CONV, size=16, input=32, width=3, steps=60, batch_size=32, lr=5e-3)
+    student = make_student(cfg, torch.device("cpu"))
+    targets = colours - colours.mean(0)
+    train_student(cfg, student, views, targets)
+    found = student(torch.from_numpy(views[:, 0]).float() / 127.5 - 1)
+    assert F.cosine_similarity(found, targets).mean() > 0.8

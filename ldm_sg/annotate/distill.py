@@ -1,8 +1,9 @@
 """A small g taught by a large one, without labels.
 
-The teacher's features of random views are computed once; its principal components, divided by a power of their standard
-deviation (half-whitening spreads what k-means can tell apart), are what the student repeats from the same views at low
-resolution, under a cosine loss."""
+The teacher's features of several random views of each image are computed once. The student sees one view at low resolution
+and repeats the mean over all of them, under a cosine loss: the mean says less of where the crop fell and more of what is in
+the image. Principal components of the means, divided by a power of their standard deviation, are what it repeats; partial
+whitening spreads what k-means can tell apart."""
 
 import glob
 import hashlib
@@ -19,18 +20,19 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm_sg.annotate.clusters import Clusters, contingency, nmi
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.stage import write_bytes, write_text
-from ldm_sg.config import AnnotatorConfig, DistillConfig
+from ldm_sg.config import AnnotatorConfig, DistillConfig, FeaturesConfig
 from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
 from ldm_sg.data.latents import file_sha256
 from ldm_sg.data.shards import expand, read_shard
 from ldm_sg.errors import InputError
+from ldm_sg.hardware import pick_device
 
 
 def read_images(source: str) -> list[tuple[bytes, str]]:
@@ -90,7 +92,9 @@ def teacher_views(cfg: DistillConfig, teacher: FeatureExtractor, cache: Path) ->
     path = cache / f"views-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.npz"
     if not path.is_file():
         small, features = [], []
-        for large_views, small_views in tqdm(views_of(cfg, teacher.size), desc="teacher", unit="image"):
+        for large_views, small_views in tqdm(
+            views_of(cfg, teacher.size), desc="teacher", unit=" images", mininterval=1
+        ):
             small.append(small_views.numpy())
             features.append(teacher(to_float(large_views)).cpu().numpy().astype(np.float16))
         cache.mkdir(parents=True, exist_ok=True)
@@ -101,13 +105,12 @@ def teacher_views(cfg: DistillConfig, teacher: FeatureExtractor, cache: Path) ->
         return both["small"], both["features"]
 
 
-def half_whitening(features: np.ndarray, width: int, power: float) -> tuple[Tensor, Tensor]:
-    """Mean [D] and projection [D, width] onto principal components, each divided by (standard deviation)^power."""
-    flat = torch.from_numpy(features.reshape(-1, features.shape[-1]).astype(np.float64))
-    mean = flat.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov((flat - mean).T))  # ascending
+def partly_whitened(features: Tensor, width: int, power: float) -> Tensor:
+    """[N, D] -> their `width` principal components [N, width], each divided by its (standard deviation)^power."""
+    centred = (features - features.mean(0)).double()
+    values, vectors = torch.linalg.eigh(torch.cov(centred.T))  # ascending
     values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
-    return mean.float(), (vectors / values.clamp(min=1e-8) ** (power / 2)).float()
+    return (centred @ vectors / values.clamp(min=1e-8) ** (power / 2)).float()
 
 
 def jitter(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
@@ -125,9 +128,9 @@ def jitter(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
 
 
 def train_student(cfg: DistillConfig, reader: FeatureExtractor, views: np.ndarray, targets: Tensor) -> None:
-    """Minimise 1 - cos(student(view), target) over all views; targets [N, V, width]."""
+    """Minimise 1 - cos(student(view), target) over views [N, V, 3, s, s] with one target [N, width] for each image."""
     generator = torch.Generator().manual_seed(cfg.seed)
-    student = reader.tower.train()
+    student, device = reader.tower.train().requires_grad_(True), reader.mean.device
     decayed = [p for p in student.parameters() if p.ndim > 1]
     rest = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -139,9 +142,9 @@ def train_student(cfg: DistillConfig, reader: FeatureExtractor, views: np.ndarra
         i = torch.randint(len(views), (cfg.batch_size,), generator=generator)
         v = torch.randint(views.shape[1], (cfg.batch_size,), generator=generator)
         images = jitter(to_float(torch.from_numpy(views[i.numpy(), v.numpy()])), generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=reader.bf16):
-            predicted = student(reader.prepare(images))
-        loss = (1 - F.cosine_similarity(predicted.float(), targets[i, v])).mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=reader.bf16):
+            predicted = student(reader.prepare(images.to(device)))
+        loss = (1 - F.cosine_similarity(predicted.float(), targets[i.to(device)])).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -151,62 +154,66 @@ def train_student(cfg: DistillConfig, reader: FeatureExtractor, views: np.ndarra
     student.eval().requires_grad_(False)
 
 
-def save_student(
-    cfg: DistillConfig, student: nn.Module, figures: dict[str, Any], mean: list[float], std: list[float]
-) -> None:
-    """OUT/model.safetensors (float16) and OUT/manifest.yaml: a folder that `features.model` can name."""
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in student.state_dict().items()}
-    write_bytes(out / "model.safetensors", save({k: v.contiguous() for k, v in weights.items()}))
-    manifest = {
-        "name": out.name,
-        "model": cfg.student,
-        "kwargs": student_arguments(cfg),
-        "size": cfg.input,
-        "mean": mean,
-        "std": std,
-        "layer": None,
-        "pool": "auto",
-        "dim": cfg.width,
-        "parameters": sum(p.numel() for p in student.parameters()),
-        "sha256": file_sha256(out / "model.safetensors"),
-        "licence": cfg.licence,
-        "recipe": {k: v for k, v in asdict(cfg).items() if k not in ("out", "licence")},
-        **figures,
-    }
-    write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
-
-
 def student_arguments(cfg: DistillConfig) -> dict[str, Any]:
     """timm's arguments of the student: its head gives the features."""
     return {**(cfg.kwargs or {}), "num_classes": cfg.width}
 
 
-def distill(cfg: DistillConfig) -> Path:
-    """Teach `cfg.student`, write the folder `cfg.out`, measure NMI of teacher and student on the probes."""
-    teacher = load_extractor(cfg.teacher, "cpu")
-    out = Path(cfg.out)
-    views, features = teacher_views(cfg, teacher, out.with_name(out.name + ".work"))
-    mean, projection = half_whitening(features, cfg.width, cfg.whiten)
-    targets = (torch.from_numpy(features).float() - mean) @ projection  # [N, V, width]
+def make_student(cfg: DistillConfig, device: torch.device) -> FeatureExtractor:
+    """An untrained student behind the resizing and normalisation that it will have."""
     torch.manual_seed(cfg.seed)
     student = timm.create_model(cfg.student, **student_arguments(cfg))
-    norm_mean, norm_std = ([float(v) for v in student.pretrained_cfg[key]] for key in ("mean", "std"))
-    wrapped = {"name": out.name, "size": cfg.input, "layer": None, "pool": "auto", "precision": "auto"}
-    reader = FeatureExtractor(student, wrapped | {"mean": norm_mean, "std": norm_std})
-    student.requires_grad_(True)
-    train_student(cfg, reader, views, targets)
-    save_student(cfg, student, {}, norm_mean, norm_std)
-    nmi_of = {
+    norm = {key: [float(v) for v in student.pretrained_cfg[key]] for key in ("mean", "std")}
+    own = {"name": Path(cfg.out).name, "size": cfg.input, "layer": None, "pool": "auto", "precision": "auto"}
+    return FeatureExtractor(student, own | norm, device)
+
+
+def save_student(cfg: DistillConfig, reader: FeatureExtractor, figures: dict[str, Any]) -> None:
+    """OUT/model.safetensors (float16) and OUT/manifest.yaml: a folder that `features.model` can name."""
+    out, state = Path(cfg.out), reader.tower.state_dict()
+    weights = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
+    write_bytes(out / "model.safetensors", save(weights))
+    recipe = {
+        k: v
+        for k, v in asdict(cfg).items()
+        if k not in ("teacher", "images", "probes", "out", "licence", "note", "device")
+    }
+    manifest = {
+        "name": out.name,
+        "model": cfg.student,
+        "kwargs": student_arguments(cfg),
+        **{key: reader.manifest[key] for key in ("size", "mean", "std", "layer", "pool", "dim")},
+        "parameters": sum(p.numel() for p in reader.tower.parameters()),
+        "sha256": file_sha256(out / "model.safetensors"),
+        "licence": cfg.licence,
+        "note": cfg.note,
+        "teacher": {key: getattr(cfg.teacher, key) for key in ("model", "layer", "pool", "size")},
+        "recipe": recipe,
+        **figures,
+    }
+    write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
+
+
+def distill(cfg: DistillConfig) -> Path:
+    """Teach `cfg.student`, write the folder `cfg.out`, measure NMI of teacher and student on the probes."""
+    device = pick_device(cfg.device)
+    teacher = load_extractor(cfg.teacher, device)
+    out = Path(cfg.out)
+    views, features = teacher_views(cfg, teacher, out.with_name(out.name + ".work"))
+    targets = partly_whitened(torch.from_numpy(features).float().mean(1), cfg.width, cfg.whiten)
+    student = make_student(cfg, device)
+    train_student(cfg, student, views, targets.to(device))
+    save_student(cfg, student, {})
+    reread = load_extractor(FeaturesConfig(model=str(out)), device)  # as it will be used: float16 weights
+    figures = {
         name: {
             "classes": len({label for _, label in read_images(source)}),
-            "student": probe_nmi(reader, source, cfg.size),
+            "student": probe_nmi(reread, source, cfg.size),
             "teacher": probe_nmi(teacher, source, teacher.size),
         }
         for name, source in (cfg.probes or {}).items()
     }
-    save_student(cfg, student, {"nmi": nmi_of}, norm_mean, norm_std)
+    save_student(cfg, student, {"images": len(views), "nmi": figures})
     return out
 
 
@@ -215,9 +222,9 @@ def probe_nmi(extractor: FeatureExtractor, source: str, size: int, batch_size: i
     images, labels = zip(*read_images(source))
     names = sorted(set(labels))
     features = []
-    for start in tqdm(range(0, len(images), batch_size), desc="probe"):
+    for start in tqdm(range(0, len(images), batch_size), desc="probe", mininterval=1):
         batch = [to_tensor(crop_resize(decode(data), size)) for data in images[start : start + batch_size]]
-        features.append(extractor(to_float(torch.stack(batch))))
+        features.append(extractor(to_float(torch.stack(batch))).cpu())
     points, classes = torch.cat(features), np.array([names.index(label) for label in labels])
     shape = (len(names), len(names))
     fits = [Clusters(AnnotatorConfig(k=len(names), seed=s)).fit(points).assign(points).numpy() for s in range(5)]
