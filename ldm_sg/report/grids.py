@@ -71,7 +71,8 @@ def _draw(
     height, width = (max(1, round(side * scale)) for side in rows[0][0].shape[-2:])
     places = [max(len(row[g]) for row in rows) for g in range(len(rows[0]))]  # images wide, each group
     spans = [n * width + (n - 1) * pad for n in places]
-    font = ImageFont.load_default(max(12, min(20, height // 6)))
+    font = ImageFont.load_default(max(12, min(26, height // 5)))
+    assert isinstance(font, ImageFont.FreeTypeFont)  # what Pillow's wheels carry
     margin = pad + (max(_length(font, text) for text in captions) + 16 if captions else 0)
     top = pad + (round(font.size * 2) if headers else 0)
     canvas = Image.new(

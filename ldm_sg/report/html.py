@@ -28,7 +28,7 @@ dl div { background: var(--card); border: 1px solid var(--line); border-radius: 
 dt { color: var(--faint); font-size: 13px; }
 dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 10px 0 0; font-size: 15px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 10px 0 14px; font-size: 15px; }
 th, td { padding: 7px 16px 7px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--faint); font-weight: 500; font-size: 13px; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }

@@ -138,13 +138,19 @@ def _evaluations(run: Path) -> str:
         head = [_settings(result) or stem, str(network.get("name", "?")), size]
         rows.append([*head, *(show(name, values[name]) if name in values else "–" for name in names)])
     titles = [SHORT.get(name, METRICS[name]) for name in names]
-    return html.table(["samples made with", "features", "samples / real", *titles], rows)
+    bounds = [_numbers(result["metrics"]) for _, result in found if _has(result["metrics"], "consistency_real")]
+    text = (
+        "Consistency: real images reach {consistency_real:.1%} after the autoencoder, chance {consistency_chance:.1%}."
+    )
+    shown = text.format(**bounds[-1]) if bounds and "consistency_chance" in bounds[-1] else ""
+    return html.table(["samples made with", "features", "samples / real", *titles], rows) + html.paragraph(shown)
 
 
 def _settings(result: Mapping[str, Any]) -> str:
-    """'w = 2.0, 25 dpmpp_2m', and which pipeline of the run where it is not the one at the end of training."""
+    """'w = 2, 25 dpmpp_2m', and which pipeline of the run where it is not the one at the end of training."""
     sampling, judged = result.get("sampling") or {}, Path(str(result.get("source", ""))).name
-    parts = [f"w = {sampling['w']}"] if "w" in sampling else []
+    w = sampling.get("w")
+    parts = [] if w is None else [f"w = {w:g}" if isinstance(w, int | float) else f"w = {w}"]
     if {"steps", "scheduler"} <= sampling.keys():
         parts.append(f"{sampling['steps']} {sampling['scheduler']}")
     return ", ".join(parts + [judged] * judged.startswith("pipeline_"))
