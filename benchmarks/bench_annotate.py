@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
-from ldm_sg.annotate.run import batches_of, extract, prepare_autoencoder
 from ldm_sg.annotate.stage import stages
+from ldm_sg.annotate.stream import batches_of, extract, prepare_autoencoder
 from ldm_sg.config import ASSETS, AnnotateConfig, FeaturesConfig
 from ldm_sg.data.images import decode, to_float
 from ldm_sg.data.shards import ShardWriter, expand, read_shard

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import yaml
 from PIL import Image
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from ldm_sg.annotate import run, stage
+from ldm_sg.annotate import run, stage, stream
 from ldm_sg.annotate.annotator import load_annotator
 from ldm_sg.annotate.run import annotate_shards
 from ldm_sg.annotate.stage import Stage, sample_features, write_array
@@ -184,7 +185,7 @@ def test_resume_does_only_what_is_missing_and_gives_the_same_set(tmp_path, monke
     assert Stage(out, 1).done and not Stage(out, 2).done and not (out / "manifest.yaml").exists()
     monkeypatch.setattr(stage.StageWriter, "finish", finish)
     seen = []
-    monkeypatch.setattr(run, "image_batches", lambda urls, *rest: seen.extend(urls) or image_batches(urls, *rest))
+    monkeypatch.setattr(stream, "image_batches", lambda urls, *rest: seen.extend(urls) or image_batches(urls, *rest))
     annotate_shards(cfg)
     assert [Path(url).name for url in seen] == ["000002.tar"]
     assert LatentSet(out).hash == LatentSet(whole).hash
@@ -207,7 +208,7 @@ def test_resume_while_writing_shards(tmp_path, monkeypatch, no_leftovers):
         annotate_shards(cfg)
     first = Stage(Path(cfg.out), 0).tar.stat().st_mtime_ns
     monkeypatch.setattr(run, "write_shard", write)
-    monkeypatch.setattr(run, "image_batches", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(stream, "image_batches", lambda *_: pytest.fail("decoded again"))
     assert LatentSet(annotate_shards(cfg)).hash == LatentSet(whole).hash
     assert Stage(Path(cfg.out), 0).tar.stat().st_mtime_ns == first
 
@@ -217,7 +218,7 @@ def test_k_too_large_says_so_and_keeps_the_features(tmp_path, monkeypatch, no_le
     with pytest.raises(InputError, match=r"annotator\.k=19: only 18 images"):
         annotate_shards(cfg)
     assert not (Path(cfg.out) / "manifest.yaml").exists()
-    monkeypatch.setattr(run, "image_batches", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(stream, "image_batches", lambda *_: pytest.fail("decoded again"))
     cfg.annotator.k = 18
     assert len(LatentSet(annotate_shards(cfg)).k.unique()) == 18
     assert yaml.safe_load((Path(cfg.out) / "config.yaml").read_text())["annotator.k"] == 18
@@ -295,6 +296,41 @@ def test_oracle_without_classes(tmp_path, no_leftovers):
         annotate_shards(config(tmp_path, shards, annotator=AnnotatorConfig(kind="oracle")))
 
 
+def test_images_without_class_do_not_count_in_nmi(tmp_path):
+    with ShardWriter(tmp_path / "source" / "a.tar") as writer:
+        for i in range(12):
+            writer.write(f"image{i:02d}", {"png": png(i)} | ({"cls": str(100 + i % 3).encode()} if i < 9 else {}))
+    out = annotate_shards(config(tmp_path, str(tmp_path / "source" / "a.tar")))
+    manifest, ids = yaml.safe_load((out / "manifest.yaml").read_text()), LatentSet(out).k[:9].tolist()
+    assert manifest["annotator"]["classes"] == 3 and sum(manifest["annotator"]["counts"]) == 12
+    expected = normalized_mutual_info_score([i % 3 for i in range(9)], ids)
+    assert manifest["annotator"]["nmi"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_reading_ahead_keeps_order_hands_on_errors_and_stops(tmp_path):
+    def numbers():
+        for i in range(5):
+            yield stream.Batch(i, [], None, torch.empty(0), [])
+        raise InputError("broken")
+
+    found = []
+    with pytest.raises(InputError, match="broken"):
+        found.extend(batch.shard for batch in stream.ahead(numbers()))
+    source = numbers()
+    reader = stream.ahead(source, depth=1)
+    next(reader)
+    reader.close()
+    assert list(source) == []  # closed with it
+    assert threading.active_count() == 1 or not any(t.name.endswith("(run)") for t in threading.enumerate())
+
+
+def test_number_of_images_is_guessed_from_the_first_shard(tmp_path):
+    make_shards(tmp_path / "source", 3, 10)
+    shards = sorted(str(path) for path in (tmp_path / "source").iterdir())
+    assert abs(stream.expected_images(shards) - 30) <= 3
+    assert stream.expected_images([*shards, "https://example.org/a.tar"]) is None
+
+
 def test_full_disk(tmp_path, monkeypatch, no_leftovers):
     class Full(io.BytesIO):
         def write(self, _):
@@ -326,19 +362,25 @@ def test_features_for_the_fit_are_bounded_and_spread_over_shards(tmp_path):
     assert np.array_equal(some, sample_features(parts, [100] * 4, 80, 0))
 
 
+MEASURED = """
+import resource, sys
+from ldm_sg.annotate.run import annotate_shards
+from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig
+annotate_shards(AnnotateConfig(shards=sys.argv[1] + "/*.tar", out=sys.argv[2], autoencoder="patch1", workers=0, device="cpu",
+    features=FeaturesConfig(batch_size=32), annotator=AnnotatorConfig(k=3, sample=100)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
-    program = (
-        "import resource, sys, tests.test_annotate as t; from pathlib import Path; folder = Path(sys.argv[1]);"
-        "t.run.annotate_shards(t.config(folder, str(folder / 'source' / '*.tar'), annotator=t.AnnotatorConfig(k=3, sample=100)));"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
     peaks = []
-    for shards in (2, 20):
-        make_shards(tmp_path / str(shards) / "source", shards, 60)
+    for shards in (3, 30):
+        source, out = tmp_path / f"source{shards}", tmp_path / f"set{shards}"
+        make_shards(source, shards, 100)
         done = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path / str(shards))],
-            cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            [sys.executable, "-c", MEASURED, str(source), str(out)], capture_output=True, text=True, check=True
+        )
         peaks.append(int(done.stdout.split()[-1]))
+        assert len(LatentSet(out)) == 100 * shards
     assert peaks[1] < 1.1 * peaks[0], f"peak RSS in KiB: {peaks}"

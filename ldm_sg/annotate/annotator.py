@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -23,11 +24,11 @@ KINDS: dict[str, type[Clusters] | type[Oracle]] = {Clusters.kind: Clusters, Orac
 SMALL = 16 * 2**20  # bytes of a shipped g that are still copied beside f
 
 
-def fit(cfg: AnnotatorConfig, all_stages: list[Stage], counts: list[int], classes: int) -> Annotator:
+def fit(cfg: AnnotatorConfig, all_stages: list[Stage], counts: list[int], classes: np.ndarray) -> Annotator:
     """f of a config, fitted on the features that the streaming pass left on disk."""
     fitters: dict[str, Callable[[], Annotator]] = {
         "clusters": lambda: Clusters(cfg).fit(sample_features(all_stages, counts, cfg.sample, cfg.seed)),
-        "oracle": lambda: Oracle(classes),
+        "oracle": lambda: Oracle.of_classes(classes),
     }
     return fitters[cfg.kind]()
 

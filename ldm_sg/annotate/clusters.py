@@ -32,7 +32,12 @@ class Clusters:
         if cfg.k < 1:
             raise InputError(f"annotator.k={cfg.k}: k-means needs at least one cluster")
         self.k, self.niter, self.seed = cfg.k, cfg.niter, cfg.seed
-        self.centroids = torch.empty(0, 0)  # [K, D] once fitted
+        self._take(torch.empty(0, 1))
+
+    def _take(self, centroids: Tensor) -> None:
+        self.centroids = centroids  # [K, D], empty until fitted
+        self.index = faiss.IndexFlatL2(centroids.shape[1])
+        self.index.add(centroids.numpy())
 
     def fit(self, features: np.ndarray | Tensor) -> "Clusters":
         """Lloyd's algorithm on normalised `features` [N, D], all of them held in memory (the caller bounds N)."""
@@ -57,7 +62,7 @@ class Clusters:
             gpu=on_gpu(),
         )
         kmeans.train(points)
-        self.centroids = torch.from_numpy(np.array(kmeans.centroids, dtype=np.float32).reshape(self.k, -1))
+        self._take(torch.from_numpy(np.array(kmeans.centroids, dtype=np.float32).reshape(self.k, -1)))
         return self
 
     def __call__(self, features: Tensor) -> Guidance:
@@ -82,9 +87,7 @@ class Clusters:
         return self._search(features, 1)[0][:, 0]
 
     def _search(self, features: np.ndarray | Tensor, n: int) -> tuple[Tensor, Tensor]:
-        index = faiss.IndexFlatL2(self.centroids.shape[1])
-        index.add(self.centroids.numpy())
-        squared, ids = index.search(normalise(features), min(n, self.k))
+        squared, ids = self.index.search(normalise(features), min(n, self.k))
         return torch.from_numpy(np.sqrt(np.maximum(squared, 0.0))), torch.from_numpy(ids)
 
     @property
@@ -106,7 +109,7 @@ class Clusters:
         if not path.is_file():
             raise InputError(f"{path} not found: the annotator is not complete; run annotate again")
         clusters = cls(AnnotatorConfig(k=settings["k"], niter=settings["niter"], seed=settings["seed"]))
-        clusters.centroids = load_file(path)["centroids"]
+        clusters._take(load_file(path)["centroids"])
         return clusters
 
 

@@ -17,6 +17,16 @@ class Oracle:
     def __init__(self, k: int):
         self.k = k
 
+    @classmethod
+    def of_classes(cls, classes: np.ndarray) -> "Oracle":
+        """For the class numbers [C] that occur. InputError when they are so sparse that they cannot be class numbers."""
+        k = int(classes.max()) + 1
+        if k > 1000 * len(classes):
+            raise InputError(
+                f"annotator.kind=oracle: class numbers go up to {k - 1:,} but only {len(classes)} occur; number them from 0"
+            )
+        return cls(k)
+
     def of_shard(self, features: np.ndarray | None, cls: np.ndarray) -> np.ndarray:
         """Class numbers [N] of a shard (features are not looked at) -> ids [N]."""
         return cls

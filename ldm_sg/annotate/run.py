@@ -4,37 +4,27 @@ is fitted on the features and the annotated shards are written; the manifest com
 import io
 import itertools
 import json
-import queue
 import shutil
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm_sg.annotate.annotator import KINDS, Annotator, fit, load_f, save_annotator
 from ldm_sg.annotate.clusters import ari, contingency, entropy, nmi
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
-from ldm_sg.annotate.oracle import check_classes
-from ldm_sg.annotate.stage import ShardMeta, Stage, StageWriter, stages, write_text
-from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisation
+from ldm_sg.annotate.stage import ShardMeta, Stage, stages, write_text
+from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
+from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.config import AnnotateConfig, to_yaml
-from ldm_sg.data.images import decode, to_float
 from ldm_sg.data.latents import file_sha256, set_hash
-from ldm_sg.data.pool import decoder_pool
-from ldm_sg.data.shards import ShardWriter, expand, image_batches, read_shard
+from ldm_sg.data.shards import ShardWriter, expand
 from ldm_sg.errors import InputError, choices
 from ldm_sg.hardware import pick_device
-
-CALIBRATION_IMAGES = 1000  # that an autoencoder without mean and std of its own is measured on
-T = TypeVar("T")
 
 
 def annotate_shards(cfg: AnnotateConfig) -> Path:
@@ -46,6 +36,8 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     claim(out, cfg, shards)
     if (out / "manifest.yaml").is_file():
         return out
+    for leftover in out.rglob("*.tmp-*"):  # of a run that was killed
+        leftover.unlink()
     all_stages = list(stages(out, len(shards)))
     device = pick_device(cfg.device)
     size = cfg.size or first_size(shards)
@@ -109,153 +101,26 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return pairs
 
 
-def first_size(shards: list[str]) -> int:
-    """Short side of the first image of the first shard that has one."""
-    for url in shards:
-        for sample in read_shard(url, lambda *_: None):
-            try:
-                return min(decode(sample.image, sample.key).size)
-            except Exception:  # BadImage: the pass will report it
-                continue
-    raise InputError(f"no image in {shards[0]!r}" + (f" or the {len(shards) - 1} others" if len(shards) > 1 else ""))
-
-
-def prepare_autoencoder(
-    cfg: AnnotateConfig, out: Path, shards: list[str], size: int, device: torch.device
-) -> Autoencoder:
-    """The first stage with its normalisation, kept in OUT/autoencoder from the first run on."""
-    folder = out / "autoencoder"
-    if (folder / "manifest.yaml").is_file():
-        return load_autoencoder(str(folder)).to(device)
-    autoencoder = load_autoencoder(cfg.autoencoder).to(device)
-    if not autoencoder.normalised:
-        batches = itertools.islice(
-            image_batches(shards, size, cfg.features.batch_size, 0, lambda *_: None),
-            -(-CALIBRATION_IMAGES // cfg.features.batch_size),
-        )
-        measure_normalisation(autoencoder, (to_float(images) for _, images, _ in batches))
-    autoencoder.save(folder)
-    return autoencoder
-
-
-@dataclass
-class Batch:
-    """Decoded images of shard number `shard`, or its end when `images` is None."""
-
-    shard: int
-    keys: list[str]
-    images: Tensor | None
-    cls: Tensor
-    skipped: list[tuple[str, str, str]]
-
-
-def batches_of(shards: list[str], todo: list[int], size: int, batch_size: int, workers: int) -> Iterator[Batch]:
-    """Batches of the shards `todo`, one after the other, each followed by its end mark."""
-    skipped: list[tuple[str, str, str]] = []
-    with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
-        for index in todo:
-            on_skip = lambda *entry: skipped.append(entry)  # noqa: E731
-            for keys, images, cls in image_batches([shards[index]], size, batch_size, pool, on_skip):
-                yield Batch(index, keys, images, cls, [])
-            yield Batch(index, [], None, torch.empty(0), skipped.copy())
-            skipped.clear()
-
-
-def ahead(source: Iterable[T], depth: int = 4) -> Iterator[T]:
-    """`source` run in a thread of its own, at most `depth` items ahead: reading goes on while the networks compute."""
-    items: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: tuple[T | None, BaseException | None, bool]) -> bool:
-        while not stop.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def run() -> None:
-        try:
-            for item in source:
-                if not put((item, None, False)):
-                    return
-            put((None, None, True))
-        except BaseException as err:  # handed to the thread that asked
-            put((None, err, True))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, err, last = items.get()
-            if err is not None:
-                raise err
-            if last:
-                return
-            yield item  # type: ignore[misc]
-    finally:
-        stop.set()
-        thread.join()
-
-
-def extract(
-    cfg: AnnotateConfig,
-    shards: list[str],
-    all_stages: list[Stage],
-    size: int,
-    extractor: FeatureExtractor | None,
-    autoencoder: Autoencoder,
-) -> None:
-    """The streaming pass over the shards that are not done: features and latents to disk."""
-    todo = [stage.index for stage in all_stages if not stage.done]
-    if not todo:
-        return
-    source = ahead(batches_of(shards, todo, size, cfg.features.batch_size, cfg.workers))
-    with tqdm(desc="annotate", unit=" images", mininterval=1, smoothing=0.1) as bar:
-        for done, index in enumerate(todo):
-            with StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
-                for batch in iter(lambda: next(source), None):
-                    if batch.images is None:
-                        writer.meta.skipped = batch.skipped
-                        break
-                    images = to_float(batch.images.to(autoencoder.mean.device))
-                    features = None if extractor is None else extractor(images)
-                    writer.add(batch.keys, batch.cls, features, encode(autoencoder, images, cfg.flips))
-                    bar.update(len(batch.keys))
-                if extractor is None:
-                    check_classes(shards[index], writer.meta.keys, np.array(writer.meta.cls))
-                writer.finish()
-            bar.total = round(bar.n / (done + 1) * len(todo))  # shards are taken to be of about one length
-
-
-@torch.no_grad()
-def encode(autoencoder: Autoencoder, images: Tensor, flips: bool) -> dict[str, Tensor]:
-    """Normalised latents [B, C, h, w] of the images and, with flips, of their mirror images."""
-    latents = {"latent": autoencoder.encode(images)}
-    return latents | ({"flip": autoencoder.encode(images.flip(-1))} if flips else {})
-
-
 @dataclass
 class Summary:
     counts: list[int]  # images a shard
     urls: list[str]
-    classes: int  # highest class number plus one; 0 when any image has none
+    classes: np.ndarray  # the class numbers that occur, sorted
     skipped: int
     latent_shape: list[int]
 
 
 def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summary:
     """Counts over all shards; InputError when there is no image, or too large a share was skipped."""
-    counts, urls, skipped, classes, unknown, shape, first = [], [], 0, 0, False, None, None
+    counts, urls, skipped, shape, first = [], [], 0, None, None
+    classes = np.empty(0, np.int64)
     for stage in all_stages:
         meta = stage.read_meta()
         counts.append(len(meta.keys))
         urls.append(meta.url)
         skipped += len(meta.skipped)
         first = first or next(iter(meta.skipped), None)
-        classes = max(classes, max(meta.cls, default=-1) + 1)
-        unknown |= any(c < 0 for c in meta.cls)
+        classes = np.union1d(classes, np.array(meta.cls, np.int64))
         shape = meta.latent_shape or shape
     total = sum(counts)
     example = f"; the first: {first[0]} {first[1]}: {first[2]}" if first else ""
@@ -265,21 +130,19 @@ def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summa
         raise InputError(
             f"{skipped} of {total + skipped} images cannot be used, more than max_skipped={max_skipped} of them{example}"
         )
-    return Summary(counts, urls, 0 if unknown else classes, skipped, shape)
+    return Summary(counts, urls, classes[classes >= 0], skipped, shape)
 
 
-def write_shards(all_stages: list[Stage], annotator: Annotator, flips: bool, classes: int) -> np.ndarray:
-    """Annotated shards in source order, those that are missing. Returns how often id and class meet, [K, max(classes, 1)]."""
-    table = np.zeros((annotator.k, max(classes, 1)), np.int64)
+def write_shards(all_stages: list[Stage], annotator: Annotator, flips: bool, classes: np.ndarray) -> np.ndarray:
+    """Annotated shards in source order, those that are missing. Returns how often each id meets each of the `classes` [C]
+    and, in the last column, no class: [K, C + 1]."""
+    table = np.zeros((annotator.k, len(classes) + 1), np.int64)
     for stage in tqdm(all_stages, desc="write", unit=" shards"):
         meta = stage.read_meta()
-        if not meta.keys:
-            ids = np.empty(0, np.int64)
-        else:
-            features = stage.read_features() if stage.features.is_file() else None
-            ids = annotator.of_shard(features, np.array(meta.cls))
-            other = np.array(meta.cls) if classes else np.zeros(len(ids), np.int64)
-            table += contingency(ids, other, table.shape)
+        ids, cls = np.empty(0, np.int64), np.array(meta.cls, np.int64)
+        if meta.keys:
+            ids = annotator.of_shard(stage.read_features() if stage.features.is_file() else None, cls)
+        table += contingency(ids, np.where(cls < 0, len(classes), np.searchsorted(classes, cls)), table.shape)
         if not stage.tar.is_file():
             write_shard(stage, meta, ids, flips)
     return table
@@ -326,8 +189,9 @@ def describe(
         "entropy": round(entropy(sizes), 4),
         "max_entropy": round(float(np.log(annotator.k)), 4),
     }
-    if summary.classes:
-        found |= {"classes": summary.classes, "nmi": round(nmi(table), 4), "ari": round(ari(table), 4)}
+    known = table[:, :-1]
+    if known.any():
+        found |= {"classes": known.shape[1], "nmi": round(nmi(known), 4), "ari": round(ari(known), 4)}
     files = [
         {"file": stage.tar.name, "images": n, "bytes": stage.tar.stat().st_size, "sha256": file_sha256(stage.tar)}
         for stage, n in zip(all_stages, summary.counts)

@@ -1,0 +1,168 @@
+"""The streaming pass of annotate: shards are read and decoded ahead, in other processes, while g and the autoencoder compute;
+what they make goes to disk batch by batch."""
+
+import itertools
+import queue
+import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.annotate.oracle import check_classes
+from ldm_sg.annotate.stage import Stage, StageWriter
+from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisation
+from ldm_sg.config import AnnotateConfig
+from ldm_sg.data.images import BadImage, decode, to_float
+from ldm_sg.data.pool import decoder_pool
+from ldm_sg.data.shards import IMAGE_EXTENSIONS, image_batches, is_remote, read_shard
+from ldm_sg.errors import InputError
+
+CALIBRATION_IMAGES = 1000  # that an autoencoder without mean and std of its own is measured on
+
+
+def first_size(shards: list[str]) -> int:
+    """Short side of the first image of the first shard that has one."""
+    for url in shards:
+        for sample in read_shard(url, lambda *_: None):
+            try:
+                return min(decode(sample.image, sample.key).size)
+            except BadImage:  # the pass will report it
+                continue
+    raise InputError(f"no image in {shards[0]!r}" + (f" or the {len(shards) - 1} others" if len(shards) > 1 else ""))
+
+
+def prepare_autoencoder(
+    cfg: AnnotateConfig, out: Path, shards: list[str], size: int, device: torch.device
+) -> Autoencoder:
+    """The first stage with its normalisation, kept in OUT/autoencoder from the first run on."""
+    folder = out / "autoencoder"
+    if (folder / "manifest.yaml").is_file():
+        return load_autoencoder(str(folder)).to(device)
+    autoencoder = load_autoencoder(cfg.autoencoder).to(device)
+    if not autoencoder.normalised:
+        batches = itertools.islice(
+            image_batches(shards, size, cfg.features.batch_size, 0, lambda *_: None),
+            -(-CALIBRATION_IMAGES // cfg.features.batch_size),
+        )
+        measure_normalisation(autoencoder, (to_float(images) for _, images, _ in batches))
+    autoencoder.save(folder)
+    return autoencoder
+
+
+@dataclass
+class Batch:
+    """Decoded images of shard number `shard`, or its end when `images` is None."""
+
+    shard: int
+    keys: list[str]
+    images: Tensor | None
+    cls: Tensor
+    skipped: list[tuple[str, str, str]]
+
+
+def batches_of(shards: list[str], todo: list[int], size: int, batch_size: int, workers: int) -> Iterator[Batch]:
+    """Batches of the shards `todo`, one after the other, each followed by its end mark."""
+    skipped: list[tuple[str, str, str]] = []
+
+    def on_skip(*entry: str) -> None:
+        skipped.append(entry)  # type: ignore[arg-type]
+
+    with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
+        for index in todo:
+            for keys, images, cls in image_batches([shards[index]], size, batch_size, pool, on_skip):
+                yield Batch(index, keys, images, cls, [])
+            yield Batch(index, [], None, torch.empty(0), skipped.copy())
+            skipped.clear()
+
+
+def ahead(source: Iterator[Batch], depth: int = 4) -> Iterator[Batch]:
+    """`source` run in a thread of its own, at most `depth` batches ahead: reading goes on while the networks compute."""
+    items: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return items.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def run() -> None:
+        try:
+            with closing(source):
+                for item in itertools.takewhile(lambda _: not stop.is_set(), source):
+                    put(item)
+            put(None)
+        except BaseException as err:  # handed to the thread that asked
+            put(err)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (item := items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def extract(
+    cfg: AnnotateConfig,
+    shards: list[str],
+    all_stages: list[Stage],
+    size: int,
+    extractor: FeatureExtractor | None,
+    autoencoder: Autoencoder,
+) -> None:
+    """The pass over the shards that are not done: features and latents to disk."""
+    todo = [stage.index for stage in all_stages if not stage.done]
+    if not todo:
+        return
+    batches = batches_of(shards, todo, size, cfg.features.batch_size, cfg.workers)
+    total = expected_images([shards[index] for index in todo])
+    with closing(ahead(batches)) as source, tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
+        for done, index in enumerate(todo):
+            with StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
+                for batch in source:
+                    if batch.images is None:
+                        writer.meta.skipped = batch.skipped
+                        break
+                    images = to_float(batch.images.to(autoencoder.mean.device))
+                    features = None if extractor is None else extractor(images)
+                    writer.add(batch.keys, batch.cls, features, encode(autoencoder, images, cfg.flips))
+                    bar.update(len(batch.keys))
+                if extractor is None:
+                    check_classes(shards[index], writer.meta.keys, np.array(writer.meta.cls))
+                writer.finish()
+            bar.total = round(bar.n / (done + 1) * len(todo))  # a better guess than the first, and right at the end
+
+
+def expected_images(shards: list[str]) -> int | None:
+    """About how many images there are: those of the first shard, times how much larger all of them are; None where that is
+    not to be had at once."""
+    if any(is_remote(url) for url in shards):
+        return None
+    try:
+        with tarfile.open(shards[0]) as tar:
+            first = sum(member.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for member in tar)
+    except tarfile.TarError:
+        return None
+    sizes = [Path(url).stat().st_size for url in shards]
+    return round(first * sum(sizes) / max(sizes[0], 1))
+
+
+@torch.no_grad()
+def encode(autoencoder: Autoencoder, images: Tensor, flips: bool) -> dict[str, Tensor]:
+    """Normalised latents [B, C, h, w] of the images and, with flips, of their mirror images."""
+    latents = {"latent": autoencoder.encode(images)}
+    return latents | ({"flip": autoencoder.encode(images.flip(-1))} if flips else {})
