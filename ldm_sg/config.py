@@ -37,6 +37,7 @@ class AnnotatorConfig:
     kind: str = "clusters"  # clusters (k-means), oracle (ground-truth `cls` of the shards)
     k: int = 300
     niter: int = 30
+    restarts: int = 1  # of k-means, the best is kept: worth it on a few thousand images, slow and needless on a million
     seed: int = 0
     sample: int = 1_000_000  # at most this many features are held in memory to fit f
 

@@ -48,6 +48,16 @@ def test_same_seed_same_ids_and_torch_equals_numpy():
     assert torch.equal(a, b)
 
 
+def test_restarts_keep_the_best():
+    points, _ = blobs(600, 20, noise=0.8)
+    unit = normalise(points)
+    once, often = (
+        inertia(unit, Clusters(AnnotatorConfig(k=20, seed=0, restarts=r)).fit(points).centroids.numpy())
+        for r in (1, 10)
+    )
+    assert often < once
+
+
 def test_nearest_starts_with_the_assigned_and_save_load_keeps_ids(tmp_path):
     points, _ = blobs(400, 8)
     clusters = Clusters(AnnotatorConfig(k=8)).fit(points)

@@ -31,7 +31,7 @@ class Clusters:
     def __init__(self, cfg: AnnotatorConfig):
         if cfg.k < 1:
             raise InputError(f"annotator.k={cfg.k}: k-means needs at least one cluster")
-        self.k, self.niter, self.seed = cfg.k, cfg.niter, cfg.seed
+        self.k, self.niter, self.restarts, self.seed = cfg.k, cfg.niter, cfg.restarts, cfg.seed
         self._take(torch.empty(0, 1))
 
     def _take(self, centroids: Tensor) -> None:
@@ -40,7 +40,8 @@ class Clusters:
         self.index.add(centroids.numpy())
 
     def fit(self, features: np.ndarray | Tensor) -> "Clusters":
-        """Lloyd's algorithm on normalised `features` [N, D], all of them held in memory (the caller bounds N)."""
+        """Lloyd's algorithm on normalised `features` [N, D], all of them held in memory (the caller bounds N); of several
+        restarts the one with the smallest sum of squared distances."""
         points = normalise(features)
         if self.k > len(points):
             raise InputError(
@@ -56,6 +57,7 @@ class Clusters:
             points.shape[1],
             self.k,
             niter=self.niter,
+            nredo=self.restarts,
             seed=self.seed,
             min_points_per_centroid=1,
             max_points_per_centroid=len(points),  # the bound on memory is the caller's sample, not faiss's
@@ -96,7 +98,7 @@ class Clusters:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "k": self.k, "niter": self.niter, "seed": self.seed}
+        return {"kind": self.kind, "k": self.k, "niter": self.niter, "restarts": self.restarts, "seed": self.seed}
 
     def save(self, folder: Path) -> None:
         """FOLDER/centroids.safetensors."""
@@ -108,7 +110,7 @@ class Clusters:
         path = folder / CENTROIDS
         if not path.is_file():
             raise InputError(f"{path} not found: the annotator is not complete; run annotate again")
-        clusters = cls(AnnotatorConfig(k=settings["k"], niter=settings["niter"], seed=settings["seed"]))
+        clusters = cls(AnnotatorConfig(**{key: settings[key] for key in ("k", "niter", "restarts", "seed")}))
         clusters._take(load_file(path)["centroids"])
         return clusters
 
