@@ -1,5 +1,6 @@
 """The command line. Torch is imported inside the verbs, so that --help answers at once."""
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,11 @@ class ExitCodes(TyperGroup):
         except InputError as err:
             print(f"ldm-sg: {err}", file=sys.stderr)
             ctx.exit(2)
+        except OSError as err:
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            print(f"ldm-sg: {err.filename or 'while writing'}: {err.strerror}", file=sys.stderr)
+            ctx.exit(2)
         except KeyboardInterrupt:
             ctx.exit(130)
 
@@ -34,7 +40,9 @@ app = typer.Typer(
 )
 
 Config = Annotated[Path, typer.Argument(help="YAML under configs/, or one of your own.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example steps=1000 guidance.drop=0.2")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value pairs that replace the config's; --dry-run shows all keys.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and build nothing.")]
 
 
@@ -147,7 +155,7 @@ def evaluate(
     source: Annotated[str, typer.Argument(help="Run, folder of samples or images, or shards.")],
     reference: Annotated[str, typer.Option(help="Real images: shards or a folder.")],
     metrics: Annotated[str, typer.Option(help="Of fd, kid, prdc, is, consistency.")] = "fd,prdc,consistency",
-    n: Annotated[int, typer.Option("-n", "--n", help="Samples and reference images.")] = 10_000,
+    n: Annotated[int, typer.Option("-n", "--n", help="Samples; of the reference all are used, up to 50,000.")] = 10_000,
     features: Annotated[
         str | None, typer.Option(help="Feature network; default the run's g. inception, a name or a file.")
     ] = None,
@@ -158,15 +166,18 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
     size: Annotated[int | None, typer.Option(help="Side to which images are cropped; default the run's.")] = None,
     precision: Annotated[str, typer.Option(help="Of the sampling: auto, fp32 or bf16.")] = "auto",
+    run: Annotated[
+        str | None, typer.Option(help="Run whose g and f judge images on disk; default the one that holds them.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Samples against real images -> numbers with everything needed to reproduce them."""
-    from ldm_sg.verbs.evaluate import evaluate as run
+    from ldm_sg.verbs.evaluate import evaluate as judge
 
-    run(source, reference, metrics=metrics, n=n, features=features, out=out, size=size, w=w, steps=steps,
+    judge(source, reference, metrics=metrics, n=n, features=features, out=out, size=size, w=w, steps=steps,
         scheduler=scheduler, seed=seed, batch_size=batch_size, device=device,
-        precision=precision)  # fmt: skip
+        precision=precision, run=run)  # fmt: skip
 
 
 @app.command(epilog="Example: ldm-sg demo --out runs/demo")
@@ -183,7 +194,7 @@ def demo(
 
 @app.command(
     "fit-autoencoder",
-    epilog="Example: ldm-sg fit-autoencoder configs/autoencoder/demo.yaml 'shards=data/mine/*.tar' out=autoencoders/mine",
+    epilog="Example: ldm-sg fit-autoencoder configs/autoencoder/fruit.yaml 'shards.mine=data/mine/*.tar' holdout.mine=100 out=autoencoders/mine",
 )
 def fit_autoencoder(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Shards -> a small KL autoencoder of your own."""

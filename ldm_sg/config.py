@@ -2,6 +2,7 @@
 refused with the nearest right one. Nothing here builds anything (that is `build`)."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,15 @@ class AnnotateConfig:
     workers: int = -1  # decoding processes; -1 = one a core, less one
     max_skipped: float = 0.01  # share of images that may be unreadable before the command fails
     device: str = "auto"
+
+    def check(self) -> None:
+        """Raises InputError for a value that cannot be, before anything heavy is imported."""
+        for name in ("k", "niter", "sample"):
+            value = getattr(self.annotator, name)
+            _need(f"annotator.{name}", value, value >= 1, "at least 1")
+        _need("size", self.size, self.size is None or self.size >= 8, "at least 8 pixels, or null")
+        _need("features.batch_size", self.features.batch_size, self.features.batch_size >= 1, "at least 1")
+        _need("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a share between 0 and 1")
 
 
 @dataclass
@@ -145,6 +155,24 @@ class TrainConfig:
     sample_every: int = 2000
     checkpoint_every: int = 1000
 
+    def check(self) -> None:
+        """Raises InputError for a value that cannot be, before anything heavy is imported."""
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            _need(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup", "val_every", "sample_every", "weight_decay", "clip"):
+            _need(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
+        _need("lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
+        _need("ema", self.ema, 0 <= self.ema < 1, "from 0 to below 1")
+        _need("val_share", self.val_share, 0 <= self.val_share < 1, "a share from 0 to below 1")
+        for name, share in (("guidance.drop", self.guidance.drop), ("decay", self.decay)):
+            _need(name, share, 0 <= share <= 1, "a share between 0 and 1")
+        snr = self.objective.min_snr
+        _need("objective.min_snr", snr, snr is None or 0 < snr < math.inf, "null, or a finite number above 0")
+        _need("objective.timesteps", self.objective.timesteps, self.objective.timesteps >= 2, "at least 2")
+        betas = (self.objective.beta_start, self.objective.beta_end)
+        _need("objective.beta_start, beta_end", betas, 0 < betas[0] <= betas[1] < 1, "0 < beta_start <= beta_end < 1")
+        model_config(self.model)
+
 
 @dataclass
 class FitAutoencoderConfig:
@@ -202,7 +230,15 @@ def load(schema: type[Schema], path: str | Path | None = None, overrides: list[s
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise InputError(f"{path or 'config'}: no value for {', '.join(missing)}: give it as {missing[0]}=...")
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    loaded: Any = OmegaConf.to_object(merged)
+    if hasattr(loaded, "check"):
+        loaded.check()
+    return loaded
+
+
+def _need(name: str, value: Any, right: bool, what: str) -> None:
+    if not right:
+        raise InputError(f"{name}={value}: {what}")
 
 
 def _layers(path: str | Path | None) -> list[tuple[str, DictConfig]]:
@@ -236,6 +272,8 @@ def _dotlist(overrides: list[str]) -> list[tuple[str, DictConfig]]:
     for item in overrides:
         if "=" not in item or item.startswith("="):
             raise InputError(f"override {item!r}: write it as key=value, for example steps=1000")
+        if item.endswith("="):
+            raise InputError(f"override {item!r}: nothing stands after the = (null means no value)")
     return [(item, OmegaConf.from_dotlist([item])) for item in overrides]
 
 

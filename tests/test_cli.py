@@ -112,6 +112,8 @@ def test_concept_tokens_are_masked_and_unordered() -> None:
         (["train", "configs/train/demo.yaml", "guidance.dorp=0"], "did you mean 'guidance.drop'"),
         (["train", "configs/train/demo.yaml", "steps=many"], "steps"),
         (["train", "configs/train/demo.yaml", "steps"], "key=value"),
+        (["train", "configs/train/demo.yaml", "out="], "nothing stands after the ="),
+        (["annotate", "configs/annotate/demo.yaml", "annotator.k=0"], "annotator.k=0: at least 1"),
         (["train", "configs/train/dmo.yaml"], "did you mean 'configs/train/demo.yaml'"),
         (["train", "configs/model/s.yaml"], "unknown key"),
         (["annotate", "configs/annotate/demo.yaml", "shards=nowhere/*.tar", "out=x"], "nowhere"),

@@ -77,9 +77,10 @@ def weights(out):
 
 
 def test_fit_learns_and_writes_an_autoencoder(config):
-    out = fit_autoencoder(dataclasses.replace(config, steps=120))
+    config = dataclasses.replace(config, steps=120, log_every=20, val_every=120)
+    out = fit_autoencoder(config)
     log = rows(out)
-    assert [int(r["step"]) for r in log] == list(range(5, 121, 5))
+    assert [int(r["step"]) for r in log] == list(range(20, 121, 20))
     assert float(log[-1]["l1"]) < 0.5 * float(log[0]["l1"])
     auto = load_autoencoder(out)
     assert (auto.kind, auto.channels, auto.factor, auto.name) == ("kl", 4, 4, "fit")
@@ -88,7 +89,7 @@ def test_fit_learns_and_writes_an_autoencoder(config):
     assert Image.open(out / "reconstructions.png").format == "PNG"
     assert (out / "samples/step-000120.png").is_file() and not list(out.rglob("*.tmp-*"))
     before = weights(out)
-    assert fit_autoencoder(dataclasses.replace(config, steps=120)) == out and weights(out) == before
+    assert fit_autoencoder(config) == out and weights(out) == before
 
 
 def test_an_interrupted_fit_resumes_to_the_same_weights(config, tmp_path, monkeypatch, capsys):
@@ -139,7 +140,7 @@ def test_lpips_orders_distortions():
 def test_noise_is_relative_to_the_latents_spread():
     z = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0])[:, None, None]
     noise = add_noise(z, 0.3, torch.Generator().manual_seed(1)) - z
-    small, large = noise.std(dim=(0, 2, 3)) / z.std(dim=(0, 2, 3))
+    small, large = (noise.std(dim=(0, 2, 3)) / z.std(dim=(0, 2, 3))).tolist()
     assert small == pytest.approx(0.3 / 3**0.5, rel=0.2) and small == pytest.approx(large, rel=0.1)  # sqrt(E u^2)
 
 
@@ -147,7 +148,8 @@ def test_batches_depend_on_the_seed_alone_and_crop_what_is_larger():
     sources = [Source("a", torch.full((3, 3, 24, 24), 255).byte()), Source("b", torch.zeros(5, 3, 16, 16).byte())]
     first, again = (draw(sources, 16, 64, torch.Generator().manual_seed(7)) for _ in range(2))
     assert first.shape == (64, 3, 16, 16) and torch.equal(first, again)
-    assert (first == 1).all(dim=(1, 2, 3)).float().mean() == pytest.approx(3 / 8, abs=0.15)
+    bright = (first > 0.99).flatten(1).all(dim=1).float().mean().item()
+    assert bright == pytest.approx(3 / 8, abs=0.15) and ((first > 0.99) | (first < -0.99)).all()
 
 
 def test_wrong_input_is_named(config, shard):

@@ -204,6 +204,8 @@ def test_pickled_checkpoint_with_code_is_never_run(colours: Path, tmp_path: Path
     ("change", "message"),
     [
         ({"steps": 0}, "steps=0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"ema": 5.0}, "ema=5"),
         ({"lr": -1.0}, "lr=-1"),
         ({"guidance": GuidanceConfig(drop=1.5)}, "guidance.drop=1.5"),
         ({"model": "bb"}, "did you mean 'b'"),

@@ -23,7 +23,8 @@ class Guidance:
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "Guidance":
         parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Guidance(**{name: None if part is None else fn(part) for name, part in parts.items()})
+        mapped: dict[str, Any] = {name: None if part is None else fn(part) for name, part in parts.items()}
+        return Guidance(**mapped)
 
     def __len__(self) -> int:
         return len(self.keep)

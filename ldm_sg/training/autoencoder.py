@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import Tensor, nn
@@ -93,16 +94,19 @@ def add_noise(z: Tensor, strength: float, generator: torch.Generator) -> Tensor:
 
 
 def learning_rate(step: int, config: FitAutoencoderConfig) -> float:
-    """Learning rate: 200 steps of warm-up, then a half cosine down to 1% at `config.steps`."""
-    warm = min(1.0, (step + 1) / 200)
+    """Learning rate: a warm-up of 200 steps (at most a tenth of all), then a half cosine down to 1% at `config.steps`."""
+    warm = min(1.0, (step + 1) / min(200, 1 + config.steps // 10))
     return config.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps))))
 
 
 def make_net(config: FitAutoencoderConfig) -> AutoencoderKL:
-    """The network, initialised from `config.seed`: no attention, so that it works at any image size."""
+    """The network, initialised from `config.seed`; no attention, so that it works at any image size.
+
+    Convolutions start with unit gain, residual blocks as identities, and the posterior's std at 0.05. With PyTorch's own
+    start (gain 1/3, a posterior of std 1 that drowns the fresh means) 300 steps at 32 px reach L1 0.24 instead of 0.20."""
     torch.manual_seed(config.seed)
     levels = len(config.widths)
-    return AutoencoderKL(
+    net = AutoencoderKL(
         in_channels=3 * config.patch**2,
         out_channels=3 * config.patch**2,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -114,6 +118,16 @@ def make_net(config: FitAutoencoderConfig) -> AutoencoderKL:
         mid_block_add_attention=False,
         sample_size=config.size // config.patch,
     )
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)
+    for module in net.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+    nn.init.zeros_(net.quant_conv.weight[config.channels :])
+    nn.init.constant_(net.quant_conv.bias[config.channels :], 2 * math.log(0.05))
+    return net
 
 
 class Fit:
@@ -127,8 +141,8 @@ class Fit:
         self.perceptual = perceptual_distance(config.lpips_weights).to(device) if config.lpips > 0 else None
         self.critic: nn.Module | None = None
         if config.gan > 0:
-            self.critic = NLayerDiscriminator(n_layers=2).apply(weights_init).to(device).train()
-            self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), config.lr / 3, betas=(0.5, 0.9))
+            self.critic = NLayerDiscriminator(ndf=32, n_layers=2).apply(weights_init).to(device).train()
+            self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), config.lr, betas=(0.5, 0.9))
 
     def step(self, images: Tensor, generator: torch.Generator) -> dict[str, float]:
         """One update on `images` [B, 3, S, S] in [-1, 1] -> the losses."""
@@ -146,7 +160,7 @@ class Fit:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if adversarial:
-            losses["critic"] = self._train_critic(images, fake.detach())
+            losses["critic"] = self._train_critic(images, fake.detach(), rate / 2)
         self.steps += 1
         self._average()
         return {name: float(value.detach()) for name, value in losses.items()}
@@ -186,8 +200,8 @@ class Fit:
         )
         return self.config.gan * (ours / (theirs + 1e-4)).clamp(max=1e4).detach()
 
-    def _train_critic(self, real: Tensor, fake: Tensor) -> Tensor:
-        self._set_rate(self.critic_optimizer, self.config.lr / 3)
+    def _train_critic(self, real: Tensor, fake: Tensor, rate: float) -> Tensor:
+        self._set_rate(self.critic_optimizer, rate)
         loss = 0.5 * (F.relu(1 - self._judge(real)).mean() + F.relu(1 + self._judge(fake)).mean())
         self.critic_optimizer.zero_grad(set_to_none=True)  # the generator's step left gradients there
         loss.backward()

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import Callback, WeightAveraging
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ldm_sg.config import TrainConfig
 
@@ -162,10 +163,20 @@ class Hooked(Callback):
             self.hooks.draw(self.ema.network, trainer.global_step)
 
 
-class ProgressBar(TQDMProgressBar):
-    """tqdm with the loss and images/s, in steps of the whole run; ETA is tqdm's."""
+class Progress(Callback):
+    """A tqdm bar on stderr, in steps of the whole run, with loss and images/s."""
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        return items
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar = tqdm(
+            total=trainer.max_steps, initial=trainer.global_step, unit="step", desc="train", dynamic_ncols=True,
+            disable=not trainer.is_global_zero,
+        )  # fmt: skip
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.bar.update()
+        metrics = trainer.progress_bar_metrics
+        if trainer.global_step % 10 == 0 or "images_per_s" not in metrics:
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.close()

@@ -1,5 +1,6 @@
 """Lightning's trainer set up for one run: fresh or resumed."""
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.errors import InputError
-from ldm_sg.training.callbacks import EMA, Hooked, Hooks, MetricsFile, ProgressBar, SaveLast, StopCleanly
+from ldm_sg.training.callbacks import EMA, Hooked, Hooks, MetricsFile, Progress, SaveLast, StopCleanly
 from ldm_sg.training.data import LatentData
 from ldm_sg.training.diffusion import DiffusionModule
 
@@ -22,8 +23,7 @@ def checkpoint_step(path: Path) -> int:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception as err:
         raise InputError(
-            f"{path}: not a checkpoint of this program (it is never unpickled): {str(err).splitlines()[0][:120]}; "
-            "remove it to start the run again"
+            f"{path}: damaged, or not a checkpoint of this program (code in it is never run); remove it to start again"
         ) from err
 
 
@@ -62,7 +62,8 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_every,
         logger=TensorBoardLogger(run, name="", version="tensorboard", purge_step=data.first_step),
-        callbacks=[*callbacks, ProgressBar(refresh_rate=max(1, config.log_every // 5))],
+        callbacks=[*callbacks, Progress()],
+        enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -84,8 +85,13 @@ def _devices(config: TrainConfig, device: torch.device) -> int | list[int]:
 
 
 def _quiet() -> None:
-    for text in (".*does not have many workers.*", ".*TensorBoard.*", ".*`LeafSpec`.*", ".*tensorboardX.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*TensorBoard.*",
+        ".*`LeafSpec`.*",
+        ".*tensorboardX.*",
+        ".*dataloader is not resumable.*",
+        ".*LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", message=text)
-    import logging
-
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)

@@ -9,6 +9,7 @@ from ldm_sg.report.annotation import write_report
 
 def annotate(cfg: AnnotateConfig) -> Path:
     """The annotation set's folder; a finished one of the same config returns at once."""
+    cfg.check()
     out = annotate_shards(cfg)
     if not (out / "report.html").is_file():
         write_report(out)

@@ -113,7 +113,7 @@ def _read(name: str, urls: str, side: int, workers: int) -> Tensor:
     bar = tqdm(desc=f"reading {name}", unit=" images", leave=False)
     parts = []
     for _, images, _ in image_batches(
-        expand(urls), side, 64, workers, lambda *skipped: tqdm.write(f"skipped: {skipped}")
+        expand(urls), side, 64, workers, lambda *skipped: tqdm.write(f"skipped: {skipped}", file=sys.stderr)
     ):
         parts.append(images)
         bar.update(len(images))

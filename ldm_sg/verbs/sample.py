@@ -1,6 +1,7 @@
 """sample: run -> images."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ldm_sg.errors import InputError, choices
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.hardware import pick_device
 from ldm_sg.pipeline import SelfGuidedPipeline, image_generator, make_solver, slerp, step_arguments
-from ldm_sg.report.grids import grid
+from ldm_sg.report.grids import best_scale, grid, labelled_rows
 
 PRESETS = {"paper": {"scheduler": "ddim", "steps": 250, "eta": 0.0, "w": 2.0}}
 
@@ -74,11 +75,11 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
     pipe = open_pipeline(run, options.device)
     make_solver(options.scheduler, pipe.scheduler, options.steps, pipe.device)  # refused before anything is drawn
     step_arguments(options.scheduler, [], options.eta)
-    batches, columns = plan(pipe, options)
+    batches, columns, captions = plan(pipe, options)
     building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     building.mkdir(parents=True)
     try:
-        _write(building, batches, columns, options)
+        _write(building, batches, columns, captions, options)
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
     finally:
@@ -86,16 +87,16 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
     return folder
 
 
-def plan(pipe: SelfGuidedPipeline, options: SampleOptions) -> tuple[Iterator[Batch], int]:
-    """What to draw, lazily, and how many columns its grid has."""
+def plan(pipe: SelfGuidedPipeline, options: SampleOptions) -> tuple[Iterator[Batch], int, list[str]]:
+    """What to draw, lazily, how many columns its grid has, and captions of its rows if they have any."""
     if options.sweep_w:
-        return _sweep(pipe, options), options.n
+        return _sweep(pipe, options), options.n, [f"w = {w:g}" for w in options.sweep_w]
     if options.interpolate:
-        return _interpolate(pipe, options), options.n
+        return _interpolate(pipe, options), options.n, ["fixed noise", "moving noise"]
     if options.trajectory:
-        return _trajectory(pipe, options), min(10, options.steps)
+        return _trajectory(pipe, options), min(10, options.steps), []
     columns = options.n if options.cluster and options.n <= 16 else 8
-    return generate(pipe, signals(pipe, options), options, options.w), columns
+    return generate(pipe, signals(pipe, options), options, options.w), columns, []
 
 
 def signals(pipe: SelfGuidedPipeline, options: SampleOptions) -> Guidance:
@@ -175,7 +176,7 @@ def _id(guidance: Guidance, i: int) -> int:
     return int(guidance.k[i])
 
 
-def _write(folder: Path, batches: Iterator[Batch], columns: int, options: SampleOptions) -> None:
+def _write(folder: Path, batches: Iterator[Batch], columns: int, captions: list[str], options: SampleOptions) -> None:
     shown: list[Tensor] = []
     count = 0
     with (folder / "samples.jsonl").open("w") as lines:
@@ -186,7 +187,11 @@ def _write(folder: Path, batches: Iterator[Batch], columns: int, options: Sample
                 lines.write(json.dumps({"file": name, **record}) + "\n")
                 count += 1
             shown.extend(batch.images[: max(0, 400 - len(shown))])
-    grid(torch.stack(shown), columns=columns).save(folder / "grid.png")
+    pictures = torch.stack(shown)
+    rows = list(pictures.split(columns))
+    scale = best_scale(pictures)
+    picture = labelled_rows(captions, rows, scale=scale) if captions else grid(pictures, columns, scale=scale)
+    picture.save(folder / "grid.png")
     (folder / "settings.json").write_text(json.dumps(options.settings(), indent=2) + "\n")
 
 
@@ -197,12 +202,19 @@ def _name(options: SampleOptions) -> str:
         + [f"interpolate{'-'.join(map(str, options.interpolate))}"] * bool(options.interpolate)
         + ["trajectory"] * options.trajectory
     )
-    return f"{what or 'drawn'}_n{options.n}_w{options.w:g}_{options.scheduler}{options.steps}_seed{options.seed}"
+    strength = "-".join(f"{w:g}" for w in options.sweep_w) or f"{options.w:g}"
+    return f"{what or 'drawn'}_n{options.n}_w{strength}_{options.scheduler}{options.steps}_seed{options.seed}"
 
 
 def _check(options: SampleOptions) -> None:
-    if options.n < 1 or options.batch_size < 1:
-        raise InputError(f"n={options.n}, batch_size={options.batch_size}: at least 1")
+    for name in ("n", "batch_size", "steps"):
+        if getattr(options, name) < 1:
+            raise InputError(f"{name}={getattr(options, name)}: at least 1")
+    for w in (options.w, *options.sweep_w):
+        if not math.isfinite(w):
+            raise InputError(f"w={w}: a finite number")
+    if not 0 <= options.eta <= 1:
+        raise InputError(f"eta={options.eta}: a share between 0 and 1")
     modes = [bool(options.sweep_w), bool(options.interpolate), options.trajectory]
     if sum(modes) > 1:
         raise InputError("--sweep-w, --interpolate and --trajectory draw different pictures: give one")

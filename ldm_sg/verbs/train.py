@@ -22,7 +22,7 @@ FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every"
 
 def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
-    _check(config)
+    config.check()
     device = pick_device(config.device)
     bf16 = use_bf16(config.precision, device)
     latents = LatentSet(config.annotation)
@@ -52,19 +52,8 @@ def train(config: TrainConfig) -> Path:
     if not fit(module, data, config, run, device, bf16, hooks):
         print(f"interrupted and saved in {run}; the same command resumes", file=sys.stderr)
         raise KeyboardInterrupt
+    print(run / "pipeline")
     return run
-
-
-def _check(config: TrainConfig) -> None:
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}={getattr(config, name)}: at least 1")
-    if not 0 <= config.guidance.drop <= 1:
-        raise InputError(f"guidance.drop={config.guidance.drop}: a share between 0 and 1")
-    if not 0 <= config.val_share < 1:
-        raise InputError(f"val_share={config.val_share}: a share from 0 to below 1")
-    if config.lr <= 0:
-        raise InputError(f"lr={config.lr}: above 0")
 
 
 def _remember_annotation(run: Path, config: TrainConfig, latents: LatentSet) -> None:
