@@ -9,8 +9,8 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm_sg.config import TrainConfig
-from ldm_sg.errors import InputError
 from ldm_sg.training.callbacks import EMA, Hooked, Hooks, MetricsFile, Progress, SaveLast, StopCleanly
+from ldm_sg.training.checkpoint import read_checkpoint
 from ldm_sg.training.data import LatentData
 from ldm_sg.training.diffusion import DiffusionModule
 
@@ -19,12 +19,7 @@ def checkpoint_step(path: Path) -> int:
     """global_step of a checkpoint, 0 where there is none; a file with code in it, or a broken one, is an InputError."""
     if not path.is_file():
         return 0
-    try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception as err:
-        raise InputError(
-            f"{path}: damaged, or not a checkpoint of this program (code in it is never run); remove it to start again"
-        ) from err
+    return int(read_checkpoint(path, mmap=True)["global_step"])
 
 
 def fit(

@@ -24,6 +24,7 @@ from ldm_sg.errors import InputError, choices
 from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.report.grids import labelled_rows, save
 from ldm_sg.training.autoencoder import Fit, Source, draw
+from ldm_sg.training.checkpoint import read_checkpoint
 
 FREE = ("out", "device", "workers", "log_every", "val_every", "checkpoint_every", "data", "recipe", "licence")
 NOISE_SHOWN = 0.2  # std of the noise on normalised latents in `psnr_noisy` and in the pictures
@@ -43,7 +44,7 @@ def fit_autoencoder(config: FitAutoencoderConfig) -> Path:
     fit = Fit(config, device, use_bf16(config.precision, device))
     checkpoint = out / "checkpoint.pt"
     if checkpoint.is_file():
-        fit.load_state_dict(torch.load(checkpoint, map_location=device, weights_only=True))
+        fit.load_state_dict(read_checkpoint(checkpoint, device))
     print(
         f"{sum(len(s.images) for s in sources):,} images, {sum(p.numel() for p in fit.net.parameters()) / 1e6:.2f}M "
         f"parameters, {device.type}, {'bf16' if fit.bf16 else 'fp32'}"
