@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import os
 import pickle
 import signal
@@ -184,6 +185,20 @@ def test_refuses_an_annotation_set_that_changed(colours: Path, tmp_path: Path) -
     write_annotation_set(tmp_path / "set", -images, [0, 1] * 8, 2)
     with pytest.raises(InputError, match="changed under"):
         train(config(annotation, run, steps=2))
+
+
+def test_full_disk_is_one_message_and_the_same_command_resumes(
+    whole: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    wanted = config(colours, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="no space left on its disk"):
+        patch.setattr("ldm_sg.build.PipelineWriter.export", full)
+        train(wanted)
+    train(wanted)
+    assert all(torch.equal(value, weights(tmp_path / "run")[name]) for name, value in weights(whole).items())
 
 
 def test_pickled_checkpoint_with_code_is_never_run(colours: Path, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def _quiet() -> None:
         ".*tensorboardX.*",
         ".*dataloader is not resumable.*",
         ".*LeafSpec.*",
+        ".*smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=text)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)

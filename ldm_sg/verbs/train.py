@@ -1,5 +1,6 @@
 """train: annotation set -> run."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -49,7 +50,13 @@ def train(config: TrainConfig) -> Path:
         export=lambda ema: writer.export(ema, run / "pipeline"),
         draw=lambda ema, step: _draw(writer.pipeline(ema), run / "samples" / f"step_{step:07d}.png"),
     )
-    if not fit(module, data, config, run, device, bf16, hooks):
+    try:
+        finished = fit(module, data, config, run, device, bf16, hooks)
+    except OSError as err:
+        if err.errno != errno.ENOSPC:
+            raise
+        raise InputError(f"{run}: no space left on its disk; make some and give the same command, it resumes") from err
+    if not finished:
         print(f"interrupted and saved in {run}; the same command resumes", file=sys.stderr)
         raise KeyboardInterrupt
     print(run / "pipeline")
