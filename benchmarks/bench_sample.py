@@ -12,7 +12,7 @@ from ldm_sg.verbs.evaluate import evaluate
 from ldm_sg.verbs.sample import open_pipeline
 
 SETTINGS = [
-    ("ddim", 250),  # the preset `paper`
+    ("ddim", 250),  # the preset `paper`, what the others are compared with
     ("dpmpp_2m", 25),  # the default
     ("dpmpp_2m", 15),
     ("unipc", 25),
@@ -39,7 +39,7 @@ def main() -> None:
     for scheduler, steps in SETTINGS:
         guidance = pipe.draw(64)
         start = time.perf_counter()
-        pipe(guidance, args.w, steps, scheduler)
+        pipe(guidance, args.w, steps, scheduler, precision="auto")
         rate = 64 / (time.perf_counter() - start)
         with contextlib.redirect_stdout(io.StringIO()):
             result = evaluate(args.run, args.reference, metrics="fd", n=args.n, w=args.w, steps=steps, scheduler=scheduler,
