@@ -27,7 +27,9 @@ def main() -> None:
     with torch.no_grad():
         errors = [(autoencoder.decode(autoencoder.encode(b)) - b).square().mean((1, 2, 3)) for b in images.split(8)]
     psnr = 10 * torch.log10(4 / torch.cat(errors))
-    print(f"{autoencoder.name}: {psnr.mean():.2f} dB (median {psnr.median():.2f}) over {len(images)} images of {args.size} px")
+    print(
+        f"{autoencoder.name}: {psnr.mean():.2f} dB (median {psnr.median():.2f}) over {len(images)} images of {args.size} px"
+    )
 
 
 if __name__ == "__main__":
