@@ -11,7 +11,7 @@ for name in church_224 imagenette10_224; do
   run "$ldm" pack "$shared/data/$name/train" "$out/$name/shards" --size 256
   run "$ldm" annotate configs/annotate/churches256.yaml "shards=$out/$name/shards/*.tar" "out=$out/$name/annotation" \
     "autoencoder=$shared/weights/taesd" features.model=vit_small_patch14_dinov2 features.size=224 features.layer=10 \
-    "features.weights=$shared/weights/dinov2_small/model.safetensors" "annotator.k=$k" flips=false
+    "features.weights=$shared/weights/dinov2_small/model.safetensors" "annotator.k=$k" annotator.restarts=5 flips=false
   run "$ldm" train configs/train/churches256.yaml "annotation=$out/$name/annotation" "out=$out/$name/run" model=s compile=false \
     channels_last=false lr=3e-4 warmup=50 ema=0.99 decay=0.3 objective.kind=v "steps=${STEPS:-300}" "batch_size=${BATCH:-16}" \
     log_every=20 val_every=100 sample_every=0 checkpoint_every=50 workers=0
