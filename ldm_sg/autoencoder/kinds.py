@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import io
 import pickle
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ class Codec(nn.Module):
     net_config: dict[str, Any] | None = None  # enough to build the network again around its weights
     half = False  # its weights came as float16, and are stored so
 
-    def encode(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor: ...
 
-    def decode(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, z: Tensor) -> Tensor: ...
 
 
 class Diffusers(Codec):
