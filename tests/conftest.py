@@ -17,6 +17,16 @@ torch.set_num_threads(1)
 SHARED = Path(__file__).parents[2] / "shared"
 COLOURS = torch.tensor([[-0.8, -0.8, 0.8], [0.8, -0.8, -0.8], [-0.8, 0.8, -0.8], [0.8, 0.8, 0.8]])
 
+TINY = {  # a network that trains in seconds
+    "channels": 16,
+    "multipliers": [1, 2],
+    "blocks": 1,
+    "attention": [2],
+    "heads": 2,
+    "hidden": 16,
+    "token_width": 8,
+}
+
 
 def npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()

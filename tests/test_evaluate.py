@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import COLOURS, SHARED, write_annotation_set
+from conftest import COLOURS, SHARED, TINY, write_annotation_set
 from PIL import Image
 from safetensors.torch import save_file
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -36,15 +36,6 @@ from ldm_sg.pipeline import SelfGuidedPipeline
 from ldm_sg.verbs.evaluate import evaluate
 
 INCEPTION = SHARED / "weights" / "inception_fid" / "model.safetensors"
-TINY = {
-    "channels": 16,
-    "multipliers": [1, 2],
-    "blocks": 1,
-    "attention": [2],
-    "heads": 2,
-    "hidden": 16,
-    "token_width": 8,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_annotation_set
+from conftest import TINY, write_annotation_set
 from safetensors.torch import load_file
 
 from ldm_sg.config import GuidanceConfig, ObjectiveConfig, TrainConfig, load, to_yaml
@@ -24,16 +24,6 @@ from ldm_sg.training.data import Steps, mix_seed, split
 from ldm_sg.training.diffusion import lr_factor
 from ldm_sg.verbs.sample import SampleOptions, open_pipeline, signals
 from ldm_sg.verbs.train import train
-
-TINY = {
-    "channels": 16,
-    "multipliers": [1, 2],
-    "blocks": 1,
-    "attention": [2],
-    "heads": 2,
-    "hidden": 16,
-    "token_width": 8,
-}
 
 
 def config(annotation: Path, out: Path, **changes) -> TrainConfig:

@@ -21,6 +21,9 @@ class DiffusionModule(pl.LightningModule):
         super().__init__()
         self.network, self.objective, self.config = network, objective, config
 
+    def on_fit_start(self) -> None:
+        self.objective = self.objective.to(self.device)
+
     def _draw(self, x0: Tensor, stream: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Noise like x0 [b, C, h, w], times [b], keep [b]: this rank's slice of what the global batch gets."""
         generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, stream, index))
@@ -39,7 +42,6 @@ class DiffusionModule(pl.LightningModule):
         return loss
 
     def _loss(self, denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
-        self.objective = self.objective.to(self.device)
         prediction = denoiser(self.objective.add_noise(x0, noise, t), t, guidance)
         return self.objective.loss(prediction, x0, noise, t)  # [b]
 

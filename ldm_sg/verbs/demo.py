@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm_sg.config import ASSETS, ROOT, AnnotateConfig, TrainConfig, load
-from ldm_sg.data.images import crop_resize, decode, to_tensor
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.shards import expand, read_shard
-from ldm_sg.errors import InputError
 from ldm_sg.report import grids
+from ldm_sg.report.annotation import members
 from ldm_sg.report.run import write_report
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.evaluate import evaluate
@@ -43,7 +40,7 @@ def demo(out: Path, steps: int | None = None, device: str = "auto") -> Path:
         places = [f"annotation={annotation}", f"out={out}", f"device={device}"]
         train(load(TrainConfig, ROOT / "configs" / "train" / "demo.yaml", places + [f"steps={steps}"] * bool(steps)))
     with timings.stage("sample"):
-        _pictures(out, annotation, shards, device)
+        _pictures(out, annotation, device)
     with timings.stage("evaluate"):
         metrics = _evaluate(out, shards, device)
     metrics["seconds"] = round(timings.total, 1)
@@ -103,7 +100,7 @@ def _evaluation(source: Path, shards: Path, device: str, w: float, metrics: str)
     return result["metrics"]
 
 
-def _pictures(run: Path, annotation: Path, shards: Path, device: str) -> None:
+def _pictures(run: Path, annotation: Path, device: str) -> None:
     if _fresh(run / "clusters.png", run):
         return
     base: dict[str, Any] = {"device": device, "precision": "auto"}
@@ -113,7 +110,7 @@ def _pictures(run: Path, annotation: Path, shards: Path, device: str) -> None:
         "interpolation": SampleOptions(n=10, interpolate=_largest(annotation)[:2], **base),
     }.items():
         shutil.copyfile(sample(str(run), options, overwrite=True) / "grid.png", run / f"{name}.png")
-    _cluster_picture(run, annotation, shards, device)
+    _cluster_picture(run, annotation, device)
 
 
 def _fresh(picture: Path, run: Path) -> bool:
@@ -126,28 +123,15 @@ def _largest(annotation: Path) -> list[int]:
     return torch.bincount(LatentSet(annotation).k).argsort(descending=True, stable=True).tolist()
 
 
-def _cluster_picture(run: Path, annotation: Path, shards: Path, device: str) -> None:
+def _cluster_picture(run: Path, annotation: Path, device: str) -> None:
     """clusters.png: each row one of the clusters, spread from the largest to the median one."""
     ids = _largest(annotation)
     ids = [ids[i * len(ids) // (2 * ROWS)] for i in range(ROWS)]
     pipe = open_pipeline(run, device)
     samples = pipe(pipe.clusters([k for k in ids for _ in range(SAMPLES)]), precision="auto").split(SAMPLES)
-    picture = grids.cluster_picture(ids, members(annotation, shards, ids, REAL), samples)
+    real = members(annotation, LatentSet(annotation).manifest, ids, REAL)
+    picture = grids.cluster_picture(ids, list(real.values()), samples)
     grids.save(picture, run / "clusters.png")
-
-
-def members(annotation: Path, shards: Path, ids: list[int], n: int) -> list[Tensor]:
-    """The first n real images [n, 3, H, W] uint8 of each cluster, read from the source shards."""
-    latents = LatentSet(annotation)
-    size = latents.manifest["size"]
-    wanted = {k: [] for k in ids}  # type: dict[int, list[Tensor]]
-    keys = (sample for shard in expand(str(shards)) for sample in read_shard(shard, lambda *_: None))
-    for source, k in zip(keys, latents.k.tolist()):
-        if k in wanted and len(wanted[k]) < n:
-            wanted[k].append(to_tensor(crop_resize(decode(source.image, source.key), size)))
-    if any(not found for found in wanted.values()):
-        raise InputError(f"{shards}: not the shards that {annotation} was made of")
-    return [torch.stack(wanted[k]) for k in ids]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
