@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The five verbs at 256 px with real weights: church photos (k = 16) and ten ImageNet classes (k = 10).
 #   benchmarks/real256.sh SHARED OUT    SHARED: folder with data/church_224, data/imagenette10_224, weights/taesd and
-#   weights/dinov2_small; OUT: where everything goes. STEPS=300 BATCH=16 by default.
+#   weights/dinov2_small; OUT: where everything goes. STEPS=300 BATCH=16 NAMES="church_224 imagenette10_224" by default.
 set -euo pipefail
 shared=$1 out=$2
 ldm=${LDM_SG:-ldm-sg}
 run() { echo "+ $*"; /usr/bin/time -f "%e s, %M KB" "$@"; }
-for name in church_224 imagenette10_224; do
+for name in ${NAMES:-church_224 imagenette10_224}; do
   k=16; [ "$name" = imagenette10_224 ] && k=10
   run "$ldm" pack "$shared/data/$name/train" "$out/$name/shards" --size 256
   run "$ldm" annotate configs/annotate/churches256.yaml "shards=$out/$name/shards/*.tar" "out=$out/$name/annotation" \

@@ -38,6 +38,7 @@ class FeatureExtractor(nn.Module):
         self.manifest = dict(manifest)
         self.name = str(manifest["name"])
         self.size, self.layer, self.pool = int(manifest["size"]), manifest["layer"], manifest["pool"]
+        self.unit = bool(manifest.get("unit"))  # trained by a cosine loss: only its output's direction means anything
         self.folder: Path | None = None  # where a shipped g lies
         self.register_buffer("mean", torch.tensor(manifest["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(manifest["std"]).view(3, 1, 1), persistent=False)
@@ -82,7 +83,8 @@ class FeatureExtractor(nn.Module):
 
     def _image_level(self, images: Tensor) -> Tensor:
         if self.layer is None and self.pool == "auto":
-            return self.tower(images)  # [B, D] pooled the model's own way
+            pooled = self.tower(images)  # [B, D] the model's own way
+            return F.normalize(pooled.float(), dim=1) if self.unit else pooled
         spatial, prefix = self._block(images, -1 if self.layer is None else self.layer)
         if self.pool == "mean" or (self.pool == "auto" and prefix is None):
             return spatial.mean((2, 3))
@@ -157,6 +159,7 @@ def _load_folder(folder: Path, cfg: FeaturesConfig, device: torch.device | str) 
         "layer": own["layer"] if cfg.layer is None else cfg.layer,
         "pool": own["pool"] if cfg.pool == "auto" else cfg.pool,
         "precision": cfg.precision,
+        "unit": own.get("unit", False),
         "sha256": own["sha256"],
     }
     extractor = FeatureExtractor(tower, manifest, device)

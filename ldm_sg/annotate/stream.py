@@ -24,6 +24,7 @@ from ldm_sg.data.images import BadImage, decode, to_float
 from ldm_sg.data.pool import decoder_pool
 from ldm_sg.data.shards import IMAGE_EXTENSIONS, image_batches, is_remote, read_shard
 from ldm_sg.errors import InputError
+from ldm_sg.hardware import use_bf16
 
 CALIBRATION_IMAGES = 256  # that an autoencoder without mean and std is measured on: 262,144 places of a 32x32 latent
 
@@ -127,6 +128,7 @@ def extract(
     todo = [stage.index for stage in all_stages if not stage.done]
     if not todo:
         return
+    bf16 = use_bf16(cfg.precision, autoencoder.mean.device)
     batches = batches_of(shards, todo, size, cfg.features.batch_size, cfg.workers)
     total = expected_images([shards[index] for index in todo])
     with closing(ahead(batches)) as source, tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
@@ -138,7 +140,9 @@ def extract(
                         break
                     images = to_float(batch.images.to(autoencoder.mean.device))
                     features = None if extractor is None else extractor(images)
-                    writer.add(batch.keys, batch.cls, features, encode(autoencoder, images, cfg.flips))
+                    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                        latents = encode(autoencoder, images, cfg.flips)
+                    writer.add(batch.keys, batch.cls, features, latents)
                     bar.update(len(batch.keys))
                 if extractor is None:
                     check_classes(shards[index], writer.meta.keys, np.array(writer.meta.cls))
