@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.annotate.kinds import make_annotator
 from ldm_sg.annotate.stage import stages
 from ldm_sg.annotate.stream import batches_of, extract, prepare_autoencoder
 from ldm_sg.config import ASSETS, AnnotateConfig, FeaturesConfig
@@ -56,7 +57,7 @@ def synchronise() -> None:
 def measure(name: str, cfg: AnnotateConfig, g: FeatureExtractor, shards: list[str], size: int) -> dict[str, object]:
     out, device = Path(cfg.out), g.mean.device
     autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
-    batches = [b.images for b in batches_of(shards, [0, 1], size, BATCH, 0) if b.images is not None]
+    batches = [p.batch.images for p in batches_of(shards, [0, 1], size, BATCH, 0) if p.batch is not None]
     n = sum(map(len, batches))
     g(to_float(batches[0].to(device)))
     times: dict[str, list[float]] = {"bare": [], "annotate": []}
@@ -69,7 +70,7 @@ def measure(name: str, cfg: AnnotateConfig, g: FeatureExtractor, shards: list[st
         for folder in ("work", "features"):
             shutil.rmtree(out / folder, ignore_errors=True)
         start = time.perf_counter()
-        extract(cfg, shards, list(stages(out, 2)), size, g, autoencoder)
+        extract(cfg, shards, list(stages(out, 2)), size, g, autoencoder, make_annotator(cfg.annotator))
         times["annotate"].append(time.perf_counter() - start)
     bare, whole = (n / min(times[which]) for which in ("bare", "annotate"))
     return {

@@ -21,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     autoencoder = load_autoencoder(args.autoencoder)
     batches = image_batches(expand(args.shards), args.size, 8, 0, lambda *_: None)
-    images = torch.cat([to_float(b[1]) for b in itertools.islice(batches, -(-args.n // 8))])[: args.n]
+    images = torch.cat([to_float(b.images) for b in itertools.islice(batches, -(-args.n // 8))])[: args.n]
     if not autoencoder.normalised:
         measure_normalisation(autoencoder, images.split(8))
     with torch.no_grad():

@@ -10,7 +10,6 @@ from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import TrainConfig, model_config
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
-from ldm_sg.guidance.signal import Guidance
 from ldm_sg.models.unet import GuidedUNet, make_unet
 from ldm_sg.objective import Objective
 from ldm_sg.pipeline import SelfGuidedPipeline, noise_scheduler, objective_of
@@ -57,7 +56,7 @@ class PipelineWriter:
     def pipeline(self, network: nn.Module) -> SelfGuidedPipeline:
         assert isinstance(network, GuidedUNet)
         pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler)
-        pipe.attach(self.autoencoder, self.latents.spec, Guidance.from_k(self.latents.k), self.annotator)
+        pipe.attach(self.autoencoder, self.latents.signals, self.annotator)
         return pipe
 
     def export(self, network: nn.Module, folder: Path) -> None:

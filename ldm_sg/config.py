@@ -32,15 +32,35 @@ class FeaturesConfig:
 
 
 @dataclass
+class SegmentsConfig:
+    """Segments without labels: STEGO's head on frozen patch features, or plain k-means on them."""
+
+    method: str = "stego"  # stego, patch_kmeans
+    width: int = 70  # of the code
+    steps: int = 5000
+    batch_size: int = 32
+    lr: float = 5e-4
+    neighbours: int = 7
+    images: int = 4000  # at most this many images' patch features are used for the fit
+    flips: bool = True  # average with the mirrored image
+
+
+@dataclass
 class AnnotatorConfig:
     """f: what turns features into guidance signals."""
 
-    kind: str = "clusters"  # clusters (k-means), oracle (ground-truth `cls` of the shards)
-    k: int = 300
+    kind: str = "clusters"  # clusters (k-means), boxes (LOST), segments (STEGO), oracle (ground truth of the shards);
+    # for comparison: random ids, or g's own vectors: features, centroids, neighbours
+    k: int = 300  # clusters, or classes of the segments
     niter: int = 30
     restarts: int = 1  # of k-means, the best is kept: worth it on a few thousand images, slow and needless on a million
     seed: int = 0
     sample: int = 1_000_000  # at most this many features are held in memory to fit f
+    shuffle: float = 0.0  # share of the ids that is shuffled among images (the paper's Figure 3)
+    k_patches: int = 100  # boxes: LOST's patches of lowest degree among which the seed expands
+    truth: str = "labels"  # oracle: labels, boxes, masks, or none (no guidance)
+    neighbours: int = 10  # neighbours: one of this many nearest images gives the vector
+    segments: SegmentsConfig = field(default_factory=SegmentsConfig)
 
 
 @dataclass
@@ -59,9 +79,10 @@ class AnnotateConfig:
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be, before anything heavy is imported."""
-        for name in ("k", "niter", "sample"):
+        for name in ("k", "niter", "sample", "k_patches", "neighbours"):
             value = getattr(self.annotator, name)
             _need(f"annotator.{name}", value, value >= 1, "at least 1")
+        _need("annotator.shuffle", self.annotator.shuffle, 0 <= self.annotator.shuffle <= 1, "a share between 0 and 1")
         _need("size", self.size, self.size is None or self.size >= 8, "at least 8 pixels, or null")
         _need("features.batch_size", self.features.batch_size, self.features.batch_size >= 1, "at least 1")
         _need("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a share between 0 and 1")
@@ -307,6 +328,14 @@ def model_config(model: Any) -> ModelConfig:
         return OmegaConf.to_object(OmegaConf.merge(merged, layer))  # type: ignore[return-value]
     except OmegaConfBaseException as err:
         raise InputError(f"model: {str(err).splitlines()[0]}") from err
+
+
+def from_mapping(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:
+    """A config that was written down as a mapping; InputError naming `where` when it is not one of this version."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))  # type: ignore[return-value]
+    except OmegaConfBaseException as err:
+        raise InputError(f"{where}: not of this version of ldm_sg: {str(err).splitlines()[0]}") from err
 
 
 def to_yaml(config: Any) -> str:

@@ -20,11 +20,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils.logging import disable_progress_bar
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_sg.autoencoder import Autoencoder, load_autoencoder
 from ldm_sg.config import ObjectiveConfig
+from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, choices
 from ldm_sg.guidance.compose import Denoiser, cfg
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
@@ -34,6 +34,7 @@ from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.objective import KINDS, Objective
 
 disable_progress_bar()  # three small files load in a moment; its bar would stand in front of every message
+MOST_SIGNALS = 20_000  # masks or features that a pipeline folder carries
 PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SOLVERS = {
     "ddim": DDIMScheduler,
@@ -114,9 +115,10 @@ class SelfGuidedPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, conditioner=conditioner, scheduler=scheduler)
         self.set_progress_bar_config(disable=True)
 
-    def attach(self, autoencoder: Autoencoder, spec: GuidanceSpec, signals: Guidance, annotator: Path) -> None:
-        """The parts that diffusers does not know: first stage, spec, the training set's signals, annotator folder."""
-        self.autoencoder, self.spec, self.signals, self.annotator_folder = autoencoder, spec, signals, annotator
+    def attach(self, autoencoder: Autoencoder, signals: Signals, annotator: Path) -> None:
+        """The parts that diffusers does not know: first stage, the training set's signals, annotator folder."""
+        self.autoencoder, self.signals, self.annotator_folder = autoencoder, signals, annotator
+        self.spec, self._members = signals.spec, {}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         folder = Path(save_directory)
@@ -124,8 +126,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         self.autoencoder.save(folder / "autoencoder")
         if (folder / "annotator").resolve() != self.annotator_folder.resolve():
             shutil.copytree(self.annotator_folder, folder / "annotator", dirs_exist_ok=True)
-        assert self.signals.k is not None
-        save_file({"k": self.signals.k.contiguous().cpu()}, folder / "signals.safetensors")
+        self._portable_signals().save(folder / "signals.safetensors")
         (folder / "guidance.json").write_text(json.dumps(self.spec.to_dict(), indent=2) + "\n")
         super().save_pretrained(folder, **kwargs)
 
@@ -138,10 +139,17 @@ class SelfGuidedPipeline(DiffusionPipeline):
 
             folder = Path(snapshot_download(str(pretrained_model_name_or_path)))
         pipe = super().from_pretrained(folder, **{"low_cpu_mem_usage": False, **kwargs})
-        spec = GuidanceSpec(**json.loads((folder / "guidance.json").read_text()))
-        signals = Guidance.from_k(load_file(folder / "signals.safetensors")["k"])
-        pipe.attach(load_autoencoder(str(folder / "autoencoder")), spec, signals, folder / "annotator")
+        spec = GuidanceSpec.from_dict(json.loads((folder / "guidance.json").read_text()), str(folder))
+        signals = Signals.load(folder / "signals.safetensors", spec)
+        pipe.attach(load_autoencoder(str(folder / "autoencoder")), signals, folder / "annotator")
         return pipe
+
+    def _portable_signals(self) -> Signals:
+        """All signals where they are ids, otherwise MOST_SIGNALS of them drawn at random: enough to sample from."""
+        if len(self.signals) <= MOST_SIGNALS or (self.signals.mask is None and self.signals.feature is None):
+            return self.signals
+        order = torch.randperm(len(self.signals), generator=torch.Generator().manual_seed(0))
+        return self.signals[order[:MOST_SIGNALS].sort().values]
 
     def to(self, *args: Any, **kwargs: Any) -> "SelfGuidedPipeline":
         super().to(*args, **kwargs)
@@ -153,25 +161,52 @@ class SelfGuidedPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size
         return self.unet.config.out_channels, size, size
 
-    def clusters(self, ids: Sequence[int]) -> Guidance:
-        """One cluster id an image; InputError for an id that the run does not have."""
-        for k in ids:
-            if not 0 <= k < self.spec.num_labels:
-                raise InputError(f"cluster {k}: this run has clusters 0 to {self.spec.num_labels - 1}")
-        return Guidance.from_k(torch.tensor(list(ids), dtype=torch.long))
+    @property
+    def image_size(self) -> int:
+        """Side of the images it makes, in pixels."""
+        return self.latent_shape[-1] * self.autoencoder.factor
 
-    def draw(self, n: int, seed: int = 0, first_index: int = 0) -> Guidance:
-        """Signals of training images drawn at random: the empirical distribution, as the paper samples."""
-        picks = [
-            int(torch.randint(len(self.signals), (1,), generator=image_generator(seed, first_index + i, "signal")))
-            for i in range(n)
-        ]
+    def guidance(self, signals: Signals) -> Guidance:
+        """Signals of B images -> what the network reads."""
+        return signals.guidance(self.latent_shape[1:])
+
+    def clusters(self, ids: Sequence[int], seed: int = 0) -> Guidance:
+        """One cluster id an image; InputError for an id that the run does not have. Where a signal has other parts too (a box,
+        say), they are those of a training image of that cluster."""
+        return self.guidance(self.draw(len(ids), seed, clusters=ids))
+
+    def draw(self, n: int, seed: int = 0, first_index: int = 0, clusters: Sequence[int] | None = None) -> Signals:
+        """Signals of training images drawn at random: the empirical distribution, as the paper samples. With `clusters`, one
+        an image, only those of that cluster (of a mask: with that class in it)."""
+        picks = []
+        for i in range(n):
+            pool = None if clusters is None else self._with_label(clusters[i])
+            size = len(self.signals) if pool is None else len(pool)
+            pick = int(torch.randint(size, (1,), generator=image_generator(seed, first_index + i, "signal")))
+            picks.append(pick if pool is None else int(pool[pick]))
         return self.signals[torch.tensor(picks, dtype=torch.long)]
+
+    def _with_label(self, label: int) -> Tensor:
+        """Which training signals have `label`; InputError where the run has no such label, or no image has it."""
+        if not self.spec.num_labels:
+            raise InputError(f"cluster {label}: this run was trained without clusters; it accepts {self.accepts()}")
+        if not 0 <= label < self.spec.num_labels:
+            raise InputError(f"cluster {label}: this run has clusters 0 to {self.spec.num_labels - 1}")
+        if label not in self._members:
+            self._members[label] = self.signals.having(label)
+        if not len(self._members[label]):
+            raise InputError(f"cluster {label}: no training image of this run has it")
+        return self._members[label]
+
+    def accepts(self) -> str:
+        """The flags of `ldm-sg sample` that this run's signals can be asked for with."""
+        flags = ["--cluster"] * bool(self.spec.num_labels) + ["--box"] * (self.spec.spatial == "box")
+        return ", ".join([*flags, *["--mask"] * (self.spec.spatial == "mask"), "--like"])
 
     @torch.no_grad()
     def __call__(
         self,
-        guidance: Guidance,
+        guidance: Guidance | Signals,
         w: float = 2.0,
         steps: int = 25,
         scheduler: str = "dpmpp_2m",
@@ -182,12 +217,14 @@ class SelfGuidedPipeline(DiffusionPipeline):
         watch: Callable[[int, Tensor], None] | None = None,
         precision: str = "fp32",
     ) -> Tensor:
-        """Guidance of B images -> uint8 [B, 3, H, W]. Image i depends on (seed, first_index + i), not on the batch: to a
+        """Guidance or signals of B images -> uint8 [B, 3, H, W]. Image i depends on (seed, first_index + i), not on the batch: to a
         grey level in fp32, to two or three with precision bf16 (or auto, which takes it where it is faster).
 
         eta: DDIM's (0 deterministic, 1 ancestral). noise [B, C, h, w] replaces the seeded start. watch(step, x0) sees
         the predicted clean latent of every step."""
         device = self.unet.device
+        if isinstance(guidance, Signals):
+            guidance = self.guidance(guidance)
         generators = [image_generator(seed, first_index + i) for i in range(len(guidance))]
         if noise is None:
             noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators])

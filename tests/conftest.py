@@ -58,7 +58,7 @@ def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], label
         "num_images": len(images),
         "latent_shape": list(latents.shape[1:]),
         "flips": False,
-        "guidance": {"kind": "clusters", "num_labels": labels, "multi_hot": False, "spatial_channels": 0},
+        "guidance": {"kind": "clusters", "num_labels": labels, "multi_hot": False},
         "shards": [{"file": path.name, "images": len(images), "bytes": path.stat().st_size, "sha256": digest}],
         "hash": set_hash([digest]),
     }

@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from ldm_sg.annotate import run, stage, stream
-from ldm_sg.annotate.annotator import load_annotator
+from ldm_sg.annotate.kinds import load_annotator
 from ldm_sg.annotate.run import annotate_shards
 from ldm_sg.annotate.stage import Stage, sample_features, write_array
 from ldm_sg.autoencoder import load_autoencoder
@@ -82,8 +82,8 @@ def no_leftovers(tmp_path):
 def all_images(cfg: AnnotateConfig) -> tuple[list[str], torch.Tensor]:
     """Keys and images [N, 3, H, W] in [-1, 1] of the source shards."""
     shards = sorted(str(p) for p in Path(cfg.shards).parent.glob("*.tar"))
-    keys, images, _ = zip(*image_batches(shards, SIZE, 64, 0, lambda *_: None))
-    return [key for batch in keys for key in batch], to_float(torch.cat(images))
+    batches = list(image_batches(shards, SIZE, 64, 0, lambda *_: None))
+    return [key for batch in batches for key in batch.keys], to_float(torch.cat([batch.images for batch in batches]))
 
 
 def test_latents_are_the_autoencoders_and_mirrored_ones_too(finished):
@@ -105,7 +105,7 @@ def test_signals_are_what_the_saved_annotator_says_of_the_images(finished, tmp_p
     annotator = load_annotator(moved)
     _, images = all_images(cfg)
     latents = LatentSet(out)
-    assert torch.equal(annotator(images).k, latents.k)
+    assert torch.equal(annotator(images).k, latents.signals.k)
     stored = np.concatenate([np.load(path) for path in sorted((out / "features").iterdir())])
     assert stored.dtype == np.float16
     assert torch.allclose(annotator.features(images), torch.from_numpy(stored).float(), atol=2e-2)
@@ -116,7 +116,7 @@ def test_manifest_tells_what_made_it(finished):
     manifest = yaml.safe_load((out / "manifest.yaml").read_text())
     assert manifest["features"]["name"] == "demo-g" and len(manifest["features"]["sha256"]) == 64
     assert sum(manifest["annotator"]["counts"]) == manifest["num_images"] == 18
-    classes, ids = [i % 3 for i in range(18)], LatentSet(out).k.tolist()
+    classes, ids = [i % 3 for i in range(18)], LatentSet(out).signals.k.tolist()
     assert manifest["annotator"]["classes"] == 3
     assert manifest["annotator"]["nmi"] == pytest.approx(normalized_mutual_info_score(classes, ids), abs=1e-4)
     assert manifest["annotator"]["ari"] == pytest.approx(adjusted_rand_score(classes, ids), abs=1e-4)
@@ -220,7 +220,7 @@ def test_k_too_large_says_so_and_keeps_the_features(tmp_path, monkeypatch, no_le
     assert not (Path(cfg.out) / "manifest.yaml").exists()
     monkeypatch.setattr(stream, "image_batches", lambda *_: pytest.fail("decoded again"))
     cfg.annotator.k = 18
-    assert len(LatentSet(annotate_shards(cfg)).k.unique()) == 18
+    assert len(LatentSet(annotate_shards(cfg)).signals.k.unique()) == 18
     assert yaml.safe_load((Path(cfg.out) / "config.yaml").read_text())["annotator.k"] == 18
 
 
@@ -284,9 +284,9 @@ def test_oracle_reads_classes_and_needs_no_g(tmp_path, monkeypatch, no_leftovers
     cfg = config(tmp_path, make_shards(tmp_path / "source"), annotator=AnnotatorConfig(kind="oracle"))
     out = annotate(cfg)
     latents = LatentSet(out)
-    assert latents.k.tolist() == [i % 3 for i in range(18)]
+    assert latents.signals.k.tolist() == [i % 3 for i in range(18)]
     assert latents.spec.kind == "oracle" and latents.spec.num_labels == 3
-    with pytest.raises(InputError, match="ground truth"):
+    with pytest.raises(InputError, match="reads no image"):
         load_annotator(out / "annotator")
 
 
@@ -301,7 +301,7 @@ def test_images_without_class_do_not_count_in_nmi(tmp_path):
         for i in range(12):
             writer.write(f"image{i:02d}", {"png": png(i)} | ({"cls": str(100 + i % 3).encode()} if i < 9 else {}))
     out = annotate_shards(config(tmp_path, str(tmp_path / "source" / "a.tar")))
-    manifest, ids = yaml.safe_load((out / "manifest.yaml").read_text()), LatentSet(out).k[:9].tolist()
+    manifest, ids = yaml.safe_load((out / "manifest.yaml").read_text()), LatentSet(out).signals.k[:9].tolist()
     assert manifest["annotator"]["classes"] == 3 and sum(manifest["annotator"]["counts"]) == 12
     expected = normalized_mutual_info_score([i % 3 for i in range(9)], ids)
     assert manifest["annotator"]["nmi"] == pytest.approx(expected, abs=1e-4)
@@ -310,7 +310,7 @@ def test_images_without_class_do_not_count_in_nmi(tmp_path):
 def test_reading_ahead_keeps_order_hands_on_errors_and_stops(tmp_path):
     def numbers():
         for i in range(5):
-            yield stream.Batch(i, [], None, torch.empty(0), [])
+            yield stream.Passing(i, None, [])
         raise InputError("broken")
 
     found = []

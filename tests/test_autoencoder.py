@@ -247,7 +247,7 @@ def test_every_manifest_is_complete(path):
 def fruit():
     """The last 100 embedded fruit images, which no shipped autoencoder was trained on."""
     shard = expand(str(ASSETS / "fruit64/*.tar"))[-1:]
-    return torch.cat([images for _, images, _ in image_batches(shard, 64, 256, 0, print)])[-100:]
+    return torch.cat([batch.images for batch in image_batches(shard, 64, 256, 0, print)])[-100:]
 
 
 def test_shipped_autoencoder_reconstructs_held_out_fruit(fruit):

@@ -75,11 +75,11 @@ def test_every_config_loads_and_builds(path: Path) -> None:
 def test_every_injection_changes_the_prediction(tokens: str, inject: str) -> None:
     torch.manual_seed(0)
     small = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "heads": 2}
-    spec = GuidanceSpec(num_labels=5, spatial_channels=2)
+    spec = GuidanceSpec(num_labels=5, spatial="box")
     net = make_unet(model_config({**small, "tokens": tokens, "inject": inject}), spec, (4, 8, 8)).eval()
     x, t, k = torch.randn(3, 4, 8, 8), torch.tensor([5, 50, 500]), torch.tensor([0, 1, 2])
     on = torch.ones(3, dtype=torch.bool)
-    guidance = Guidance(keep=on, k=k, spatial=torch.rand(3, 2, 8, 8))
+    guidance = Guidance(keep=on, k=k, spatial=torch.rand(3, 1, 8, 8))
     with torch.no_grad():
         out, null = net(x, t, guidance), net(x, t, guidance.null())
         other = net(x, t, Guidance(keep=on, k=k + 1, spatial=guidance.spatial))

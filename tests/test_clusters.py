@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from ldm_sg.annotate.clusters import Clusters, ari, contingency, entropy, nmi, normalise
-from ldm_sg.annotate.oracle import Oracle, check_classes
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.errors import InputError
 
@@ -27,7 +26,7 @@ def inertia(points: np.ndarray, centroids: np.ndarray) -> float:
 
 def test_inertia_is_near_scikit_learns():
     points, _ = blobs(2000, 12, noise=0.8)
-    ours = Clusters(AnnotatorConfig(k=12, seed=1)).fit(points)
+    ours = Clusters(AnnotatorConfig(k=12, seed=1)).fit_features(points)
     unit = normalise(points)
     theirs = sklearn_cluster.KMeans(12, n_init=10, random_state=0).fit(unit)
     assert inertia(unit, ours.centroids.numpy()) <= 1.05 * theirs.inertia_
@@ -35,16 +34,18 @@ def test_inertia_is_near_scikit_learns():
 
 def test_clear_clusters_are_found_whatever_the_length_of_features():
     points, truth = blobs(1200, 6, noise=0.1)
-    ids = Clusters(AnnotatorConfig(k=6, seed=3)).fit(points).assign(points).numpy()
+    ids = Clusters(AnnotatorConfig(k=6, seed=3)).fit_features(points).assign(points).numpy()
     assert nmi(contingency(ids, truth, (6, 6))) > 0.9
     scaled = points * np.random.default_rng(1).uniform(0.01, 100, (len(points), 1)).astype(np.float32)
-    again = Clusters(AnnotatorConfig(k=6, seed=3)).fit(points).assign(scaled).numpy()
+    again = Clusters(AnnotatorConfig(k=6, seed=3)).fit_features(points).assign(scaled).numpy()
     assert (ids == again).all()  # assignment reads normalised features too
 
 
 def test_same_seed_same_ids_and_torch_equals_numpy():
     points, _ = blobs(500, 5, noise=1.0)
-    a, b = (Clusters(AnnotatorConfig(k=5, seed=7)).fit(p).assign(p) for p in (points, torch.from_numpy(points)))
+    a, b = (
+        Clusters(AnnotatorConfig(k=5, seed=7)).fit_features(p).assign(p) for p in (points, torch.from_numpy(points))
+    )
     assert torch.equal(a, b)
 
 
@@ -52,7 +53,7 @@ def test_restarts_keep_the_best():
     points, _ = blobs(600, 20, noise=0.8)
     unit = normalise(points)
     once, often = (
-        inertia(unit, Clusters(AnnotatorConfig(k=20, seed=0, restarts=r)).fit(points).centroids.numpy())
+        inertia(unit, Clusters(AnnotatorConfig(k=20, seed=0, restarts=r)).fit_features(points).centroids.numpy())
         for r in (1, 10)
     )
     assert often < once
@@ -60,50 +61,51 @@ def test_restarts_keep_the_best():
 
 def test_nearest_starts_with_the_assigned_and_save_load_keeps_ids(tmp_path):
     points, _ = blobs(400, 8)
-    clusters = Clusters(AnnotatorConfig(k=8)).fit(points)
+    clusters = Clusters(AnnotatorConfig(k=8)).fit_features(points)
     near = clusters.nearest(points, 3)
     assert near.shape == (400, 3) and torch.equal(near[:, 0], clusters.assign(points))
     exact = torch.cdist(torch.from_numpy(normalise(points)), clusters.centroids)
     assert torch.equal(near, exact.argsort(1)[:, :3])
     assert torch.allclose(clusters.distances(points), exact.min(1).values, atol=1e-3)
     clusters.save(tmp_path)
-    loaded = Clusters.load(tmp_path, clusters.settings)
-    assert torch.equal(loaded.assign(points), near[:, 0]) and loaded.settings == clusters.settings
-    guidance = loaded(torch.from_numpy(points))
-    assert torch.equal(guidance.k, near[:, 0]) and guidance.keep.all()
+    loaded = Clusters(clusters.cfg)
+    loaded.restore(tmp_path)
+    assert torch.equal(loaded.assign(points), near[:, 0])
+    signals = loaded.annotate(lambda images: images, torch.from_numpy(points))  # g = identity
+    assert torch.equal(signals.k, near[:, 0]) and signals.guidance((4, 4)).keep.all()
 
 
 def test_nearest_of_more_than_there_are_gives_all():
     points, _ = blobs(50, 2)
-    assert Clusters(AnnotatorConfig(k=2)).fit(points).nearest(points, 3).shape == (50, 2)
+    assert Clusters(AnnotatorConfig(k=2)).fit_features(points).nearest(points, 3).shape == (50, 2)
 
 
 @pytest.mark.parametrize("k", [1, 50])
 def test_k_from_one_to_the_number_of_images(k):
     points, _ = blobs(50, 5)
-    ids = Clusters(AnnotatorConfig(k=k)).fit(points).assign(points)
+    ids = Clusters(AnnotatorConfig(k=k)).fit_features(points).assign(points)
     assert int(ids.min()) >= 0 and int(ids.max()) < k
     assert len(ids.unique()) == k  # every image its own centroid at k = N
 
 
 def test_k_of_ten_thousand():
     points, _ = blobs(10_500, 100, dim=8)
-    clusters = Clusters(AnnotatorConfig(k=10_000, niter=1)).fit(points)
+    clusters = Clusters(AnnotatorConfig(k=10_000, niter=1)).fit_features(points)
     assert clusters.centroids.shape == (10_000, 8) and int(clusters.assign(points).max()) < 10_000
 
 
 def test_k_larger_than_the_data_says_how_many_there_are():
     with pytest.raises(InputError, match=r"annotator\.k=51: only 50 images .* at most 50"):
-        Clusters(AnnotatorConfig(k=51)).fit(blobs(50, 5)[0])
+        Clusters(AnnotatorConfig(k=51)).fit_features(blobs(50, 5)[0])
     with pytest.raises(InputError, match=r"annotator\.k=0"):
         Clusters(AnnotatorConfig(k=0))
 
 
 def test_few_images_a_cluster_give_one_line_of_warning(capfd):
-    Clusters(AnnotatorConfig(k=10)).fit(blobs(100, 5)[0])
+    Clusters(AnnotatorConfig(k=10)).fit_features(blobs(100, 5)[0])
     err = capfd.readouterr().err.strip()
     assert "10.0 images a cluster" in err and len(err.splitlines()) == 1
-    Clusters(AnnotatorConfig(k=2)).fit(blobs(100, 5)[0])
+    Clusters(AnnotatorConfig(k=2)).fit_features(blobs(100, 5)[0])
     assert capfd.readouterr().err == ""
 
 
@@ -126,10 +128,3 @@ def test_nmi_and_ari_of_one_cluster():
 def test_entropy_of_equal_and_of_one():
     assert entropy(np.array([5, 5, 5, 5])) == pytest.approx(np.log(4))
     assert entropy(np.array([20, 0, 0])) == 0
-
-
-def test_oracle_hands_on_classes_and_names_an_image_without_one():
-    assert Oracle(5).of_shard(None, np.array([3, 0, 4])).tolist() == [3, 0, 4]
-    assert Oracle(5).spec.num_labels == 5 and Oracle(5).spec.kind == "oracle"
-    with pytest.raises(InputError, match=r"b\.tar: key1 has no \.cls"):
-        check_classes("b.tar", ["key0", "key1"], np.array([2, -1]))

@@ -19,9 +19,9 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from ldm_sg.annotate.annotator import save_annotator
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import file_sha256, load_extractor
+from ldm_sg.annotate.kinds import save_annotator
 from ldm_sg.build import PipelineWriter, network
 from ldm_sg.config import AnnotatorConfig, FeaturesConfig, TrainConfig
 from ldm_sg.data.images import to_float
@@ -395,7 +395,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(((image + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(out, "PNG")
             writer.write(f"{i:03d}", {"png": out.getvalue()})
     g = load_extractor(FeaturesConfig(model=str(tiny_g(root / "g"))))
-    f = Clusters(AnnotatorConfig(k=4)).fit(g(images))
+    f = Clusters(AnnotatorConfig(k=4)).fit_features(g(images))
     folder = write_annotation_set(root / "set", images, f.assign(g(images)).tolist(), 4)
     save_annotator(folder / "annotator", f, g)
     config = TrainConfig(annotation=str(folder), out=str(root / "run"), model=TINY)
@@ -477,7 +477,7 @@ def test_samples_on_disk_are_judged_by_the_run_that_holds_them(run: Path) -> Non
     folder.mkdir(parents=True)
     pipe = SelfGuidedPipeline.from_pretrained(run / "pipeline")
     latents = LatentSet(run.parent / "set")
-    images, k = pipe.decode(latents.latents(torch.arange(8), None)), latents.k[:8]
+    images, k = pipe.decode(latents.latents(torch.arange(8), None)), latents.signals.k[:8]
     for i in range(8):
         Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     wrong = [int(k[i]) if i < 6 else (int(k[i]) + 1) % 4 for i in range(8)]

@@ -64,11 +64,11 @@ def test_reads_what_was_written_in_any_order(tmp_path):
     data = LatentSet(folder)
     assert (len(data), data.latent_shape, data.flips) == (12, SHAPE, True)
     assert data.spec == GuidanceSpec(num_labels=9)
-    assert data.k.dtype == torch.long and data.k.tolist() == ks.tolist()
+    assert data.signals.k.dtype == torch.long and data.signals.k.tolist() == ks.tolist()
     order = torch.tensor([11, 0, 5, 5, 3])
     assert torch.equal(data.latents(order), torch.from_numpy(latents[order]).float())
-    latent, k = data[-1]
-    assert torch.equal(latent, torch.from_numpy(latents[-1]).float()) and k == ks[-1]
+    latent, guidance = data[-1]
+    assert torch.equal(latent, torch.from_numpy(latents[-1]).float()) and guidance.k.tolist() == [ks[-1]]
     with pytest.raises(IndexError):
         data[12]
 
@@ -89,7 +89,7 @@ def test_multi_hot_signals(tmp_path):
     k = np.eye(6, dtype=np.float16)[[0, 3]]
     folder = write_set(tmp_path, [np.zeros((2, *SHAPE), np.float16)], [k], num_labels=6, multi_hot=True)
     data = LatentSet(folder)
-    assert data.k.dtype == torch.float32 and torch.equal(data.k, torch.from_numpy(k).float())
+    assert data.signals.k.dtype == torch.float32 and torch.equal(data.signals.k, torch.from_numpy(k).float())
 
 
 def test_second_opening_uses_the_index_and_gives_the_same(tmp_path, monkeypatch):
@@ -98,7 +98,9 @@ def test_second_opening_uses_the_index_and_gives_the_same(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "_index_shard", lambda *a: pytest.fail("indexed again"))
     second = LatentSet(folder)
     everything = torch.arange(12)
-    assert torch.equal(first.latents(everything), second.latents(everything)) and torch.equal(first.k, second.k)
+    assert torch.equal(first.latents(everything), second.latents(everything)) and torch.equal(
+        first.signals.k, second.signals.k
+    )
     third = pickle.loads(pickle.dumps(second))  # as a DataLoader worker gets it
     assert torch.equal(third.latents(everything), second.latents(everything))
     assert not list(tmp_path.rglob("*.tmp-*"))
@@ -159,7 +161,7 @@ def test_shards_that_disagree_with_the_manifest(tmp_path):
     wrong = write_set(tmp_path / "shape", [np.zeros((2, 3, 8, 8), np.float16)], [np.zeros(2, np.int64)])
     with pytest.raises(InputError, match="the manifest says float16"):
         LatentSet(wrong)
-    wrong = write_set(tmp_path / "object", [np.zeros((1, *SHAPE), np.float16)], [np.array([{}], object)])
+    wrong = write_set(tmp_path / "object", [np.zeros((1, *SHAPE), np.float16)], [np.array([{}], object)], num_labels=1)
     with pytest.raises(InputError, match="object array"):
         LatentSet(wrong)
     folder, _, _ = make(tmp_path / "count")

@@ -224,12 +224,13 @@ def test_batches_are_the_same_with_any_number_of_processes():
         return list(image_batches(FRUIT[:1], 32, 100, workers, lambda *e: pytest.fail(str(e))))
 
     alone = collect(0)
-    assert [len(keys) for keys, _, _ in alone] == [100] * 10 + [27]
-    assert alone[0][1].shape == (100, 3, 32, 32) and alone[0][1].dtype == torch.uint8
+    assert [len(batch.keys) for batch in alone] == [100] * 10 + [27]
+    assert alone[0].images.shape == (100, 3, 32, 32) and alone[0].images.dtype == torch.uint8
     with decoder_pool(2) as pool:
         for _ in range(2):  # one pool serves many calls
-            for (keys, images, cls), (keys0, images0, cls0) in zip(collect(pool), alone, strict=True):
-                assert keys == keys0 and torch.equal(images, images0) and torch.equal(cls, cls0)
+            for batch, same in zip(collect(pool), alone, strict=True):
+                assert batch.keys == same.keys and torch.equal(batch.images, same.images)
+                assert torch.equal(batch.cls, same.cls)
 
 
 def test_batches_leave_bad_images_out_and_name_them(tmp_path):
@@ -239,8 +240,8 @@ def test_batches_leave_bad_images_out_and_name_them(tmp_path):
     url = write(tmp_path / "x.tar", samples)
     skipped: list[tuple[str, str, str]] = []
     batches = list(image_batches([url], 8, 2, 0, lambda *entry: skipped.append(entry)))
-    assert [keys for keys, _, _ in batches] == [["0", "1"], ["4", "5"]]
-    assert batches[0][2].tolist() == [-1, -1]
+    assert [batch.keys for batch in batches] == [["0", "1"], ["4", "5"]]
+    assert batches[0].cls.tolist() == [-1, -1]
     assert [(key, reason[:12]) for _, key, reason in skipped] == [("2", "cannot be de"), ("3", "not an image")]
 
 

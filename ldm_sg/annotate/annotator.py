@@ -1,90 +1,84 @@
-"""f together with its g: fitted from the features on disk, kept in OUT/annotator, loaded again to annotate new images."""
+"""f: what turns images and their features into guidance signals. One class a kind; `kinds` has the table."""
 
-import shutil
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-import yaml
 from torch import Tensor
 
-from ldm_sg.annotate.clusters import Clusters
-from ldm_sg.annotate.features import FeatureExtractor, load_extractor
-from ldm_sg.annotate.oracle import Oracle
-from ldm_sg.annotate.stage import Stage, sample_features, write_text
-from ldm_sg.config import AnnotatorConfig, FeaturesConfig
-from ldm_sg.errors import InputError, choices
-from ldm_sg.guidance.signal import Guidance
-
-Annotator = Clusters | Oracle
-KINDS: dict[str, type[Clusters] | type[Oracle]] = {Clusters.kind: Clusters, Oracle.kind: Oracle}
-SMALL = 16 * 2**20  # bytes of a shipped g that are still copied beside f
+from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.config import AnnotateConfig, AnnotatorConfig
+from ldm_sg.data.shards import ImageBatch
+from ldm_sg.data.signals import Signals
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.signal import GuidanceSpec
 
 
-def fit(cfg: AnnotatorConfig, all_stages: list[Stage], counts: list[int], classes: np.ndarray) -> Annotator:
-    """f of a config, fitted on the features that the streaming pass left on disk."""
-    fitters: dict[str, Callable[[], Annotator]] = {
-        "clusters": lambda: Clusters(cfg).fit(sample_features(all_stages, counts, cfg.sample, cfg.seed)),
-        "oracle": lambda: Oracle.of_classes(classes),
-    }
-    return fitters[cfg.kind]()
+@dataclass(frozen=True)
+class Study:
+    """What an annotator may learn from."""
+
+    config: AnnotateConfig
+    shards: list[str]
+    stages: list[Stage]
+    size: int  # pixels
+    extractor: FeatureExtractor | None
+    counts: list[int]  # images a shard; empty before the pass
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
 
 
-@dataclass
-class LoadedAnnotator:
-    """g and f of an annotation set or a run, ready for new images [B, 3, H, W] in [-1, 1]."""
+class Annotator(ABC):
+    """Its life: `prepare` before the streaming pass, `observe` in it, `fit` after it, then `signals` shard by shard; saved
+    and loaded again, `annotate` for new images."""
 
-    extractor: FeatureExtractor
-    f: Clusters
+    kind: ClassVar[str]
+    reads_g: ClassVar[bool] = True  # needs g at all
+    reads_features: ClassVar[bool] = True  # g's image-level features of every image, which stay on disk
+    reads_truth: ClassVar[bool] = False  # looks at labels, boxes and masks of the shards, where there are any
 
-    def __call__(self, images: Tensor) -> Guidance:
-        return self.f(self.features(images))
+    def __init__(self, cfg: AnnotatorConfig):
+        self.cfg, self.k = cfg, cfg.k
 
-    def features(self, images: Tensor) -> Tensor:
-        """[B, D] float32."""
-        return self.extractor(images)
+    def prepare(self, study: Study) -> None:
+        """Learns what `observe` needs."""
 
+    def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
+        """Looks at the images [B, 3, H, W] in [-1, 1] of a batch as they pass."""
+        return Observed()
 
-def save_annotator(folder: Path, annotator: Annotator, extractor: FeatureExtractor | None) -> None:
-    """FOLDER/annotator.yaml (written last), what f learnt, and a small shipped g itself in FOLDER/g."""
-    folder.mkdir(parents=True, exist_ok=True)
-    annotator.save(folder)
-    own = extractor.folder if extractor else None
-    if own and sum(file.stat().st_size for file in own.iterdir()) <= SMALL:
-        shutil.copytree(own, folder / "g", dirs_exist_ok=True)
-    settings: dict[str, Any] = annotator.settings | {"features": extractor.manifest if extractor else None}
-    write_text(folder / "annotator.yaml", yaml.safe_dump(settings, sort_keys=False, width=118, default_flow_style=None))
+    def fit(self, study: Study) -> None:
+        """Learns from the features that the pass left on disk."""
 
+    @abstractmethod
+    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
+        """The columns (`data.signals.columns`) of a shard's images."""
 
-def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
-    """What `save_annotator` wrote, without g: f and the settings."""
-    path = folder / "annotator.yaml"
-    if not path.is_file():
-        raise InputError(f"{folder}: no annotator.yaml there; give the annotator/ folder of an annotation set or a run")
-    settings = yaml.safe_load(path.read_text())
-    if settings.get("kind") not in KINDS:
-        raise InputError(f"{path}: kind {settings.get('kind')!r}; {choices(settings.get('kind'), KINDS)}")
-    return KINDS[settings["kind"]].load(folder, settings), settings
+    @property
+    @abstractmethod
+    def spec(self) -> GuidanceSpec:
+        """What the signals look like."""
 
+    def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What the manifest says of `observe`'s totals over the set."""
+        return {}
 
-def load_annotator(folder: str | Path, device: torch.device | str = "cpu") -> LoadedAnnotator:
-    """`annotator(images) -> Guidance` of FOLDER, an annotation set's or a run's annotator/.
+    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
+        """The signals of new images [B, 3, H, W] in [-1, 1]."""
+        raise InputError(f"annotator.kind={self.kind} has nothing to say of a new image")
 
-    InputError when it is not complete, when it reads ground truth (new images have none), or when its g cannot be had
-    or is not the one that made the set."""
-    folder = Path(folder)
-    f, settings = load_f(folder)
-    if not isinstance(f, Clusters):
-        raise InputError(
-            f"{folder}: annotator.kind={f.kind} reads ground truth from shards; it cannot annotate new images"
-        )
-    own = settings["features"]
-    model = str(folder / "g") if (folder / "g" / "manifest.yaml").is_file() else own["model"]
-    chosen = {key: own[key] for key in ("weights", "layer", "pool", "size", "precision")}
-    extractor = load_extractor(FeaturesConfig(model=model, **chosen), device)
-    if extractor.manifest["sha256"] != own["sha256"]:
-        raise InputError(f"{folder}: features.model={own['model']} has other weights now than when it made this set")
-    return LoadedAnnotator(extractor, f)
+    def state(self) -> dict[str, Any]:
+        """The small part of what was learnt: attributes that annotator.yaml keeps beside the config."""
+        return {"k": self.k}
+
+    def save(self, folder: Path) -> None:
+        """The large part, as files in FOLDER."""
+
+    def restore(self, folder: Path) -> None:
+        """What `save` wrote."""

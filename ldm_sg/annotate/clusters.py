@@ -4,8 +4,8 @@ Features are L2-normalised, and both the fit and the assignment read the same no
 code assigns un-normalised ones, which moves about 5% of the ids."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
@@ -14,16 +14,19 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm_sg.annotate.stage import write_bytes
+from ldm_sg.annotate.annotator import Annotator, Study
+from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.annotate.stage import Stage, sample_features, write_bytes
 from ldm_sg.config import AnnotatorConfig
+from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
-from ldm_sg.guidance.signal import Guidance, GuidanceSpec
+from ldm_sg.guidance.signal import GuidanceSpec
 
 CENTROIDS = "centroids.safetensors"
 FAISS_COMFORTABLE = 39  # images a cluster under which faiss itself warns that the centroids are poorly determined
 
 
-class Clusters:
+class Clusters(Annotator):
     """K centroids [K, D] of L2-normalised features; a feature's id is its nearest centroid's in Euclidean distance."""
 
     kind = "clusters"
@@ -31,7 +34,7 @@ class Clusters:
     def __init__(self, cfg: AnnotatorConfig):
         if cfg.k < 1:
             raise InputError(f"annotator.k={cfg.k}: k-means needs at least one cluster")
-        self.k, self.niter, self.restarts, self.seed = cfg.k, cfg.niter, cfg.restarts, cfg.seed
+        super().__init__(cfg)
         self._take(torch.empty(0, 1))
 
     def _take(self, centroids: Tensor) -> None:
@@ -39,7 +42,10 @@ class Clusters:
         self.index = faiss.IndexFlatL2(centroids.shape[1])
         self.index.add(centroids.numpy())
 
-    def fit(self, features: np.ndarray | Tensor) -> "Clusters":
+    def fit(self, study: Study) -> None:
+        self.fit_features(sample_features(study.stages, study.counts, self.cfg.sample, self.cfg.seed))
+
+    def fit_features(self, features: np.ndarray | Tensor) -> "Clusters":
         """Lloyd's algorithm on normalised `features` [N, D], all of them held in memory (the caller bounds N); of several
         restarts the one with the smallest sum of squared distances."""
         points = normalise(features)
@@ -56,9 +62,9 @@ class Clusters:
         kmeans = faiss.Kmeans(
             points.shape[1],
             self.k,
-            niter=self.niter,
-            nredo=self.restarts,
-            seed=self.seed,
+            niter=self.cfg.niter,
+            nredo=self.cfg.restarts,
+            seed=self.cfg.seed,
             min_points_per_centroid=1,
             max_points_per_centroid=len(points),  # the bound on memory is the caller's sample, not faiss's
             gpu=on_gpu(),
@@ -67,18 +73,15 @@ class Clusters:
         self._take(torch.from_numpy(np.array(kmeans.centroids, dtype=np.float32).reshape(self.k, -1)))
         return self
 
-    def __call__(self, features: Tensor) -> Guidance:
-        """Features [B, D] -> their ids as a guidance signal."""
-        return Guidance.from_k(self.assign(features))
+    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
+        return {"k": self.assign(stage.read_features()).numpy()}
+
+    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
+        return Signals.of_ids(self.spec, self.assign(g(images)))
 
     def assign(self, features: np.ndarray | Tensor) -> Tensor:
         """Features [B, D] -> ids [B] long, of the nearest centroid."""
         return self.nearest(features, 1)[:, 0]
-
-    def of_shard(self, features: np.ndarray | None, cls: np.ndarray) -> np.ndarray:
-        """Features [N, D] of a shard (its classes are not looked at) -> ids [N]."""
-        assert features is not None
-        return self.assign(features).numpy()
 
     def nearest(self, features: np.ndarray | Tensor, n: int) -> Tensor:
         """Features [B, D] -> ids [B, n] long of the n nearest centroids, nearest first."""
@@ -94,25 +97,17 @@ class Clusters:
 
     @property
     def spec(self) -> GuidanceSpec:
-        return GuidanceSpec(kind=self.kind, num_labels=self.k)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "k": self.k, "niter": self.niter, "restarts": self.restarts, "seed": self.seed}
+        return GuidanceSpec(self.kind, num_labels=self.k)
 
     def save(self, folder: Path) -> None:
         """FOLDER/centroids.safetensors."""
         write_bytes(folder / CENTROIDS, save({"centroids": self.centroids.contiguous()}))
 
-    @classmethod
-    def load(cls, folder: Path, settings: dict[str, Any]) -> "Clusters":
-        """What `save` wrote, with `settings` as they stand in annotator.yaml."""
+    def restore(self, folder: Path) -> None:
         path = folder / CENTROIDS
         if not path.is_file():
             raise InputError(f"{path} not found: the annotator is not complete; run annotate again")
-        clusters = cls(AnnotatorConfig(**{key: settings[key] for key in ("k", "niter", "restarts", "seed")}))
-        clusters._take(load_file(path)["centroids"])
-        return clusters
+        self._take(load_file(path)["centroids"])
 
 
 def normalise(features: np.ndarray | Tensor) -> np.ndarray:

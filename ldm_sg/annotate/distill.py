@@ -165,6 +165,7 @@ def make_student(cfg: DistillConfig, device: torch.device) -> FeatureExtractor:
     student = timm.create_model(cfg.student, **student_arguments(cfg))
     norm = {key: [float(v) for v in student.pretrained_cfg[key]] for key in ("mean", "std")}
     own = {"name": Path(cfg.out).name, "size": cfg.input, "layer": None, "pool": "auto", "precision": "auto"}
+    own["unit"] = True  # the loss fixes nothing but the direction
     return FeatureExtractor(student, own | norm, device)
 
 
@@ -182,7 +183,7 @@ def save_student(cfg: DistillConfig, reader: FeatureExtractor, figures: dict[str
         "name": out.name,
         "model": cfg.student,
         "kwargs": student_arguments(cfg),
-        **{key: reader.manifest[key] for key in ("size", "mean", "std", "layer", "pool", "dim")},
+        **{key: reader.manifest[key] for key in ("size", "mean", "std", "layer", "pool", "unit", "dim")},
         "parameters": sum(p.numel() for p in reader.tower.parameters()),
         "sha256": file_sha256(out / "model.safetensors"),
         "licence": cfg.licence,
@@ -227,5 +228,5 @@ def probe_nmi(extractor: FeatureExtractor, source: str, size: int, batch_size: i
         features.append(extractor(to_float(torch.stack(batch))).cpu())
     points, classes = torch.cat(features), np.array([names.index(label) for label in labels])
     shape = (len(names), len(names))
-    fits = [Clusters(AnnotatorConfig(k=len(names), seed=s)).fit(points).assign(points).numpy() for s in range(5)]
+    fits = [Clusters(AnnotatorConfig(k=len(names), seed=s)).fit_features(points).assign(points).numpy() for s in range(5)]
     return round(float(np.mean([nmi(contingency(ids, classes, shape)) for ids in fits])), 4)

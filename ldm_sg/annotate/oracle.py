@@ -1,57 +1,106 @@
-"""f = ground truth: k is the class number that lies in the shards, the paper's upper bound."""
+"""f = ground truth that lies in the shards: labels, boxes or masks (the paper's upper bounds), or nothing at all."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from ldm_sg.errors import InputError
+from ldm_sg.annotate.annotator import Annotator, Study
+from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.config import AnnotatorConfig
+from ldm_sg.data.shards import ImageBatch
+from ldm_sg.errors import InputError, choices
 from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.guidance.spatial import VOID
+
+MOST = 32  # boxes and labels of an image that are kept, the largest boxes first
+TRUTHS = ("labels", "boxes", "masks", "none")
 
 
-class Oracle:
-    """Hands on `cls`; num_labels is the highest class number plus one. It reads no features and needs no g."""
+class Oracle(Annotator):
+    """`annotator.truth` names what is handed on: `labels` (the class number of KEY.cls, or where images have several the
+    multi-hot of KEY.json's), `boxes` (their union, beside the multi-hot of their labels), `masks` (KEY.mask.png), `none`
+    (the no-guidance baseline). K is the highest number that occurs plus one."""
 
     kind = "oracle"
+    reads_g = reads_features = False
+    reads_truth = True
 
-    def __init__(self, k: int):
-        self.k = k
+    def __init__(self, cfg: AnnotatorConfig):
+        if cfg.truth not in TRUTHS:
+            raise InputError(f"annotator.truth={cfg.truth!r}; {choices(cfg.truth, TRUTHS)}")
+        super().__init__(cfg)
+        self.k, self.multi_hot = 0, False
 
-    @classmethod
-    def of_classes(cls, classes: np.ndarray) -> "Oracle":
-        """For the class numbers [C] that occur. InputError when they are so sparse that they cannot be class numbers."""
-        k = int(classes.max()) + 1
-        if k > 1000 * len(classes):
+    def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
+        if self.cfg.truth == "none":
+            return Observed()
+        if self.cfg.truth == "masks":
+            void = np.full(images.shape[-2:], VOID, np.uint8)
+            masks = [void if truth.mask is None else truth.mask for truth in batch.truth]
+            seen = np.bincount(np.concatenate([np.unique(mask) for mask in masks]), minlength=256)
+            return Observed({"mask": masks}, {"classes": seen})
+        labels = np.full((len(batch.keys), MOST), -1, np.int64)
+        boxes = np.zeros((len(batch.keys), MOST, 4), np.float32)
+        for i, (cls, truth) in enumerate(zip(batch.cls.tolist(), batch.truth, strict=True)):
+            own = truth.labels if truth.labels is not None else [cls]
+            labels[i, : len(own)] = own[:MOST]
+            if own == [-1] and self.cfg.truth == "labels":
+                raise InputError(
+                    f"{batch.keys[i]} has no .cls, nor labels in a .json, which annotator.kind=oracle reads; pack a "
+                    "folder with class folders, or use annotator.kind=clusters"
+                )
+            if truth.boxes is not None:
+                area = (truth.boxes[:, 2:] - truth.boxes[:, :2]).prod(1)
+                largest = truth.boxes[np.argsort(-area, kind="stable")][:MOST]
+                boxes[i, : len(largest)] = largest
+        several = sum(truth.labels is not None for truth in batch.truth)
+        return Observed({"labels": labels, "box": boxes}, {"several": np.int64(several), "boxes": (boxes > 0).sum()})
+
+    def fit(self, study: Study) -> None:
+        """K, from what occurs; InputError where the shards do not carry what was asked for."""
+        if self.cfg.truth == "none":
+            return
+        seen = [stage.read_observed() for stage in study.stages if stage.read_meta().keys]
+        if self.cfg.truth == "masks":
+            classes = sum(observed.totals["classes"] for observed in seen)[:VOID]
+            if not classes.any():
+                raise InputError(
+                    "annotator.truth=masks: no image of these shards has a KEY.mask.png with a class in it"
+                )
+            self.k = int(np.flatnonzero(classes)[-1]) + 1
+            return
+        if self.cfg.truth == "boxes" and not any(observed.totals["boxes"] for observed in seen):
+            raise InputError("annotator.truth=boxes: no image of these shards has boxes in its KEY.json")
+        labels = {int(label) for observed in seen for label in np.unique(observed.columns["labels"])} - {-1}
+        self.k = max(labels, default=-1) + 1
+        if self.k > 1000 * max(1, len(labels)):
             raise InputError(
-                f"annotator.kind=oracle: class numbers go up to {k - 1:,} but only {len(classes)} occur; number them from 0"
+                f"annotator.kind=oracle: class numbers go up to {self.k - 1:,} but only {len(labels)} occur; number "
+                "them from 0"
             )
-        return cls(k)
+        self.multi_hot = self.cfg.truth == "boxes" or any(observed.totals["several"] for observed in seen)
 
-    def of_shard(self, features: np.ndarray | None, cls: np.ndarray) -> np.ndarray:
-        """Class numbers [N] of a shard (features are not looked at) -> ids [N]."""
-        return cls
+    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
+        if self.cfg.truth == "none":
+            return {}
+        observed = stage.read_observed().columns
+        if self.cfg.truth == "masks":
+            return {"mask": observed["mask"]}
+        labels = observed["labels"]
+        if not self.multi_hot:
+            return {"k": labels[:, 0]}
+        hot = np.zeros((len(labels), self.k + 1), np.uint8)
+        np.put_along_axis(hot, labels, 1, axis=1)  # -1 marks the last column, which goes
+        parts = {"k": hot[:, : self.k]} if self.k else {}
+        return parts | ({"box": observed["box"]} if self.cfg.truth == "boxes" else {})
 
     @property
     def spec(self) -> GuidanceSpec:
-        return GuidanceSpec(kind=self.kind, num_labels=self.k)
+        spatial = {"boxes": "box", "masks": "mask"}.get(self.cfg.truth)
+        return GuidanceSpec(self.kind, self.k, bool(self.k) and (self.multi_hot or spatial == "mask"), spatial)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "k": self.k}
-
-    def save(self, folder: Path) -> None:
-        """Nothing was learnt: annotator.yaml says it all."""
-
-    @classmethod
-    def load(cls, folder: Path, settings: dict[str, Any]) -> "Oracle":
-        return cls(settings["k"])
-
-
-def check_classes(shard: str, keys: list[str], cls: np.ndarray) -> None:
-    """InputError naming the first sample of a shard that has no class number."""
-    missing = np.flatnonzero(cls < 0)
-    if len(missing):
-        raise InputError(
-            f"{shard}: {keys[missing[0]]} has no .cls, which annotator.kind=oracle reads; "
-            "pack a folder with class folders, or use annotator.kind=clusters"
-        )
+    def state(self) -> dict[str, Any]:
+        return {"k": self.k, "multi_hot": self.multi_hot}

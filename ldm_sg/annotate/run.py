@@ -1,12 +1,11 @@
 """annotate: source shards -> annotation set. One streaming pass decodes each image once for g and the autoencoder; then f
 is fitted on the features and the annotated shards are written; the manifest comes last."""
 
-import io
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,26 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from ldm_sg.annotate.annotator import KINDS, Annotator, fit, load_f, save_annotator
+from ldm_sg.annotate.annotator import Annotator, Study
+from ldm_sg.annotate.baselines import corrupted
 from ldm_sg.annotate.clusters import ari, contingency, entropy, nmi
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.annotate.kinds import load_f, make_annotator, save_annotator
 from ldm_sg.annotate.stage import ShardMeta, Stage, stages, write_text
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
 from ldm_sg.autoencoder import Autoencoder
-from ldm_sg.config import AnnotateConfig, to_yaml
+from ldm_sg.config import AnnotateConfig, AnnotatorConfig, to_yaml
 from ldm_sg.data.latents import file_sha256, set_hash
 from ldm_sg.data.shards import ShardWriter, expand
-from ldm_sg.errors import InputError, choices
+from ldm_sg.data.signals import files_of, npy
+from ldm_sg.errors import InputError
 from ldm_sg.hardware import pick_device
 
 
 def annotate_shards(cfg: AnnotateConfig) -> Path:
     """Make (or finish) the annotation set `cfg.out`. Raises InputError for anything wrong with the input; what is done
     until then stays, and the same command goes on from there."""
-    if cfg.annotator.kind not in KINDS:
-        raise InputError(f"annotator.kind={cfg.annotator.kind!r}; {choices(cfg.annotator.kind, KINDS)}")
+    annotator = make_annotator(cfg.annotator)
     out, shards = Path(cfg.out), expand(cfg.shards)
     claim(out, cfg, shards)
     if (out / "manifest.yaml").is_file():
@@ -42,16 +43,20 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     device = pick_device(cfg.device)
     size = cfg.size or first_size(shards)
     autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
-    extractor = None if cfg.annotator.kind == "oracle" else load_extractor(cfg.features, device)
-    extract(cfg, shards, all_stages, size, extractor, autoencoder)
+    extractor = load_extractor(cfg.features, device) if annotator.reads_g else None
+    study = Study(cfg, shards, all_stages, size, extractor, [])
+    if not all(stage.done for stage in all_stages):
+        annotator.prepare(study)
+        extract(cfg, shards, all_stages, size, extractor, autoencoder, annotator)
     summary = summarise(all_stages, cfg.max_skipped, cfg.shards)
     if not (out / "annotator" / "annotator.yaml").is_file():
-        fitted = fit(cfg.annotator, all_stages, summary.counts, summary.classes)
-        save_annotator(out / "annotator", fitted, extractor)
+        annotator.fit(replace(study, counts=summary.counts))
+        save_annotator(out / "annotator", annotator, extractor)
     annotator, _ = load_f(out / "annotator")
-    table = write_shards(all_stages, annotator, cfg.flips, summary.classes)
+    ids = corrupted_ids(all_stages, annotator)
+    labels = write_shards(all_stages, annotator, cfg.flips, summary.classes, ids)
     write_text(out / "skipped.jsonl", "".join(skipped_lines(all_stages)))
-    manifest = describe(cfg, out, all_stages, annotator, extractor, autoencoder, size, summary, table)
+    manifest = describe(cfg, out, all_stages, annotator, extractor, autoencoder, size, summary, labels)
     write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
     shutil.rmtree(out / "work")
     return out
@@ -133,36 +138,72 @@ def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summa
     return Summary(counts, urls, classes[classes >= 0], skipped, shape)
 
 
-def write_shards(all_stages: list[Stage], annotator: Annotator, flips: bool, classes: np.ndarray) -> np.ndarray:
-    """Annotated shards in source order, those that are missing. Returns how often each id meets each of the `classes` [C]
-    and, in the last column, no class: [K, C + 1]."""
-    table = np.zeros((annotator.k, len(classes) + 1), np.int64)
+def corrupted_ids(all_stages: list[Stage], annotator: Annotator) -> np.ndarray | None:
+    """The ids of all images after `annotator.shuffle`; None where nothing is shuffled."""
+    cfg = annotator.cfg
+    if cfg.shuffle == 0:
+        return None
+    parts = [annotator.signals(stage) for stage in all_stages if stage.read_meta().keys]
+    if not all("k" in part and np.ndim(part["k"]) == 1 for part in parts):
+        raise InputError(
+            f"annotator.shuffle={cfg.shuffle}: annotator.kind={cfg.kind} gives no ids that could be shuffled"
+        )
+    return corrupted(np.concatenate([part["k"] for part in parts]), cfg.shuffle, cfg.seed)
+
+
+@dataclass
+class Labels:
+    """How often each of the K labels occurs, and where images have one each, how often it meets each of the C classes and, in
+    the last column, none."""
+
+    counts: np.ndarray  # [K]
+    table: np.ndarray  # [K, C + 1]
+
+
+def write_shards(
+    all_stages: list[Stage], annotator: Annotator, flips: bool, classes: np.ndarray, ids: np.ndarray | None
+) -> Labels:
+    """Annotated shards in source order, those that are missing; `ids` [N] instead of the annotator's, if given."""
+    spec, start = annotator.spec, 0
+    found = Labels(np.zeros(spec.num_labels, np.int64), np.zeros((spec.num_labels, len(classes) + 1), np.int64))
     for stage in tqdm(all_stages, desc="write", unit=" shards"):
         meta = stage.read_meta()
-        ids, cls = np.empty(0, np.int64), np.array(meta.cls, np.int64)
-        if meta.keys:
-            ids = annotator.of_shard(stage.read_features() if stage.features.is_file() else None, cls)
-        table += contingency(ids, np.where(cls < 0, len(classes), np.searchsorted(classes, cls)), table.shape)
+        n = len(meta.keys)
+        signals = dict(annotator.signals(stage)) if n else {}
+        if ids is not None and n:
+            signals["k"] = ids[start : start + n]
+        start += n
+        if n and spec.num_labels:
+            add_labels(found, signals, np.array(meta.cls, np.int64), classes)
         if not stage.tar.is_file():
-            write_shard(stage, meta, ids, flips)
-    return table
+            write_shard(stage, meta, signals, flips)
+    return found
 
 
-def write_shard(stage: Stage, meta: ShardMeta, ids: np.ndarray, flips: bool) -> None:
-    """KEY.latent.npy, KEY.flip.npy with flips, KEY.k.npy for each key."""
+def add_labels(found: Labels, signals: dict[str, Sequence[np.ndarray]], cls: np.ndarray, classes: np.ndarray) -> None:
+    """Counts the labels of one shard's signals."""
+    if "mask" in signals:
+        for mask in signals["mask"]:
+            ids = np.unique(mask)
+            found.counts[ids[ids < len(found.counts)]] += 1
+    elif np.ndim(signals["k"]) == 2:
+        found.counts += np.asarray(signals["k"], np.int64).sum(0)
+    else:
+        k = np.asarray(signals["k"])
+        found.counts += np.bincount(k, minlength=len(found.counts))
+        columns = np.where(cls < 0, len(classes), np.searchsorted(classes, cls))
+        found.table += contingency(k, columns, found.table.shape)
+
+
+def write_shard(stage: Stage, meta: ShardMeta, signals: dict[str, Sequence[np.ndarray]], flips: bool) -> None:
+    """KEY.latent.npy, KEY.flip.npy with flips, and the signals' files for each key."""
     arrays = {
         which: stage.read_latents(which, meta) for which in (["latent", "flip"] if flips else ["latent"]) if meta.keys
     }
     with ShardWriter(stage.tar) as writer:
         for i, key in enumerate(meta.keys):
             files = {f"{which}.npy": npy(np.asarray(values[i])) for which, values in arrays.items()}
-            writer.write(key, files | {"k.npy": npy(np.int64(ids[i]))})
-
-
-def npy(array: np.ndarray | np.generic) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
+            writer.write(key, files | files_of({name: column[i] for name, column in signals.items()}))
 
 
 def skipped_lines(all_stages: list[Stage]) -> Iterator[str]:
@@ -180,27 +221,26 @@ def describe(
     autoencoder: Autoencoder,
     size: int,
     summary: Summary,
-    table: np.ndarray,
+    labels: Labels,
 ) -> dict[str, Any]:
     """manifest.yaml: what made the set, how many of what, and the hash of its content."""
-    sizes = table.sum(1)
-    found: dict[str, Any] = {
-        "empty": int((sizes == 0).sum()),
-        "entropy": round(entropy(sizes), 4),
-        "max_entropy": round(float(np.log(annotator.k)), 4),
-    }
-    known = table[:, :-1]
+    f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(total(all_stages))
+    known = labels.table[:, :-1]
+    if labels.table.any():
+        f |= {"entropy": round(entropy(labels.counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}
     if known.any():
-        found |= {"classes": known.shape[1], "nmi": round(nmi(known), 4), "ari": round(ari(known), 4)}
+        f |= {"classes": known.shape[1], "nmi": round(nmi(known), 4), "ari": round(ari(known), 4)}
+    if len(labels.counts):
+        f |= {"empty": int((labels.counts == 0).sum()), "counts": labels.counts.tolist()}
     files = [
         {"file": stage.tar.name, "images": n, "bytes": stage.tar.stat().st_size, "sha256": file_sha256(stage.tar)}
         for stage, n in zip(all_stages, summary.counts)
     ]
     first_stage = {key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256")}
     return {
-        "version": 1,
+        "version": 2,
         "features": extractor.manifest if extractor else None,
-        "annotator": annotator.settings | found | {"counts": sizes.tolist()},
+        "annotator": f,
         "autoencoder": first_stage,
         "size": size,
         "source": [{"url": url, "images": n} for url, n in zip(summary.urls, summary.counts)],
@@ -212,3 +252,19 @@ def describe(
         "hash": set_hash(entry["sha256"] for entry in files),
         "shards": files,
     }
+
+
+def total(all_stages: list[Stage]) -> dict[str, np.ndarray]:
+    """What f observed, added up over the shards."""
+    sums: dict[str, np.ndarray] = {}
+    for stage in all_stages:
+        for name, value in stage.read_observed().totals.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
+
+
+def changes(cfg: AnnotatorConfig) -> dict[str, Any]:
+    """The seed and the settings that are not the default ones."""
+    here, default = (flat(asdict(c)) for c in (cfg, AnnotatorConfig()))
+    changed = {key: value for key, value in here.items() if value != default[key]}
+    return {"seed": cfg.seed} | {key: value for key, value in changed.items() if key not in ("kind", "k")}

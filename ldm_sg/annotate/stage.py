@@ -3,21 +3,23 @@ second run does only what is missing.
 
     OUT/features/000000.npy      float16 [n, D], stays
     OUT/work/000000.latent.f16   raw float16 [n, C, h, w], deleted when the set is finished; .flip.f16 likewise
+    OUT/work/000000.npz          what f observed of each image, and totals over the shard
     OUT/work/000000.json         keys, classes, skipped, shapes; written last: the shard is done"""
 
 import io
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from torch import Tensor
 
 from ldm_sg.data.shards import space_left
+from ldm_sg.data.signals import PackedMasks
 from ldm_sg.errors import InputError
 
 
@@ -32,6 +34,15 @@ class ShardMeta:
     latent_shape: list[int] | None  # [C, h, w]; None when the shard had no image
 
 
+@dataclass
+class Observed:
+    """What f says of images while they pass, before it is fitted. `columns`: name -> [n, ...], kept for each image
+    (`mask`: index masks [n, H, W]); `totals`: name -> array, added up over all images."""
+
+    columns: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, np.ndarray] = field(default_factory=dict)
+
+
 class Stage:
     """The files of shard number `index` under OUT."""
 
@@ -40,6 +51,7 @@ class Stage:
         self.index, self.tar = index, out / "shards" / f"{name}.tar"
         self.features = out / "features" / f"{name}.npy"
         self.latents = {"latent": out / "work" / f"{name}.latent.f16", "flip": out / "work" / f"{name}.flip.f16"}
+        self.observed = out / "work" / f"{name}.npz"
         self.meta = out / "work" / f"{name}.json"
 
     @property
@@ -53,6 +65,15 @@ class Stage:
         """float16 [n, D], memory-mapped."""
         return np.load(self.features, mmap_mode="r", allow_pickle=False)
 
+    def read_observed(self) -> Observed:
+        """What f observed of the shard's images."""
+        with np.load(self.observed, allow_pickle=False) as arrays:
+            columns: dict[str, Any] = {n: arrays[n] for n in arrays.files if "/" not in n}
+            if "mask/blob" in arrays:
+                columns["mask"] = PackedMasks(int(arrays["mask/size"]), arrays["mask/blob"], arrays["mask/ends"])
+            totals = {n.removeprefix("total/"): arrays[n] for n in arrays.files if n.startswith("total/")}
+        return Observed(columns, totals)
+
     def read_latents(self, which: str, meta: ShardMeta) -> np.ndarray:
         """float16 [n, C, h, w], memory-mapped."""
         assert meta.latent_shape is not None
@@ -65,6 +86,8 @@ class StageWriter:
     def __init__(self, stage: Stage, url: str, flips: bool):
         self.stage, self.meta = stage, ShardMeta(url, [], [], [], None)
         self.features: list[np.ndarray] = []
+        self.columns: dict[str, list[Any]] = {}
+        self.totals: dict[str, np.ndarray] = {}
         self.paths = {which: stage.latents[which] for which in (["latent", "flip"] if flips else ["latent"])}
 
     def __enter__(self) -> "StageWriter":
@@ -73,13 +96,19 @@ class StageWriter:
         self.files: dict[str, IO[bytes]] = {w: temporary(path).open("wb") for w, path in self.paths.items()}
         return self
 
-    def add(self, keys: list[str], cls: Tensor, features: Tensor | None, latents: dict[str, Tensor]) -> None:
+    def add(
+        self, keys: list[str], cls: Tensor, features: Tensor | None, latents: dict[str, Tensor], observed: Observed
+    ) -> None:
         """A batch of B images: features [B, D], latents [B, C, h, w] normalised."""
         self.meta.keys += keys
         self.meta.cls += cls.tolist()
         if features is not None:
             self.features.append(features.half().cpu().numpy())
         self.meta.latent_shape = list(latents["latent"].shape[1:])
+        for name, column in observed.columns.items():
+            self.columns.setdefault(name, []).append(PackedMasks.of(column) if name == "mask" else column)
+        for name, total in observed.totals.items():
+            self.totals[name] = self.totals.get(name, 0) + total
         for which, values in latents.items():
             self._write(which, values.half().cpu().contiguous().numpy().data)
 
@@ -97,7 +126,20 @@ class StageWriter:
             temporary(self.paths[which]).replace(self.paths[which])
         if self.features:
             write_array(self.stage.features, np.concatenate(self.features))
+        write_bytes(self.stage.observed, self._observed())
         write_text(self.stage.meta, json.dumps(asdict(self.meta)))
+
+    def _observed(self) -> bytes:
+        arrays: dict[str, Any] = {f"total/{name}": total for name, total in self.totals.items()}
+        for name, parts in self.columns.items():
+            if name == "mask":
+                packed = PackedMasks.concatenate(parts)
+                arrays |= {"mask/size": packed.size, "mask/blob": packed.blob, "mask/ends": packed.ends}
+            else:
+                arrays[name] = np.concatenate(parts)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:

@@ -10,19 +10,18 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm_sg.annotate.annotator import Annotator
 from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.oracle import check_classes
 from ldm_sg.annotate.stage import Stage, StageWriter
 from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisation
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data.images import BadImage, decode, to_float
 from ldm_sg.data.pool import decoder_pool
-from ldm_sg.data.shards import IMAGE_EXTENSIONS, image_batches, is_remote, read_shard
+from ldm_sg.data.shards import IMAGE_EXTENSIONS, ImageBatch, image_batches, is_remote, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.hardware import use_bf16
 
@@ -52,23 +51,23 @@ def prepare_autoencoder(
         needed = -(-CALIBRATION_IMAGES // cfg.features.batch_size)
         batches = itertools.islice(image_batches(shards, size, cfg.features.batch_size, 0, lambda *_: None), needed)
         bar = tqdm(batches, "measuring latents", needed, unit=" batches")
-        measure_normalisation(autoencoder, (to_float(images) for _, images, _ in bar))
+        measure_normalisation(autoencoder, (to_float(batch.images) for batch in bar))
     autoencoder.save(folder)
     return autoencoder
 
 
 @dataclass
-class Batch:
-    """Decoded images of shard number `shard`, or its end when `images` is None."""
+class Passing:
+    """A batch of shard number `shard`, or its end when `batch` is None."""
 
     shard: int
-    keys: list[str]
-    images: Tensor | None
-    cls: Tensor
+    batch: ImageBatch | None
     skipped: list[tuple[str, str, str]]
 
 
-def batches_of(shards: list[str], todo: list[int], size: int, batch_size: int, workers: int) -> Iterator[Batch]:
+def batches_of(
+    shards: list[str], todo: list[int], size: int, batch_size: int, workers: int, truth: bool = False
+) -> Iterator[Passing]:
     """Batches of the shards `todo`, one after the other, each followed by its end mark."""
     skipped: list[tuple[str, str, str]] = []
 
@@ -77,18 +76,18 @@ def batches_of(shards: list[str], todo: list[int], size: int, batch_size: int, w
 
     with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
         for index in todo:
-            for keys, images, cls in image_batches([shards[index]], size, batch_size, pool, on_skip):
-                yield Batch(index, keys, images, cls, [])
-            yield Batch(index, [], None, torch.empty(0), skipped.copy())
+            for batch in image_batches([shards[index]], size, batch_size, pool, on_skip, truth):
+                yield Passing(index, batch, [])
+            yield Passing(index, None, skipped.copy())
             skipped.clear()
 
 
-def ahead(source: Iterator[Batch], depth: int = 4) -> Iterator[Batch]:
+def ahead(source: Iterator[Passing], depth: int = 4) -> Iterator[Passing]:
     """`source` run in a thread of its own, at most `depth` batches ahead: reading goes on while the networks compute."""
-    items: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    items: queue.Queue[Passing | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
 
-    def put(item: Batch | BaseException | None) -> None:
+    def put(item: Passing | BaseException | None) -> None:
         while not stop.is_set():
             try:
                 return items.put(item, timeout=0.1)
@@ -123,29 +122,30 @@ def extract(
     size: int,
     extractor: FeatureExtractor | None,
     autoencoder: Autoencoder,
+    annotator: Annotator,
 ) -> None:
-    """The pass over the shards that are not done: features and latents to disk."""
+    """The pass over the shards that are not done: features, latents and what f observes to disk."""
     todo = [stage.index for stage in all_stages if not stage.done]
     if not todo:
         return
     bf16 = use_bf16(cfg.precision, autoencoder.mean.device)
-    batches = batches_of(shards, todo, size, cfg.features.batch_size, cfg.workers)
+    batches = batches_of(shards, todo, size, cfg.features.batch_size, cfg.workers, annotator.reads_truth)
     total = expected_images([shards[index] for index in todo])
     with closing(ahead(batches)) as source, tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
         for done, index in enumerate(todo):
             with StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
-                for batch in source:
-                    if batch.images is None:
-                        writer.meta.skipped = batch.skipped
+                for passing in source:
+                    batch = passing.batch
+                    if batch is None:
+                        writer.meta.skipped = passing.skipped
                         break
                     images = to_float(batch.images.to(autoencoder.mean.device))
-                    features = None if extractor is None else extractor(images)
+                    features = extractor(images) if extractor and annotator.reads_features else None
+                    observed = annotator.observe(extractor, images, batch)
                     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                         latents = encode(autoencoder, images, cfg.flips)
-                    writer.add(batch.keys, batch.cls, features, latents)
+                    writer.add(batch.keys, batch.cls, features, latents, observed)
                     bar.update(len(batch.keys))
-                if extractor is None:
-                    check_classes(shards[index], writer.meta.keys, np.array(writer.meta.cls))
                 writer.finish()
             bar.total = round(bar.n / (done + 1) * len(todo))  # a better guess than the first, and right at the end
 

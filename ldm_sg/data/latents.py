@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm_sg.data.signals import PackedMasks, Signals, columns, extension
 from ldm_sg.errors import InputError
-from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 
-LATENT, FLIP, SIGNAL = "latent.npy", "flip.npy", "k.npy"
+LATENT, FLIP = "latent.npy", "flip.npy"
 _NPY_HEADER = 256  # more than the header of a plain array of few dimensions
 
 
@@ -62,7 +64,7 @@ def _permutation(seed: int, epoch: int, n: int) -> Tensor:
 class LatentSet:
     """An annotation set. Indices count its samples in the order of the shards.
 
-    `k` [N] long or [N, K] float multi-hot, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`. Raises InputError
+    `signals`, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`. Raises InputError
     when `annotate` has not finished, or the files are not those that the manifest describes: sizes are always compared,
     contents with verify=True. The first opening indexes the shards (about 20 s a million images) and keeps the
     result in FOLDER/index."""
@@ -72,27 +74,32 @@ class LatentSet:
         self.manifest = read_manifest(self.folder)
         self.paths = _checked_shards(self.folder, self.manifest, verify)
         self.hash: str = self.manifest["hash"]
-        self.spec = GuidanceSpec(**self.manifest["guidance"])
+        self.spec = GuidanceSpec.from_dict(self.manifest["guidance"], str(self.folder))
         self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latent_shape"])
         self.flips = bool(self.manifest["flips"])
-        self._where, k = _index(self.folder, self.hash, self.paths, self.latent_shape, self.flips)
-        self.k = torch.from_numpy(k)
-        if len(self.k) != self.manifest["num_images"]:
+        self._where, arrays = _index(self.folder, self.hash, self.paths, self.latent_shape, self.flips, self.spec)
+        self.signals = Signals.from_arrays(self.spec, arrays, len(self._where))
+        if len(self) != self.manifest["num_images"]:
             raise InputError(
-                f"{self.folder}: its shards hold {len(self.k)} images, its manifest says {self.manifest['num_images']}"
+                f"{self.folder}: its shards hold {len(self)} images, its manifest says {self.manifest['num_images']}"
             )
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_open = max(1, soft // 4)
         self._files: dict[int, int] = {}  # shard -> file descriptor, oldest first
 
     def __len__(self) -> int:
-        return len(self.k)
+        return len(self._where)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """latent [C, h, w] float32 (normalised), k: scalar long or [K] float."""
+    def __getitem__(self, index: int) -> tuple[Tensor, Guidance]:
+        """latent [C, h, w] float32 (normalised) and a Guidance of one sample."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        return self.latents(torch.tensor([index]))[0], self.k[index]
+        at = torch.tensor([index % len(self)])
+        return self.latents(at)[0], self.guidance(at)
+
+    def guidance(self, indices: Tensor, flip: Tensor | None = None) -> Guidance:
+        """The signals of `indices` [B] on the latent grid; of the mirrored image where `flip` [B] bool is set."""
+        return self.signals.guidance(self.latent_shape[1:], indices, flip)
 
     def latents(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
         """Latents [B, C, h, w] float32 of `indices` [B]; of the mirrored image where `flip` [B] bool is set."""
@@ -158,53 +165,89 @@ _WHERE = np.dtype([("shard", np.int32), ("latent", np.int64), ("flip", np.int64)
 
 
 def _index(
-    folder: Path, digest: str, paths: list[Path], shape: tuple[int, int, int], flips: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """(_WHERE [N], k [N] or [N, K]), kept in FOLDER/index under the set's hash."""
-    saved = [folder / "index" / f"{name}-{digest[:16]}.npy" for name in ("where", "k")]
-    if all(path.is_file() for path in saved):
-        # The offsets stay on disk, shared by all ranks and workers of a machine.
-        return np.load(saved[0], mmap_mode="r"), np.load(saved[1])
+    folder: Path, digest: str, paths: list[Path], shape: tuple[int, int, int], flips: bool, spec: GuidanceSpec
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(_WHERE [N], columns of signals), kept in FOLDER/index under the set's hash."""
+    names = ["where"]
+    for name in columns(spec):
+        names += ["mask_size", "mask", "mask_ends"] if name == "mask" else [name]
+    saved = {name: folder / "index" / f"{name}-{digest[:16]}.npy" for name in names}
+    if all(path.is_file() for path in saved.values()):
+        # What is large is mapped, not read: shared by all ranks and workers of a machine.
+        modes: dict[str, Any] = {"where": "r", "mask": "r", "feature": "c"}
+        arrays = {name: np.load(path, mmap_mode=modes.get(name)) for name, path in saved.items()}
+    else:
+        arrays = _concatenate(folder, paths, shape, flips, spec)
+        if os.access(folder, os.W_OK):
+            (folder / "index").mkdir(exist_ok=True)
+            for name, path in saved.items():
+                temporary = path.with_name(f"{path.stem}.tmp-{os.getpid()}.npy")
+                np.save(temporary, arrays[name])
+                temporary.replace(path)
+    if "mask" in arrays:
+        arrays["mask"] = PackedMasks(int(arrays.pop("mask_size")[0]), arrays["mask"], arrays.pop("mask_ends"))
+    return arrays.pop("where"), arrays
+
+
+def _concatenate(
+    folder: Path, paths: list[Path], shape: tuple[int, int, int], flips: bool, spec: GuidanceSpec
+) -> dict[str, np.ndarray]:
     many = len(paths) > 16
-    parts = [_index_shard(path, i, shape, flips) for i, path in enumerate(tqdm(paths, "index", disable=not many))]
-    parts = [part for part in parts if len(part[0])]
-    if not parts:
+    wheres, parts = [], []
+    for i, path in enumerate(tqdm(paths, "index", disable=not many)):
+        where, signals = _index_shard(path, i, shape, flips, columns(spec))
+        if len(where):
+            wheres.append(where)
+            parts.append(signals)
+    if not wheres:
         raise InputError(f"{folder}: an annotation set without images")
-    where, k = (np.concatenate(column) for column in zip(*parts))
-    arrays = [where, k.astype(np.int64 if np.issubdtype(k.dtype, np.integer) else np.float32)]
-    if os.access(folder, os.W_OK):
-        saved[0].parent.mkdir(exist_ok=True)
-        for path, array in zip(saved, arrays):
-            temporary = path.with_name(f"{path.stem}.tmp-{os.getpid()}.npy")
-            np.save(temporary, array)
-            temporary.replace(path)
-    return arrays[0], arrays[1]
+    arrays = {"where": np.concatenate(wheres)}
+    for name in columns(spec):
+        if name != "mask":
+            arrays[name] = np.concatenate([part[name] for part in parts])
+            continue
+        packed = PackedMasks.concatenate([part[name] for part in parts])
+        arrays |= {"mask_size": np.array([packed.size]), "mask": packed.blob, "mask_ends": packed.ends}
+    return arrays
 
 
-def _index_shard(path: Path, shard: int, shape: tuple[int, int, int], flips: bool) -> tuple[np.ndarray, np.ndarray]:
+def _index_shard(
+    path: Path, shard: int, shape: tuple[int, int, int], flips: bool, wanted: tuple[str, ...]
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Offsets of the array data of every latent (and flip) in one shard, and the signals themselves."""
-    columns: dict[str, list[Any]] = {LATENT: [], FLIP: [], SIGNAL: []}
+    signals: dict[str, list[Any]] = {extension(name): [] for name in wanted}
+    offsets: dict[str, list[int]] = {LATENT: [], FLIP: []}
     headers = _NpyHeaders(path)
     with path.open("rb", buffering=0) as file:
         for ext, offset, size in _members(file.fileno(), path):
-            column = columns.get(ext)
-            if column is None:
-                continue
-            dtype, found, length = headers.parse(os.pread(file.fileno(), _NPY_HEADER, offset))
-            if ext == SIGNAL:
+            if ext in signals:
                 whole = os.pread(file.fileno(), size, offset)
-                column.append(np.frombuffer(whole, dtype, offset=length).reshape(found))
-                continue
-            if (dtype, found) != (np.float16, shape) or size != length + 2 * math.prod(shape):
-                raise InputError(f"{path}: a {ext} is {dtype} {found}, the manifest says float16 {shape}")
-            column.append(offset + length)
-    counts = {name: len(column) for name, column in columns.items()}
-    if counts[SIGNAL] != counts[LATENT] or (flips and counts[FLIP] != counts[LATENT]):
-        raise InputError(f"{path}: not every sample has a latent, a signal" + " and a mirrored latent" * flips)
-    where = np.empty(counts[LATENT], _WHERE)
-    where["shard"], where["latent"] = shard, columns[LATENT]
-    where["flip"] = columns[FLIP] if flips else -1
-    return where, np.stack(columns[SIGNAL]) if columns[SIGNAL] else np.empty(0, np.int64)
+                signals[ext].append(_mask(whole, path) if ext == "mask.png" else headers.array(whole))
+            elif ext in offsets:
+                dtype, found, length = headers.parse(os.pread(file.fileno(), _NPY_HEADER, offset))
+                if (dtype, found) != (np.float16, shape) or size != length + 2 * math.prod(shape):
+                    raise InputError(f"{path}: a {ext} is {dtype} {found}, the manifest says float16 {shape}")
+                offsets[ext].append(offset + length)
+    n = len(offsets[LATENT])
+    if any(len(column) != n for column in signals.values()) or (flips and len(offsets[FLIP]) != n):
+        expected = ", ".join([*signals, *([FLIP] if flips else [])])
+        raise InputError(f"{path}: not every sample has {expected} beside its latent")
+    where = np.empty(n, _WHERE)
+    where["shard"], where["latent"] = shard, offsets[LATENT]
+    where["flip"] = offsets[FLIP] if flips else -1
+    if not n:
+        return where, {}
+    return where, {
+        name: PackedMasks.of(signals[extension(name)]) if name == "mask" else np.stack(signals[extension(name)])
+        for name in wanted
+    }
+
+
+def _mask(data: bytes, path: Path) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
+    except (OSError, SyntaxError) as err:
+        raise InputError(f"{path}: holds a mask that cannot be decoded") from err
 
 
 def _members(file: int, path: Path) -> Iterator[tuple[str, int, int]]:
@@ -239,6 +282,11 @@ class _NpyHeaders:
         if header not in self.known:
             self.known[header] = (*self._read(header), length)
         return self.known[header]
+
+    def array(self, data: bytes) -> np.ndarray:
+        """A whole small file."""
+        dtype, shape, length = self.parse(data)
+        return np.frombuffer(data, dtype, offset=length).reshape(shape)
 
     def _read(self, header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
         try:

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ldm_sg.data.images import BadImage, crop_resize, decode, to_array
+from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index, to_array
 from ldm_sg.data.pool import DecoderPool, decoder_pool
 from ldm_sg.errors import InputError, choices
 
@@ -270,52 +270,108 @@ def space_left(path: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB left on its disk"
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What people said of one image, in the frame of its centre square; parts that the shard does not have are None."""
+
+    labels: list[int] | None = None
+    boxes: np.ndarray | None = None  # float32 [M, 4] as shares of the sides
+    mask: np.ndarray | None = None  # uint8 [size, size], 255 = ignore
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Decoded images of one or more shards."""
+
+    keys: list[str]
+    images: "Tensor"  # uint8 [B, 3, size, size]
+    cls: "Tensor"  # [B] long, -1 = unknown
+    truth: list[Truth]  # empty unless asked for
+
+
 def image_batches(
-    shards: Iterable[str], size: int, batch_size: int, workers: int | DecoderPool, on_skip: OnSkip
-) -> Iterator[tuple[list[str], "Tensor", "Tensor"]]:
-    """(keys, uint8 [B, 3, size, size], cls [B] long, -1 = unknown) of all good images, in the order of the shards.
+    shards: Iterable[str],
+    size: int,
+    batch_size: int,
+    workers: int | DecoderPool,
+    on_skip: OnSkip,
+    truth: bool = False,
+) -> Iterator[ImageBatch]:
+    """All good images in the order of the shards; with `truth`, labels, boxes and masks too, where the shards have them.
 
     `workers`: processes that decode (0 = this one, -1 = one a core, less one), or a pool from `decoder_pool`. A batch
     is short only where images were skipped and at the end. Memory: about two encoded and decoded batches a worker."""
-    samples = ((shard, sample) for shard in shards for sample in read_shard(shard, on_skip))
-    decode_one = functools.partial(_decode_batch, size)
-    if workers == 0:
-        yield from _tensors(map(decode_one, _batched(samples, batch_size)), on_skip)
-    elif isinstance(workers, int):
+    if isinstance(workers, int) and workers != 0:
         with decoder_pool(workers) as pool:
-            yield from image_batches(shards, size, batch_size, pool, on_skip)
-    else:
-        yield from _tensors(workers.in_order(decode_one, _batched(samples, batch_size)), on_skip)
+            yield from image_batches(shards, size, batch_size, pool, on_skip, truth)
+        return
+    samples = ((shard, sample) for shard in shards for sample in read_shard(shard, on_skip))
+    decode_one = functools.partial(_decode_batch, size, truth)
+    batches = _batched(samples, batch_size, truth)
+    decoded = map(decode_one, batches) if isinstance(workers, int) else workers.in_order(decode_one, batches)
+    yield from _tensors(decoded, on_skip)
 
 
-Encoded = tuple[str, str, int, bytes]  # shard, key, cls, image
-Decoded = tuple[list[str], np.ndarray, list[int], list[tuple[str, str, str]]]  # keys, images, cls, skipped
+@dataclass
+class _Decoded:
+    keys: list[str]
+    images: np.ndarray
+    cls: list[int]
+    truth: list[Truth]
+    skipped: list[tuple[str, str, str]]
 
 
-def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int) -> Iterator[list[Encoded]]:
-    flat = ((shard, s.key, -1 if s.cls is None else s.cls, s.image) for shard, s in samples)
-    while batch := list(itertools.islice(flat, batch_size)):
+def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int, truth: bool) -> Iterator[list[tuple[str, Sample]]]:
+    """What the decoding processes need, and no more."""
+    lean = samples if truth else ((shard, Sample(s.key, s.image, s.cls)) for shard, s in samples)
+    while batch := list(itertools.islice(lean, batch_size)):
         yield batch
 
 
-def _decode_batch(size: int, batch: list[Encoded]) -> Decoded:
-    keys, images, classes, skipped = [], [], [], []
-    for shard, key, cls, data in batch:
+def _decode_batch(size: int, truth: bool, batch: list[tuple[str, Sample]]) -> _Decoded:
+    out = _Decoded([], np.empty((0, 3, size, size), np.uint8), [], [], [])
+    images = []
+    for shard, sample in batch:
         try:
-            images.append(to_array(crop_resize(decode(data), size)))
+            image = decode(sample.image)
+            pixels = to_array(crop_resize(image, size))
+            if truth:
+                out.truth.append(read_truth(sample, image.size, size))
         except BadImage as err:
-            skipped.append((shard, key, err.reason))
+            out.skipped.append((shard, sample.key, err.reason))
             continue
-        keys.append(key)
-        classes.append(cls)
-    return keys, np.stack(images) if images else np.empty((0, 3, size, size), np.uint8), classes, skipped
+        images.append(pixels)
+        out.keys.append(sample.key)
+        out.cls.append(-1 if sample.cls is None else sample.cls)
+    if images:
+        out.images = np.stack(images)
+    return out
 
 
-def _tensors(decoded: Iterable[Decoded], on_skip: OnSkip) -> Iterator[tuple[list[str], "Tensor", "Tensor"]]:
+def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
+    """Labels, boxes and mask of a sample whose image has `original` pixels, after `crop_resize` to `size`. BadImage where
+    they are not what DESIGN's shards hold."""
+    from ldm_sg.data.pack import crop_meta
+
+    meta = crop_meta(sample.meta or {}, original, size)
+    boxes = np.array([box[:4] for box in meta["boxes"]], np.float32).reshape(-1, 4) / size if "boxes" in meta else None
+    labels = None
+    if "labels" in meta or "boxes" in meta:
+        found = [*meta.get("labels", []), *(box[4] for box in meta.get("boxes", []))]
+        if not all(isinstance(label, int) and label >= 0 for label in found):
+            raise BadImage(f"its json has labels that are not integers from 0: {found[:5]}")
+        labels = sorted(set(found))
+    mask = None
+    if sample.mask is not None:
+        mask = np.array(crop_resize_index(decode_index(sample.mask, original), size))
+    return Truth(labels, boxes, mask)
+
+
+def _tensors(decoded: Iterable[_Decoded], on_skip: OnSkip) -> Iterator[ImageBatch]:
     import torch
 
-    for keys, images, classes, skipped in decoded:
-        for shard, key, reason in skipped:
-            on_skip(shard, key, reason)
-        if keys:
-            yield keys, torch.from_numpy(images), torch.tensor(classes)
+    for batch in decoded:
+        for entry in batch.skipped:
+            on_skip(*entry)
+        if batch.keys:
+            yield ImageBatch(batch.keys, torch.from_numpy(batch.images), torch.tensor(batch.cls), batch.truth)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_sg.errors import InputError
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -63,9 +65,23 @@ class GuidanceSpec:
     """What the signals of an annotation set look like: written by annotate, read by train and sample."""
 
     kind: str = "clusters"  # which annotator made them
-    num_labels: int = 0  # K: how many ids k can take
+    num_labels: int = 0  # K: how many ids k can take; 0 = no k
     multi_hot: bool = False  # k is [B, K] multi-hot instead of [B] ids
-    spatial_channels: int = 0  # S of k_s
+    spatial: str | None = None  # k_s: box (one channel) or mask (one channel a label)
+    feature_dim: int = 0  # D of `feature`; 0 = none
+
+    @property
+    def spatial_channels(self) -> int:
+        """S of k_s."""
+        return {None: 0, "box": 1, "mask": self.num_labels}[self.spatial]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], where: str) -> "GuidanceSpec":
+        """What `to_dict` gave; InputError naming `where` it was found when another version wrote it."""
+        try:
+            return cls(**fields)
+        except TypeError as err:
+            raise InputError(f"{where}: its guidance spec is of another version of ldm_sg: make it again") from err

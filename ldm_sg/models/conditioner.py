@@ -1,5 +1,6 @@
 """Guidance -> what the UNet reads: a vector beside the time embedding, tokens for cross-attention, extra input channels."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,21 +37,32 @@ class Conditioner(ModelMixin, ConfigMixin):
         num_tokens: int = 8,
         token_width: int = 32,
         spatial_channels: int = 0,
+        feature_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.labels = nn.Parameter(torch.randn(num_labels, hidden))  # Linear(K, hidden) read by row
+        if num_labels:
+            self.labels = nn.Parameter(torch.randn(num_labels, hidden))  # Linear(K, hidden) read by row
         self.null = nn.Parameter(torch.randn(hidden))
         self.out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, embed_dim))
         self.token_shape = {"vector": (num_tokens, token_width), "concepts": (1, token_width), "none": None}[tokens]
         if self.token_shape:
-            self.token_labels = nn.Parameter(torch.randn(num_labels, *self.token_shape))
+            if num_labels:
+                self.token_labels = nn.Parameter(torch.randn(num_labels, *self.token_shape))
             self.token_null = nn.Parameter(torch.randn(*self.token_shape))
+        if feature_dim:
+            self.feature = nn.Linear(feature_dim, hidden)
+            if self.token_shape:
+                self.token_feature = nn.Linear(feature_dim, math.prod(self.token_shape))
         if spatial_channels:
             self.spatial_null = nn.Parameter(torch.zeros(spatial_channels, 1, 1))
 
     def forward(self, guidance: Guidance) -> Condition:
-        assert guidance.k is not None
-        hidden = torch.where(guidance.keep[:, None], self._lookup(self.labels, guidance.k), self.null)  # [B, hidden]
+        kept = torch.zeros_like(self.null)  # the sum of what there is, [B, hidden]
+        if guidance.k is not None:
+            kept = kept + self._lookup(self.labels, guidance.k)
+        if guidance.feature is not None:
+            kept = kept + self.feature(self._scaled(guidance.feature))
+        hidden = torch.where(guidance.keep[:, None], kept, self.null)
         tokens, mask = self._tokens(guidance)
         spatial = None
         if guidance.spatial is not None:
@@ -61,15 +73,25 @@ class Conditioner(ModelMixin, ConfigMixin):
         if self.token_shape is None:
             return None, None
         if self.config.tokens == "vector" or guidance.concepts is None:
-            tokens = self._lookup(self.token_labels.flatten(1), guidance.k).unflatten(1, self.token_shape)
-            return torch.where(guidance.keep[:, None, None], tokens, self.token_null), None  # [B, T, D]
-        mask = guidance.concepts >= 0  # [B, T]
-        tokens = self.token_labels[guidance.concepts.clamp(min=0), 0]  # [B, T, D]
+            kept = torch.zeros_like(self.token_null)  # [B, T, D]
+            if guidance.k is not None:
+                kept = kept + self._lookup(self.token_labels.flatten(1), guidance.k).unflatten(1, self.token_shape)
+            if guidance.feature is not None:
+                kept = kept + self.token_feature(self._scaled(guidance.feature)).unflatten(1, self.token_shape)
+            return torch.where(guidance.keep[:, None, None], kept, self.token_null), None
+        there = guidance.concepts >= 0  # [B, T]
+        tokens = self.token_labels[guidance.concepts.clamp(min=0), 0] * there[..., None]  # [B, T, D]
         tokens = torch.where(guidance.keep[:, None, None], tokens, self.token_null)
-        first = torch.arange(mask.shape[1], device=mask.device) == 0  # a null sample reads one null token
-        return tokens, torch.where(guidance.keep[:, None], mask, first)
+        # a null sample reads one null token, one without any concept one zero token: attention over nothing is not defined
+        alone = torch.arange(there.shape[1], device=there.device) == 0
+        return tokens, torch.where((guidance.keep & there.any(1))[:, None], there, alone)
 
     @staticmethod
     def _lookup(table: Tensor, k: Tensor) -> Tensor:
         """Rows of ids [B], or the sum of the rows a multi-hot [B, K] names."""
         return k.to(table.dtype) @ table if k.ndim == 2 else table[k]
+
+    @staticmethod
+    def _scaled(feature: Tensor) -> Tensor:
+        """Unit vectors [B, D] -> entries of size one, which is what a linear layer's initialisation expects."""
+        return feature * feature.shape[1] ** 0.5

@@ -70,6 +70,7 @@ def make_unet(config: ModelConfig, spec: GuidanceSpec, latent_shape: tuple[int, 
         num_tokens=config.num_tokens,
         token_width=config.token_width,
         spatial_channels=spec.spatial_channels,
+        feature_dim=spec.feature_dim,
     )
     return GuidedUNet(unet, conditioner)
 

@@ -15,27 +15,85 @@ from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import read_members, read_shard
 from ldm_sg.report import grids, html
+from ldm_sg.report.signals import over, with_boxes
 
 ROWS, COLUMNS = 40, 10  # of the wall
+EXAMPLES = 32  # images with their boxes or masks
 WALL, SIZES = "clusters.png", "sizes.png"
 
 
 def write_report(folder: str | Path) -> Path:
-    """FOLDER/clusters.png, sizes.png and report.html of a finished annotation set; the source shards are read again for
-    the members' pictures. Raises InputError when the set is not finished or a source shard is gone."""
+    """FOLDER/report.html of a finished annotation set, and the pictures in it: clusters.png where images have one id each,
+    boxes.png or masks.png where signals are spatial, sizes.png where there are labels. The source shards are read again for
+    the images. Raises InputError when the set is not finished or a source shard is gone."""
     folder = Path(folder)
     latents = LatentSet(folder)
-    manifest, sizes = latents.manifest, np.bincount(latents.k.numpy(), minlength=latents.spec.num_labels)
-    shown = chosen_clusters(sizes, ROWS)
-    rows = members(folder, manifest, shown, COLUMNS)
+    manifest, signals = latents.manifest, latents.signals
+    sizes = signals.counts()
+    sections = []
+    if signals.k is not None and signals.k.ndim == 1:
+        sections.append(_wall(folder, manifest, sizes))
+    if signals.spec.spatial:
+        sections.append(_spatial(folder, latents))
+    if len(sizes):
+        size_chart(sizes, folder / SIZES)
+        picture = html.picture(folder / SIZES, alt="label sizes")
+        sections.append(html.section("Sizes", "Images with each label.", picture))
+    return html.write(folder / "report.html", document(folder, manifest, sections))
+
+
+def _wall(folder: Path, manifest: Mapping[str, Any], sizes: np.ndarray) -> str:
+    """One row of real members a cluster."""
+    rows = members(folder, manifest, chosen_clusters(sizes, ROWS), COLUMNS)
     wall = grids.labelled_rows(
         [f"{k}  ({sizes[k]:,})" for k in rows],
         list(rows.values()),
         scale=grids.best_scale(next(iter(rows.values())), 80),
     )
     grids.save(wall, folder / WALL)
-    size_chart(sizes, folder / SIZES)
-    return html.write(folder / "report.html", document(folder, manifest, sizes, len(rows)))
+    filled = int((sizes > 0).sum())
+    some = "all of them" if len(rows) == filled else f"{len(rows)} of {filled:,}, from the largest to the smallest"
+    what = "class" if manifest["annotator"]["kind"] == "oracle" else "cluster"
+    text = f"One row a {what} ({some}): id, number of images, and its first members."
+    return html.section(f"What each {what} holds", text, html.picture(folder / WALL, alt="wall of cluster members"))
+
+
+def _spatial(folder: Path, latents: LatentSet) -> str:
+    """The first images with their boxes or masks."""
+    images, places = first_images(latents, EXAMPLES)
+    signals = latents.signals[places]
+    if signals.box is not None:
+        name, text = "boxes.png", "The box of each image."
+        picture = grids.grid(with_boxes(images, signals.box), 8, scale=grids.best_scale(images))
+    else:
+        name, text = "masks.png", "Images, and their segments laid over them; a colour is the same class everywhere."
+        drawn = over(images, signals.masks(), signals.spec.num_labels)
+        rows = [row for pair in zip(images.split(8), drawn.split(8), strict=True) for row in pair]
+        picture = grids.grid(torch.cat(rows), len(rows[0]), scale=grids.best_scale(images))
+    grids.save(picture, folder / name)
+    return html.section("What the signals look like", text, html.picture(folder / name, alt=name))
+
+
+def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
+    """The first n images uint8 [n, 3, size, size], of whole rows of eight where there are enough, and their indices."""
+    found: list[Tensor] = []
+    places: list[int] = []
+    start, n = 0, min(n, len(latents) // 8 * 8 or len(latents))
+    for shard, source in zip(latents.manifest["shards"], latents.manifest["source"]):
+        order = {key: start + i for i, key in enumerate(annotated_keys(latents.folder / "shards" / shard["file"]))}
+        for key, image in pictures(source["url"], set(order), latents.manifest["size"]):
+            if len(found) < n:
+                found.append(image)
+                places.append(order[key])
+        start += len(order)
+        if len(found) >= n:
+            break
+    return torch.stack(found), torch.tensor(places)
+
+
+def annotated_keys(shard: Path) -> list[str]:
+    """The keys of an annotated shard, in order."""
+    return [key for key, ext, _ in read_members(str(shard)) if ext == "latent.npy"]
 
 
 def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
@@ -96,46 +154,36 @@ def size_chart(sizes: np.ndarray, path: Path) -> None:
     temporary.replace(path)
 
 
-def document(folder: Path, manifest: Mapping[str, Any], sizes: np.ndarray, rows: int) -> str:
+def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:
     """report.html, self-contained."""
     f, g = manifest["annotator"], manifest["features"]
-    oracle = f["kind"] == "oracle"
-    what = "class" if oracle else "cluster"
+    known = {
+        "k": ("labels", lambda v: f"{v:,}"),
+        "empty": ("empty", lambda v: f"{v:,}"),
+        "entropy": ("entropy", lambda v: f"{v:.2f} of {f['max_entropy']:.2f} nats"),
+        "nmi": ("NMI with classes", lambda v: f"{v:.3f}"),
+        "ari": ("ARI with classes", lambda v: f"{v:.3f}"),
+        "corloc": ("CorLoc", lambda v: f"{v:.1%} of {f['corloc_images']:,}"),
+        "not_found": ("no box found", lambda v: f"{v:,}"),
+        "miou": ("mIoU", lambda v: f"{v:.1%}"),
+        "accuracy": ("pixel accuracy", lambda v: f"{v:.1%}"),
+    }
     cards = {
         "images": f"{manifest['num_images']:,}",
         "left out": f"{manifest['num_skipped']:,}",
-        "classes" if oracle else "clusters": f"{f['k']:,}",
-        "empty": f"{f['empty']:,}",
-        "entropy": f"{f['entropy']:.2f} of {f['max_entropy']:.2f} nats",
+        "annotator": f["kind"],
+        **{name: show(f[key]) for key, (name, show) in known.items() if key in f},
         "latents": " x ".join(map(str, manifest["latent_shape"])) + (", mirrored too" if manifest["flips"] else ""),
         "autoencoder": manifest["autoencoder"]["name"],
     }
     if g:
         cards["g"] = f"{g['name']}, {g['dim']} features"
-    if "nmi" in f and not oracle:
-        cards |= {"NMI with classes": f"{f['nmi']:.3f}", "ARI with classes": f"{f['ari']:.3f}"}
-    some = (
-        f"{rows} of {(sizes > 0).sum():,}, from the largest to the smallest"
-        if rows < (sizes > 0).sum()
-        else "all of them"
-    )
     brief = {key: value for key, value in manifest.items() if key not in ("shards", "source")}
     brief["annotator"] = {key: value for key, value in f.items() if key != "counts"}
+    made = html.folded("manifest", html.code(yaml.safe_dump(brief, sort_keys=False, width=110)))
+    by = "from ground truth" if f["kind"] == "oracle" else "without labels"
     return html.page(
         f"Annotation set {folder.name}",
-        f"Guidance signals of {manifest['num_images']:,} images, made by {'ground truth' if oracle else 'k-means, without labels'}.",
-        [
-            html.facts(cards),
-            html.section(
-                f"What each {what} holds",
-                f"One row a {what} ({some}): id, number of images, and its first members.",
-                html.picture(folder / WALL, alt="wall of cluster members"),
-            ),
-            html.section("Sizes", f"Images in each {what}.", html.picture(folder / SIZES, alt="cluster sizes")),
-            html.section(
-                "How it was made",
-                "",
-                html.folded("manifest", html.code(yaml.safe_dump(brief, sort_keys=False, width=110))),
-            ),
-        ],
+        f"Guidance signals of {manifest['num_images']:,} images, made {by}.",
+        [html.facts(cards), *sections, html.section("How it was made", "", made)],
     )

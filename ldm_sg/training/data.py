@@ -56,7 +56,7 @@ class LatentBatches(Dataset):
         flip = None
         if self.flips:  # by (step, image), so that it does not depend on how ranks share the batch
             flip = torch.tensor([bool(mix_seed(self.seed, step, i) & 1) for i in request[1:]])
-        return step, self.latents.latents(indices, flip), Guidance.from_k(self.latents.k[indices])
+        return step, self.latents.latents(indices, flip), self.latents.guidance(indices, flip)
 
 
 class LatentData(pl.LightningDataModule):

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ldm_sg.config import ASSETS, ROOT, AnnotateConfig, TrainConfig, load
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.report import grids
@@ -120,7 +118,7 @@ def _fresh(picture: Path, run: Path) -> bool:
 
 def _largest(annotation: Path) -> list[int]:
     """Cluster ids, most members first."""
-    return torch.bincount(LatentSet(annotation).k).argsort(descending=True, stable=True).tolist()
+    return (-LatentSet(annotation).signals.counts()).argsort(kind="stable").tolist()
 
 
 def _cluster_picture(run: Path, annotation: Path, device: str) -> None:

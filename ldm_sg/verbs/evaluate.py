@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ldm_sg import config
-from ldm_sg.annotate.annotator import LoadedAnnotator, load_annotator
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.annotate.kinds import LoadedAnnotator, load_annotator
 from ldm_sg.config import FeaturesConfig
 from ldm_sg.data.images import to_float, to_uint8
+from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
-from ldm_sg.evaluate import figures, sources
+from ldm_sg.evaluate import figures, layout, sources
 from ldm_sg.evaluate.collect import Network, cached, collect
 from ldm_sg.evaluate.consistency import check_ids, consistency
 from ldm_sg.evaluate.inception import Inception, load_inception
@@ -38,6 +39,7 @@ class Samples:
     size: int
     batches: Callable[[list[str]], Iterator[tuple[Tensor, Tensor]]]  # (skipped) -> positions [B], uint8 [B, 3, H, W]
     ids: Callable[[], Tensor]  # the cluster each was asked for, by position; InputError where nothing says
+    asked: Signals | None  # the whole signals, where they were drawn from a run
     sampling: dict[str, Any]  # w, steps, scheduler, seed, as far as they are known
     out: Path  # where the result goes when nothing else is said
 
@@ -45,7 +47,7 @@ class Samples:
 def evaluate(
     source: str | Path,
     reference: str | Path,
-    metrics: str = "fd,prdc,consistency",
+    metrics: str | None = None,
     n: int = 10_000,
     features: str | None = None,
     out: str | Path | None = None,
@@ -62,17 +64,19 @@ def evaluate(
     """Prints a table, writes `out` (default RUN/evaluations/SETTINGS.json, or evaluation.json in the folder of images)
     and returns what it wrote.
 
+    metrics: default fd and prdc, and what the run's signals allow of consistency (ids) and layout (boxes, masks).
     source: a run or pipeline folder (n samples are drawn, their signals from the training distribution), a folder of
     images or of what `ldm-sg sample` made, or shards. features: the run's own g (default), `inception`,
     `inception:FILE`, any g by name, or a YAML of feature settings. run: whose g and f judge images on disk; default the
     run that holds them. Up to 50,000 reference images are used."""
     started = time.perf_counter()
-    wanted = figures.parse_metrics(metrics)
+    wanted = figures.parse_metrics(metrics) if metrics is not None else None
     if n < 1 or batch_size < 1 or not math.isfinite(w):
         raise InputError(f"n={n}, batch_size={batch_size}, w={w}: counts of at least 1 and a finite strength")
     real, on = sources.open_images(str(reference)), pick_device(device)
-    home = _run_of(Path(source), run, needed=features is None or "consistency" in wanted)
+    home = _run_of(Path(source), run, needed=features is None or wanted is None or "consistency" in wanted)
     pipe = open_pipeline(home, device) if home else None
+    wanted = wanted or ["fd", "prdc", *_own_metrics(pipe)]
     if pipe and home == Path(source):
         settings = {"w": w, "steps": steps, "scheduler": scheduler, "seed": seed, "precision": precision}
         samples = from_run(pipe, home, n, size, batch_size, settings, features)
@@ -85,13 +89,17 @@ def evaluate(
 
     skipped: list[str] = []
     sizes = (samples.size, sources.first_size(real))
-    places, found = collect(samples.batches(skipped), judges.networks, on, samples.total, "samples")
+    places, found = collect(samples.batches(skipped), judges.networks(pipe), on, samples.total, "samples")
     real_features = _reference(real, judges.network, samples.size, batch_size, on, skipped)
     values = figures.compute(wanted, found["main"], real_features, judges.network, seed)
+    if judges.annotator and judges.ids is not None and pipe:
+        before, after = _ceiling(real, pipe, judges.annotator.features, batch_size, on)
+        own = found.get("own", found["main"])
+        values |= consistency(judges.ids[places], own, _signals(pipe), before, after, judges.annotator.f)
     if judges.annotator and judges.asked is not None and pipe:
-        before, after = _ceiling(real, pipe, judges.annotator, batch_size, on)
-        asked, own = judges.asked[places], found.get("own", found["main"])
-        values |= consistency(asked, own, _signals(pipe), before, after, judges.annotator.f)
+        asked = layout.layout(judges.asked[places], pipe.latent_shape[1:])
+        ceiling = _ceiling(real, pipe, _layouts(judges.annotator, pipe), batch_size, on)
+        values |= layout.faithfulness(asked, found["layout"], *ceiling, pipe.spec.spatial)
     result = {
         "source": str(source),
         "reference": str(reference),
@@ -116,18 +124,24 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Judges:
-    """The network whose features are compared, and for consistency the ids asked for and the run's own g and f."""
+    """The network whose features are compared; for consistency the ids asked for, for layout the whole signals, and for
+    both the run's own g and f."""
 
     network: Inception | FeatureExtractor
-    asked: Tensor | None
+    ids: Tensor | None
+    asked: Signals | None
     annotator: LoadedAnnotator | None
 
-    @property
-    def networks(self) -> dict[str, Network]:
-        """What each sample passes through: `main`, and `own` where consistency needs another one."""
-        if self.asked is None or self.annotator is None or self.annotator.extractor is self.network:
-            return {"main": self.network}
-        return {"main": self.network, "own": self.annotator.extractor}
+    def networks(self, pipe: SelfGuidedPipeline | None) -> dict[str, Network]:
+        """What each sample passes through: `main`, `own` where consistency needs another one, `layout`."""
+        networks: dict[str, Network] = {"main": self.network}
+        if self.annotator is None or pipe is None:
+            return networks
+        if self.ids is not None and self.annotator.extractor is not self.network:
+            networks["own"] = self.annotator.extractor
+        if self.asked is not None:
+            networks["layout"] = _layouts(self.annotator, pipe)
+        return networks
 
     def describe(self, run: Path | None) -> dict[str, Any] | None:
         if self.annotator is None:
@@ -135,21 +149,38 @@ class Judges:
         return {"run": str(run), "k": self.annotator.f.k, "g": self.annotator.extractor.manifest}
 
 
+def _layouts(annotator: LoadedAnnotator, pipe: SelfGuidedPipeline) -> Network:
+    return lambda images: layout.layout(annotator(images), pipe.latent_shape[1:])
+
+
 def open_judges(
     wanted: list[str], features: str | None, samples: Samples, pipe: SelfGuidedPipeline | None, on: torch.device
 ) -> Judges:
     """Everything that judges, checked before the first sample is drawn."""
-    asked = samples.ids() if "consistency" in wanted else None
-    annotator = _annotator(pipe, samples.where, on) if features is None or asked is not None else None
+    ids = samples.ids() if "consistency" in wanted else None
+    if "layout" in wanted:
+        if samples.asked is None:
+            raise InputError(f"{samples.where}: the metric layout draws its samples itself: give a run")
+        layout.check(samples.asked, samples.where)
+    asked = samples.asked if "layout" in wanted else None
+    needed = features is None or ids is not None or asked is not None
+    annotator = _annotator(pipe, samples.where, on) if needed else None
     if features is not None:
         network = load_network(features, on)
     else:
         assert annotator is not None
         network = annotator.extractor
     figures.check_network(wanted, network)
-    if asked is not None and annotator is not None:
-        check_ids(asked, annotator.f.k, samples.where)
-    return Judges(network, asked, annotator)
+    if ids is not None and annotator is not None:
+        check_ids(ids, annotator.f.k, samples.where)
+    return Judges(network, ids, asked, annotator)
+
+
+def _own_metrics(pipe: SelfGuidedPipeline | None) -> list[str]:
+    if pipe is None:
+        return []
+    ids = pipe.spec.num_labels > 0 and not pipe.spec.multi_hot
+    return ["consistency"] * ids + ["layout"] * (pipe.spec.spatial is not None)
 
 
 def from_run(
@@ -162,19 +193,20 @@ def from_run(
     features: str | None,
 ) -> Samples:
     """n samples drawn as they are read; image i and its signal depend on (seed, i) only."""
-    own = image_size(pipe)
+    own = pipe.image_size
     if size not in (None, own):
         raise InputError(f"size={size}: the samples of {folder} have {own} pixels, and so the reference")
-    guidance = pipe.draw(n, settings["seed"])
+    drawn = pipe.draw(n, settings["seed"])
 
     def batches(_: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, n, batch_size):
-            part = guidance[start : start + batch_size]
-            yield torch.arange(start, start + len(part)), pipe(part, first_index=start, **settings)
+            places = torch.arange(start, min(start + batch_size, n))
+            yield places, pipe(drawn[places], first_index=start, **settings)
 
     def ids() -> Tensor:
-        assert guidance.k is not None
-        return guidance.k
+        if drawn.k is None or drawn.k.ndim != 1:
+            raise InputError(f"{folder}: cluster consistency is for runs with one cluster id an image; try layout")
+        return drawn.k
 
     name = "w{w:g}_{scheduler}{steps}_seed{seed}".format(**settings)
     network = Path(features.replace(":", "-")).stem if features else "own"
@@ -182,7 +214,7 @@ def from_run(
     inside = (folder / "model_index.json").is_file()  # a pipeline folder, which training replaces, of a run
     home, prefix = (folder.parent, f"{folder.name}_") if inside else (folder, "")
     file = home / "evaluations" / f"{prefix}{name}_n{n}_{network}.json"
-    return Samples(str(folder), n, own, batches, ids, made, file)
+    return Samples(str(folder), n, own, batches, ids, drawn, made, file)
 
 
 def from_disk(images: sources.ImageSet, n: int, size: int | None, batch_size: int) -> Samples:
@@ -195,7 +227,7 @@ def from_disk(images: sources.ImageSet, n: int, size: int | None, batch_size: in
     folder = Path(images.where)
     out = (folder if folder.is_dir() else Path()) / "evaluation.json"
     return Samples(
-        images.where, n if total is None else min(n, total), own, batches, images.ids, images.sampling(), out
+        images.where, n if total is None else min(n, total), own, batches, images.ids, None, images.sampling(), out
     )
 
 
@@ -209,11 +241,6 @@ def load_network(features: str, device: torch.device) -> Inception | FeatureExtr
     if Path(features).suffix in (".yaml", ".yml"):
         return load_extractor(config.load(FeaturesConfig, features), device)
     return load_extractor(FeaturesConfig(model=features), device)
-
-
-def image_size(pipe: SelfGuidedPipeline) -> int:
-    """Side of the images that the pipeline makes, in pixels."""
-    return pipe.latent_shape[-1] * pipe.autoencoder.factor
 
 
 def _is_run(folder: Path) -> bool:
@@ -270,15 +297,15 @@ def _reference(
 
 
 def _ceiling(
-    real: sources.ImageSet, pipe: SelfGuidedPipeline, annotator: LoadedAnnotator, batch_size: int, on: torch.device
+    real: sources.ImageSet, pipe: SelfGuidedPipeline, judge: Network, batch_size: int, on: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Features [M, D] of up to CEILING real images, before and after the run's autoencoder."""
+    """What `judge` says of up to CEILING real images before and after the run's autoencoder, [M, X] each."""
 
     def rebuilt(images: Tensor) -> Tensor:
         pixels = to_uint8(pipe.autoencoder.decode(pipe.autoencoder.encode(images)))
-        return annotator.features(to_float(pixels))
+        return judge(to_float(pixels))
 
-    networks: dict[str, Network] = {"before": annotator.features, "after": rebuilt}
-    batches = sources.batches(real, image_size(pipe), batch_size, CEILING, lambda *_: None)
+    networks: dict[str, Network] = {"before": judge, "after": rebuilt}
+    batches = sources.batches(real, pipe.image_size, batch_size, CEILING, lambda *_: None)
     found = collect(batches, networks, on, min(sources.count(real) or CEILING, CEILING), "real, rebuilt")[1]
     return found["before"], found["after"]

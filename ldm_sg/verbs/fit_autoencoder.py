@@ -113,11 +113,11 @@ def read_images(config: FitAutoencoderConfig) -> tuple[list[Source], dict[str, T
 def _read(name: str, urls: str, side: int, workers: int) -> Tensor:
     bar = tqdm(desc=f"reading {name}", unit=" images", leave=False)
     parts = []
-    for _, images, _ in image_batches(
+    for batch in image_batches(
         expand(urls), side, 64, workers, lambda *skipped: tqdm.write(f"skipped: {skipped}", file=sys.stderr)
     ):
-        parts.append(images)
-        bar.update(len(images))
+        parts.append(batch.images)
+        bar.update(len(batch.images))
     bar.close()
     if not parts:
         raise InputError(f"shards.{name}={urls!r}: no readable image")

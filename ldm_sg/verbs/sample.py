@@ -1,5 +1,6 @@
 """sample: run -> images."""
 
+import io
 import json
 import math
 import os
@@ -9,17 +10,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
+from ldm_sg.annotate.kinds import load_annotator
+from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, to_float, to_tensor
+from ldm_sg.data.signals import PackedMasks, Signals, png
 from ldm_sg.errors import InputError, choices
 from ldm_sg.guidance.signal import Guidance
+from ldm_sg.guidance.spatial import VOID
 from ldm_sg.hardware import pick_device
 from ldm_sg.pipeline import SelfGuidedPipeline, image_generator, make_solver, slerp, step_arguments
 from ldm_sg.report.grids import best_scale, grid, labelled_rows
+from ldm_sg.report.signals import pictures
 
+VARY = ("layout", "content")
 PRESETS = {"paper": {"scheduler": "ddim", "steps": 250, "eta": 0.0, "w": 2.0}}
 
 
@@ -28,6 +37,10 @@ class SampleOptions:
     """What a person asks for; `settings()` is what decides the pixels."""
 
     cluster: list[int] = field(default_factory=list)
+    box: list[float] = field(default_factory=list)  # x0, y0, x1, y1 in pixels of the image that is made
+    mask: str | None = None  # file of an index mask
+    like: str | None = None  # file of an image to imitate
+    vary: str | None = None  # layout (other signals, the same noise) or content (one signal, other noise)
     n: int = 16
     w: float = 2.0
     steps: int = 25
@@ -47,10 +60,11 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [B, 3, H, W] uint8 and one record an image."""
+    """Images [B, 3, H, W] uint8, one record an image, and the signals that they were asked to follow, where one has its own."""
 
     images: Tensor
     records: list[dict[str, Any]]
+    asked: Signals | None = None
 
 
 def open_pipeline(source: str | Path, device: str = "auto") -> SelfGuidedPipeline:
@@ -99,24 +113,90 @@ def plan(pipe: SelfGuidedPipeline, options: SampleOptions) -> tuple[Iterator[Bat
     return generate(pipe, signals(pipe, options), options, options.w), columns, []
 
 
-def signals(pipe: SelfGuidedPipeline, options: SampleOptions) -> Guidance:
-    """n samples of each cluster asked for, or n signals drawn from the training distribution."""
-    if options.cluster:
-        return pipe.clusters([k for k in options.cluster for _ in range(options.n)])
-    return pipe.draw(options.n, options.seed)
+def signals(pipe: SelfGuidedPipeline, options: SampleOptions) -> Signals:
+    """What is asked for: n samples of each cluster, of a box or mask, of an image's own signal, or n signals drawn from the
+    training distribution. Parts that are not asked for are drawn."""
+    if options.like:
+        return _like(pipe, options.like)[torch.zeros(options.n, dtype=torch.long)]
+    ids = [k for k in options.cluster for _ in range(options.n)] or None
+    drawn = pipe.draw(len(ids) if ids else options.n, options.seed, clusters=ids)
+    if options.vary == "content":
+        drawn = drawn[torch.zeros(len(drawn), dtype=torch.long)]
+    if options.box:
+        _need_spatial(pipe, "box")
+        drawn = drawn.replace(box=_box(options.box, pipe.image_size).expand(len(drawn), 1, 4))
+    if options.mask:
+        _need_spatial(pipe, "mask")
+        mask = _read_mask(Path(options.mask), pipe)
+        drawn = drawn.replace(mask=PackedMasks.of([mask] * len(drawn)))
+    return drawn
+
+
+def _need_spatial(pipe: SelfGuidedPipeline, part: str) -> None:
+    if pipe.spec.spatial != part:
+        without = {None: "boxes or masks", "box": "masks", "mask": "boxes"}[pipe.spec.spatial]
+        raise InputError(f"--{part}: this run was trained without {without}; it accepts {pipe.accepts()}")
+
+
+def _box(corners: list[float], size: int) -> Tensor:
+    """x0, y0, x1, y1 in pixels -> [1, 1, 4] as shares of the sides."""
+    x0, y0, x1, y1 = corners
+    if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
+        raise InputError(
+            f"--box {x0:g},{y0:g},{x1:g},{y1:g}: needs 0 <= x0 < x1 <= {size} and the same of y, in pixels"
+        )
+    return torch.tensor(corners).view(1, 1, 4) / size
+
+
+def _read_mask(path: Path, pipe: SelfGuidedPipeline) -> np.ndarray:
+    """An index image of any size -> uint8 [S, S] of the run's mask size; InputError for ids that the run does not have."""
+    try:
+        with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as image:
+            if image.mode not in ("P", "L"):
+                raise InputError(
+                    f"--mask {path}: mode {image.mode}; an index image is needed: an 8-bit greyscale or palette PNG"
+                )
+            mask = np.array(crop_resize_index(image, pipe.image_size))
+    except (OSError, SyntaxError) as err:
+        raise InputError(f"--mask {path}: cannot be read as PNG: {getattr(err, 'strerror', None) or err}") from err
+    ids = np.unique(mask[mask != VOID])
+    if not len(ids):
+        raise InputError(f"--mask {path}: all of it is {VOID}, which means no class")
+    if ids[-1] >= pipe.spec.num_labels:
+        raise InputError(
+            f"--mask {path}: class {ids[-1]} in it; this run has 0 to {pipe.spec.num_labels - 1} ({VOID} = none)"
+        )
+    return mask
+
+
+def _like(pipe: SelfGuidedPipeline, file: str) -> Signals:
+    """The signal of an image file, by the run's own g and f."""
+    annotator = load_annotator(pipe.annotator_folder, pipe.device)
+    try:
+        image = crop_resize(decode(Path(file).read_bytes()), pipe.image_size)
+    except OSError as err:
+        raise InputError(f"--like {file}: cannot be read: {err.strerror or err}") from err
+    except BadImage as err:
+        raise InputError(f"--like {file}: {err.reason}") from err
+    return annotator(to_float(to_tensor(image)[None].to(pipe.device)))
 
 
 def generate(
-    pipe: SelfGuidedPipeline, guidance: Guidance, options: SampleOptions, w: float, progress: bool = True
+    pipe: SelfGuidedPipeline, asked: Signals, options: SampleOptions, w: float, progress: bool = True
 ) -> Iterator[Batch]:
-    """Image i of the whole request has noise (seed, i), whatever the batch size."""
-    bar = tqdm(total=len(guidance), unit="image", desc=f"sampling w={w:g}", disable=not progress)
-    for start in range(0, len(guidance), options.batch_size):
-        part = guidance[start : start + options.batch_size]
-        images = pipe(part, w, options.steps, options.scheduler, options.seed, start, options.eta,
+    """Image i of the whole request has noise (seed, i), whatever the batch size; with vary=layout all have noise (seed, 0)."""
+    bar = tqdm(total=len(asked), unit="image", desc=f"sampling w={w:g}", disable=not progress)
+    for start in range(0, len(asked), options.batch_size):
+        part = asked[torch.arange(start, min(start + options.batch_size, len(asked)))]
+        noise = None
+        if options.vary == "layout":
+            one = torch.randn(pipe.latent_shape, generator=image_generator(options.seed, 0))
+            noise = one.expand(len(part), -1, -1, -1)
+        images = pipe(part, w, options.steps, options.scheduler, options.seed, start, options.eta, noise,
                       precision=options.precision)  # fmt: skip
         bar.update(len(part))
-        yield Batch(images, [_record(options, k=_id(part, i), w=w, index=start + i) for i in range(len(part))])
+        records = [_record(options, **part.describe(i), w=w, index=start + i) for i in range(len(part))]
+        yield Batch(images, records, part)
     bar.close()
 
 
@@ -124,12 +204,14 @@ def _sweep(pipe: SelfGuidedPipeline, options: SampleOptions) -> Iterator[Batch]:
     """Rows: w. Columns: the same signals and noise."""
     chosen = signals(pipe, options)
     for w in options.sweep_w:
-        yield from generate(pipe, chosen[: options.n], options, w)
+        yield from generate(pipe, chosen[torch.arange(options.n)], options, w)
 
 
 def _interpolate(pipe: SelfGuidedPipeline, options: SampleOptions) -> Iterator[Batch]:
     """n images on the arc between two clusters' embeddings: first row fixed noise, second row noise on its own arc too."""
     first, last = options.interpolate
+    if pipe.spec.multi_hot or pipe.spec.spatial:
+        raise InputError("--interpolate walks between two cluster ids; this run's signals are more than an id")
     pipe.clusters([first, last])  # refuses ids that do not exist
     rows = pipe.conditioner.labels.detach()
     k = torch.zeros(options.n, pipe.spec.num_labels)
@@ -157,47 +239,63 @@ def _trajectory(pipe: SelfGuidedPipeline, options: SampleOptions) -> Iterator[Ba
     for i in range(len(chosen)):
         seen: dict[int, Tensor] = {}
         final = pipe(
-            chosen[i : i + 1], options.w, options.steps, options.scheduler, options.seed, i, options.eta,
+            chosen[torch.tensor([i])], options.w, options.steps, options.scheduler, options.seed, i, options.eta,
             watch=lambda step, x0, seen=seen: seen.update({step: x0}) if step in shown else None,
             precision=options.precision,
         )  # fmt: skip
         frames = [pipe.decode(seen[step]) for step in shown[:-1]] + [final]
-        yield Batch(
-            torch.cat(frames), [_record(options, k=_id(chosen, i), index=i, step=s, w=options.w) for s in shown]
-        )
+        said = chosen.describe(i)
+        yield Batch(torch.cat(frames), [_record(options, **said, index=i, step=s, w=options.w) for s in shown])
 
 
 def _record(options: SampleOptions, **what: Any) -> dict[str, Any]:
     return {"seed": options.seed, **what, "steps": options.steps, "scheduler": options.scheduler}
 
 
-def _id(guidance: Guidance, i: int) -> int:
-    assert guidance.k is not None
-    return int(guidance.k[i])
-
-
 def _write(folder: Path, batches: Iterator[Batch], columns: int, captions: list[str], options: SampleOptions) -> None:
     shown: list[Tensor] = []
+    layouts: list[Tensor] = []
     count = 0
     with (folder / "samples.jsonl").open("w") as lines:
         for batch in batches:
-            for image, record in zip(batch.images, batch.records, strict=True):
+            for i, (image, record) in enumerate(zip(batch.images, batch.records, strict=True)):
                 name = f"{count:06d}.png"
                 to_pil_image(image).save(folder / name)
+                if batch.asked is not None and batch.asked.mask is not None:
+                    record["mask"] = f"masks/{name}"
+                    (folder / "masks").mkdir(exist_ok=True)
+                    (folder / record["mask"]).write_bytes(png(batch.asked.mask[i]))
                 lines.write(json.dumps({"file": name, **record}) + "\n")
                 count += 1
-            shown.extend(batch.images[: max(0, 400 - len(shown))])
-    pictures = torch.stack(shown)
-    rows = list(pictures.split(columns))
-    scale = best_scale(pictures)
-    picture = labelled_rows(captions, rows, scale=scale) if captions else grid(pictures, columns, scale=scale)
-    picture.save(folder / "grid.png")
+            room = max(0, 400 - sum(map(len, shown)))
+            shown.append(batch.images[:room])
+            layout = None if batch.asked is None else pictures(batch.asked, batch.images.shape[-1])
+            if layout is not None:
+                layouts.append(layout[:room])
+    _grid(torch.cat(shown), torch.cat(layouts) if layouts else None, columns, captions).save(folder / "grid.png")
     (folder / "settings.json").write_text(json.dumps(options.settings(), indent=2) + "\n")
+
+
+def _grid(images: Tensor, layouts: Tensor | None, columns: int, captions: list[str]) -> Image.Image:
+    """Rows of samples; above each row, where the signals are spatial, what was asked for."""
+    scale = best_scale(images)
+    if layouts is None:
+        return (
+            labelled_rows(captions, images.split(columns), scale=scale)
+            if captions
+            else grid(images, columns, scale=scale)
+        )
+    rows = [row for pair in zip(layouts.split(columns), images.split(columns), strict=True) for row in pair]
+    names = [name for caption in captions or [""] * (len(rows) // 2) for name in ("asked", caption or "sample")]
+    return labelled_rows(names, rows, scale=scale)
 
 
 def _name(options: SampleOptions) -> str:
     what = "_".join(
         [f"c{'-'.join(map(str, options.cluster))}"] * bool(options.cluster)
+        + [f"box{'-'.join(f'{c:g}' for c in options.box)}"] * bool(options.box)
+        + [f"{flag}-{Path(file).stem}" for flag, file in (("mask", options.mask), ("like", options.like)) if file]
+        + [f"vary-{options.vary}"] * bool(options.vary)
         + ["sweep"] * bool(options.sweep_w)
         + [f"interpolate{'-'.join(map(str, options.interpolate))}"] * bool(options.interpolate)
         + ["trajectory"] * options.trajectory
@@ -222,6 +320,14 @@ def _check(options: SampleOptions) -> None:
         raise InputError(f"--interpolate takes two cluster ids, for example 3,17; got {options.interpolate}")
     if options.interpolate and options.cluster:
         raise InputError("--interpolate names its own clusters: leave --cluster out")
+    if options.box and len(options.box) != 4:
+        raise InputError(f"--box takes x0,y0,x1,y1 in pixels, got {options.box}")
+    if options.like and (options.cluster or options.box or options.mask):
+        raise InputError("--like takes the whole signal from the image: leave --cluster, --box and --mask out")
+    if options.vary not in (None, *VARY):
+        raise InputError(f"--vary {options.vary!r}; {choices(options.vary, VARY)}")
+    if options.vary == "layout" and (options.box or options.mask or options.like):
+        raise InputError("--vary layout draws other boxes or masks: leave --box, --mask and --like out")
 
 
 def _refuse_foreign(folder: Path, options: SampleOptions, overwrite: bool) -> None:

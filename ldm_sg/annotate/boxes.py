@@ -1,0 +1,61 @@
+"""f = LOST beside k-means: one object box an image (k_s) and its cluster (k), the paper's self-boxed guidance."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_sg.annotate.clusters import Clusters
+from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.annotate.lost import correct_localisation, lost, to_relative
+from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.data.shards import ImageBatch
+from ldm_sg.data.signals import Signals
+from ldm_sg.guidance.signal import GuidanceSpec
+
+
+class Boxes(Clusters):
+    """LOST on the patch keys of g, a ViT, while images pass; where it finds nothing the box is the whole image. Shards with
+    boxes of their own give CorLoc too."""
+
+    kind = "boxes"
+    reads_truth = True
+
+    def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
+        assert g is not None
+        boxes, found = self._boxes(g, images)
+        true = [
+            (box, torch.from_numpy(t.boxes))
+            for box, t in zip(boxes, batch.truth)
+            if t.boxes is not None and len(t.boxes)
+        ]
+        totals = {
+            "not_found": int((~found).sum()),
+            "with_boxes": len(true),
+            "located": sum(correct_localisation(box, those) for box, those in true),
+        }
+        return Observed({"box": boxes[:, None].numpy()}, {name: np.int64(n) for name, n in totals.items()})
+
+    def _boxes(self, g: FeatureExtractor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] -> boxes [B, 4] as shares of the sides, and whether LOST found something [B]."""
+        boxes, found = lost(g.keys(images), self.cfg.k_patches)
+        return to_relative(boxes, g.grid).cpu(), found.cpu()
+
+    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
+        return super().signals(stage) | {"box": stage.read_observed().columns["box"]}
+
+    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
+        return super().annotate(g, images).replace(box=self._boxes(g, images)[0][:, None])
+
+    def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
+        found: dict[str, Any] = {"not_found": int(totals["not_found"])}
+        if totals["with_boxes"]:
+            found["corloc"] = round(float(totals["located"] / totals["with_boxes"]), 4)
+            found["corloc_images"] = int(totals["with_boxes"])
+        return found
+
+    @property
+    def spec(self) -> GuidanceSpec:
+        return GuidanceSpec(self.kind, num_labels=self.k, spatial="box")

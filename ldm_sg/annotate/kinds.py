@@ -1,0 +1,93 @@
+"""f by its name, kept in OUT/annotator together with its g, and loaded again to annotate new images."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from ldm_sg.annotate.annotator import Annotator
+from ldm_sg.annotate.baselines import Centroids, Features, Neighbours, Random
+from ldm_sg.annotate.boxes import Boxes
+from ldm_sg.annotate.clusters import Clusters
+from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.annotate.oracle import Oracle
+from ldm_sg.annotate.stage import write_text
+from ldm_sg.config import AnnotatorConfig, FeaturesConfig, from_mapping
+from ldm_sg.data.signals import Signals
+from ldm_sg.errors import InputError, choices
+
+KINDS: dict[str, type[Annotator]] = {
+    f.kind: f for f in (Clusters, Boxes, Oracle, Random, Features, Centroids, Neighbours)
+}
+SMALL = 16 * 2**20  # bytes of a shipped g that are still copied beside f
+
+
+def make_annotator(cfg: AnnotatorConfig) -> Annotator:
+    """The f of a config, not yet fitted."""
+    if cfg.kind not in KINDS:
+        raise InputError(f"annotator.kind={cfg.kind!r}; {choices(cfg.kind, KINDS)}")
+    return KINDS[cfg.kind](cfg)
+
+
+@dataclass
+class LoadedAnnotator:
+    """g and f of an annotation set or a run, ready for new images [B, 3, H, W] in [-1, 1]."""
+
+    extractor: FeatureExtractor
+    f: Annotator
+
+    def __call__(self, images: Tensor) -> Signals:
+        return self.f.annotate(self.extractor, images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, D] float32."""
+        return self.extractor(images)
+
+
+def save_annotator(folder: Path, annotator: Annotator, extractor: FeatureExtractor | None) -> None:
+    """FOLDER/annotator.yaml (written last), what f learnt, and a small shipped g itself in FOLDER/g."""
+    folder.mkdir(parents=True, exist_ok=True)
+    annotator.save(folder)
+    own = extractor.folder if extractor else None
+    if own and sum(file.stat().st_size for file in own.iterdir()) <= SMALL:
+        shutil.copytree(own, folder / "g", dirs_exist_ok=True)
+    settings: dict[str, Any] = {"kind": annotator.kind, "state": annotator.state(), "config": asdict(annotator.cfg)}
+    settings["features"] = extractor.manifest if extractor else None
+    write_text(folder / "annotator.yaml", yaml.safe_dump(settings, sort_keys=False, width=118, default_flow_style=None))
+
+
+def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
+    """What `save_annotator` wrote, without g: f and the settings."""
+    path = folder / "annotator.yaml"
+    if not path.is_file():
+        raise InputError(f"{folder}: no annotator.yaml there; give the annotator/ folder of an annotation set or a run")
+    settings = yaml.safe_load(path.read_text())
+    if not isinstance(settings, dict) or not {"kind", "state", "config", "features"} <= set(settings):
+        raise InputError(f"{path}: not of this version of ldm_sg: make the annotation set again")
+    annotator = make_annotator(from_mapping(AnnotatorConfig, settings["config"], str(path)))
+    for name, value in settings["state"].items():
+        setattr(annotator, name, value)
+    annotator.restore(folder)
+    return annotator, settings
+
+
+def load_annotator(folder: str | Path, device: torch.device | str = "cpu") -> LoadedAnnotator:
+    """`annotator(images) -> Signals` of FOLDER, an annotation set's or a run's annotator/.
+
+    InputError when it is not complete, when it reads ground truth (new images have none), or when its g cannot be had
+    or is not the one that made the set."""
+    folder = Path(folder)
+    f, settings = load_f(folder)
+    own = settings["features"]
+    if own is None:
+        raise InputError(f"{folder}: annotator.kind={f.kind} reads no image, so it cannot annotate new ones")
+    model = str(folder / "g") if (folder / "g" / "manifest.yaml").is_file() else own["model"]
+    chosen = {key: own[key] for key in ("weights", "layer", "pool", "size", "precision")}
+    extractor = load_extractor(FeaturesConfig(model=model, **chosen), device)
+    if extractor.manifest["sha256"] != own["sha256"]:
+        raise InputError(f"{folder}: features.model={own['model']} has other weights now than when it made this set")
+    return LoadedAnnotator(extractor, f)

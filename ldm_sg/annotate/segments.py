@@ -1,0 +1,114 @@
+"""f = STEGO (or plain k-means on patches): an index mask of K classes, the paper's self-segmented guidance."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_sg.annotate.annotator import Annotator, Study
+from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.annotate.matching import confusion, match
+from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.annotate.stego import Segmenter
+from ldm_sg.config import AnnotatorConfig
+from ldm_sg.data.images import to_float
+from ldm_sg.data.shards import ImageBatch, image_batches
+from ldm_sg.data.signals import PackedMasks, Signals
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.guidance.spatial import VOID
+
+
+class Segments(Annotator):
+    """The segmenter is fitted on a part of the images before the streaming pass, in which it then segments them all. Shards
+    with masks of their own give mIoU and pixel accuracy too, after Hungarian matching."""
+
+    kind = "segments"
+    reads_features = False
+    reads_truth = True
+
+    def __init__(self, cfg: AnnotatorConfig):
+        super().__init__(cfg)
+        self.segmenter = Segmenter(cfg.k, cfg.segments, cfg.seed)
+
+    def prepare(self, study: Study) -> None:
+        """Fits, or takes what an earlier start has fitted into OUT/annotator."""
+        folder = study.out / "annotator"
+        if Segmenter.fitted(folder):
+            self.restore(folder)
+            return
+        assert study.extractor is not None
+        work = study.out / "work"
+        patches, features = sample_patches(study, self.cfg.segments.images, work / "patches.f16")
+        self.segmenter.fit(patches, features, work, study.extractor.mean.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.segmenter.save(folder)
+
+    def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
+        assert g is not None
+        masks = self._masks(g, images)
+        table = np.zeros((self.k, VOID), np.int64)
+        for mask, truth in zip(masks, batch.truth, strict=True):
+            if truth.mask is not None:
+                table += confusion(mask, truth.mask, self.k, VOID)
+        return Observed({"mask": masks}, {"confusion": table})
+
+    def _masks(self, g: FeatureExtractor, images: Tensor) -> np.ndarray:
+        """Images [B, 3, H, W] -> index masks uint8 [B, H, H]."""
+        mirrored = g.patches(images.flip(-1))[1] if self.cfg.segments.flips else None
+        masks = self.segmenter.segment(g.patches(images)[1], mirrored, images.shape[-1])
+        return torch.as_tensor(masks).cpu().numpy()
+
+    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
+        return {"mask": stage.read_observed().columns["mask"]}
+
+    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
+        return Signals(self.spec, mask=PackedMasks.of(self._masks(g, images)), count=len(images))
+
+    def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
+        table = totals["confusion"]
+        if not table.any():
+            return {}
+        classes = int(np.flatnonzero(table.sum(0))[-1]) + 1
+        found = match(table[:, :classes])
+        return {"true_classes": classes, "miou": round(found["miou"], 4), "accuracy": round(found["accuracy"], 4)}
+
+    @property
+    def spec(self) -> GuidanceSpec:
+        return GuidanceSpec(self.kind, num_labels=self.k, multi_hot=True, spatial="mask")
+
+    def save(self, folder: Path) -> None:
+        self.segmenter.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        self.segmenter.restore(folder)
+
+
+def sample_patches(study: Study, limit: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """g's patch features float16 [N, D, h, w], a file that is mapped, and image-level features float32 [N, D'] of at most
+    about `limit` images: the first ones of every shard."""
+    g, cfg = study.extractor, study.config
+    assert g is not None
+    each = max(1, limit // len(study.shards))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features, shape = [], (0, 0, 0)
+    with path.open("wb") as file, tqdm(desc="patches to learn from", unit=" images", mininterval=1) as bar:
+        for shard in study.shards:
+            left = each
+            batches = image_batches([shard], study.size, min(each, cfg.features.batch_size), 0, lambda *_: None)
+            for batch in itertools.takewhile(lambda _: left > 0, batches):  # noqa: B023
+                image_level, patches = g.patches(to_float(batch.images[:left].to(g.mean.device)))
+                features.append(image_level.cpu().numpy())
+                file.write(patches.half().cpu().contiguous().numpy().data)
+                shape = tuple(patches.shape[1:])
+                left -= len(image_level)
+                bar.update(len(image_level))
+    if not features:
+        raise InputError(f"shards={cfg.shards!r}: no usable image to learn segments from")
+    count = sum(map(len, features))
+    return np.memmap(path, np.float16, "r", shape=(count, *shape)), np.concatenate(features)

@@ -1,0 +1,210 @@
+"""The raw signals of many images, compact in memory and on disk; a batch of them becomes a Guidance on the latent grid."""
+
+import dataclasses
+import io
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save
+from torch import Tensor
+
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.signal import Guidance, GuidanceSpec
+from ldm_sg.guidance.spatial import box_coverage, concept_ids, mask_coverage, present
+
+Sample = dict[str, np.ndarray]  # one image's signals: those of `columns(spec)`
+
+
+def columns(spec: GuidanceSpec) -> tuple[str, ...]:
+    """The parts of an image's signal: `k` (id, or multi-hot [K]), `box` float32 [M, 4] as shares of the sides, `mask` uint8
+    [H, W] (k is then what occurs in it), `feature` float16 [D] of unit length."""
+    parts = {"k": spec.num_labels and spec.spatial != "mask", "box": spec.spatial == "box"}
+    parts |= {"mask": spec.spatial == "mask", "feature": spec.feature_dim}
+    return tuple(name for name, there in parts.items() if there)
+
+
+def files_of(sample: Sample) -> dict[str, bytes]:
+    """A sample's signals as files of an annotated shard: KEY.k.npy, KEY.box.npy, KEY.feature.npy, KEY.mask.png."""
+    return {extension(name): (png if name == "mask" else npy)(value) for name, value in sample.items()}
+
+
+def extension(column: str) -> str:
+    return "mask.png" if column == "mask" else f"{column}.npy"
+
+
+def npy(array: Any) -> bytes:
+    """A .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def png(mask: np.ndarray) -> bytes:
+    """An index mask uint8 [H, W] as a greyscale PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class PackedMasks:
+    """Index masks uint8 [N, size, size], deflated: a few hundred bytes each."""
+
+    size: int
+    blob: np.ndarray  # uint8 [bytes], may be memory-mapped
+    ends: np.ndarray  # int64 [N]
+
+    @classmethod
+    def of(cls, masks: Iterable[np.ndarray]) -> "PackedMasks":
+        size, packed = 0, []
+        for mask in masks:
+            assert mask.dtype == np.uint8 and mask.shape[0] == mask.shape[1] and size in (0, len(mask)), mask.shape
+            size = len(mask)
+            packed.append(zlib.compress(np.ascontiguousarray(mask), 6))
+        ends = np.cumsum([len(p) for p in packed], dtype=np.int64)
+        return cls(size, np.frombuffer(b"".join(packed), np.uint8), ends)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["PackedMasks"]) -> "PackedMasks":
+        """One after the other."""
+        starts = np.cumsum([0, *(len(p.blob) for p in parts[:-1])])
+        ends = np.concatenate([p.ends + start for p, start in zip(parts, starts, strict=True)])
+        return cls(parts[0].size, np.concatenate([p.blob for p in parts]), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        data = zlib.decompress(self.blob[self.ends[i - 1] if i else 0 : self.ends[i]])
+        return np.frombuffer(data, np.uint8).reshape(self.size, self.size)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The signals of N images under one `spec`; parts that it does not have are None."""
+
+    spec: GuidanceSpec
+    k: Tensor | None = None  # [N] long, or [N, K] float multi-hot
+    box: Tensor | None = None  # [N, M, 4] float; boxes without area fill up
+    mask: PackedMasks | None = None
+    feature: Tensor | None = None  # [N, D] float16
+    count: int = 0  # N where there is no part at all
+
+    @classmethod
+    def of(cls, spec: GuidanceSpec, samples: Sequence[Sample]) -> "Signals":
+        """From single images' signals."""
+        arrays: dict[str, Any] = {
+            name: PackedMasks.of(s[name] for s in samples) if name == "mask" else np.stack([s[name] for s in samples])
+            for name in columns(spec)
+        }
+        return cls.from_arrays(spec, arrays, len(samples))
+
+    @classmethod
+    def from_arrays(cls, spec: GuidanceSpec, arrays: dict[str, Any], count: int) -> "Signals":
+        """From whole columns: numpy arrays, and PackedMasks for `mask`."""
+        parts = {n: a if isinstance(a, PackedMasks) else torch.from_numpy(np.asarray(a)) for n, a in arrays.items()}
+        if "k" in parts:
+            parts["k"] = parts["k"].float() if spec.multi_hot else parts["k"].long()
+        return cls(spec, count=count, **parts)
+
+    @classmethod
+    def of_ids(cls, spec: GuidanceSpec, k: Tensor) -> "Signals":
+        """Nothing but ids [N]."""
+        return cls(spec, k=k, count=len(k))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, indices: Tensor) -> "Signals":
+        """Those at `indices` [B]."""
+        at = indices.tolist()
+        mask = None if self.mask is None else PackedMasks.of(self.mask[i] for i in at)
+        pick = lambda part: None if part is None else part[indices]  # noqa: E731
+        return Signals(self.spec, pick(self.k), pick(self.box), mask, pick(self.feature), len(at))
+
+    def replace(self, **parts: Any) -> "Signals":
+        """The same images with another box, mask, ..."""
+        return dataclasses.replace(self, **parts)
+
+    def masks(self, indices: Sequence[int] | None = None) -> Tensor:
+        """Index masks uint8 [B, H, W]."""
+        assert self.mask is not None
+        return torch.from_numpy(np.stack([self.mask[i] for i in (range(len(self)) if indices is None else indices)]))
+
+    def guidance(self, grid: tuple[int, int], indices: Tensor | None = None, flip: Tensor | None = None) -> Guidance:
+        """The Guidance of the images at `indices` [B] on a latent grid (h, w), mirrored where `flip` [B] is set."""
+        indices = torch.arange(len(self)) if indices is None else indices
+        keep = torch.ones(len(indices), dtype=torch.bool)
+        k = None if self.k is None else self.k[indices]
+        feature = None if self.feature is None else self.feature[indices].float()
+        spatial = None
+        if self.box is not None:
+            spatial = box_coverage(self.box[indices], grid)
+        if self.mask is not None:
+            spatial = mask_coverage(self.masks(indices.tolist()), self.spec.num_labels, grid)
+            k = present(spatial)
+        if spatial is not None and flip is not None:
+            spatial = torch.where(flip[:, None, None, None], spatial.flip(3), spatial)
+        concepts = concept_ids(k) if k is not None and k.ndim == 2 else None
+        return Guidance(keep, k, concepts, feature, spatial)
+
+    def describe(self, i: int) -> dict[str, Any]:
+        """Image i's signal in few words: `k` (id, or the ids that are present), `box` as shares of the sides."""
+        said: dict[str, Any] = {}
+        if self.mask is not None:
+            ids = np.unique(self.mask[i])
+            said["k"] = ids[ids < self.spec.num_labels].tolist()
+        elif self.k is not None:
+            said["k"] = int(self.k[i]) if self.k.ndim == 1 else self.k[i].nonzero()[:, 0].tolist()
+        if self.box is not None:
+            said["box"] = [[round(c, 4) for c in box] for box in self.box[i].tolist() if box[2] > box[0]]
+        return said
+
+    def having(self, label: int) -> Tensor:
+        """Indices of the images with `label`."""
+        if self.mask is not None:
+            return torch.tensor([i for i in range(len(self)) if (self.mask[i] == label).any()], dtype=torch.long)
+        assert self.k is not None
+        return ((self.k == label) if self.k.ndim == 1 else self.k[:, label] > 0).nonzero()[:, 0]
+
+    def counts(self) -> np.ndarray:
+        """In how many images each label occurs, [K]."""
+        if self.mask is not None:
+            occurs = np.zeros(self.spec.num_labels, np.int64)
+            for i in range(len(self)):
+                ids = np.unique(self.mask[i])
+                occurs[ids[ids < len(occurs)]] += 1
+            return occurs
+        if self.k is None:
+            return np.zeros(0, np.int64)
+        if self.k.ndim == 2:
+            return (self.k > 0).sum(0).numpy()
+        return np.bincount(self.k.numpy(), minlength=self.spec.num_labels)
+
+    def save(self, path: Path) -> None:
+        """One safetensors file."""
+        arrays: dict[str, np.ndarray] = {"count": np.array([self.count])}
+        arrays |= {
+            n: np.ascontiguousarray(p.numpy()) for n in ("k", "box", "feature") if (p := getattr(self, n)) is not None
+        }
+        if self.mask is not None:
+            arrays |= {"mask_size": np.array([self.mask.size]), "mask": self.mask.blob, "mask_ends": self.mask.ends}
+        path.write_bytes(save(arrays))
+
+    @classmethod
+    def load(cls, path: Path, spec: GuidanceSpec) -> "Signals":
+        """What `save` wrote; InputError when the file does not hold what `spec` says."""
+        arrays = load_file(path)
+        if "mask" in arrays:
+            arrays["mask"] = PackedMasks(int(arrays.pop("mask_size")[0]), arrays["mask"], arrays.pop("mask_ends"))
+        missing = {"count", *columns(spec)} - set(arrays)
+        if missing:
+            raise InputError(f"{path}: no {', '.join(sorted(missing))} in it: not the signals of this run")
+        count = int(arrays.pop("count")[0])
+        return cls.from_arrays(spec, arrays, count)

@@ -1,0 +1,220 @@
+"""Spatial signals: coverage on the latent grid, the store of raw signals, what annotators make of shards with boxes and masks."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ldm_sg.annotate.baselines import corrupted
+from ldm_sg.annotate.kinds import KINDS, load_annotator
+from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig
+from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.shards import ShardWriter
+from ldm_sg.data.signals import PackedMasks, Signals, columns
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.guidance.spatial import VOID, box_coverage, concept_ids, mask_coverage, present
+from ldm_sg.report.signals import palette
+from ldm_sg.verbs.annotate import annotate
+
+SIZE = 32
+
+
+def random_masks(n: int = 4, classes: int = 5, size: int = SIZE) -> torch.Tensor:
+    return torch.randint(0, classes, (n, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (8, 16), (32, 32)])
+def test_mask_coverage_adds_up_to_one_less_void_and_is_the_area(grid: tuple[int, int]) -> None:
+    masks = random_masks()
+    coverage = mask_coverage(masks, 5, grid)
+    assert coverage.shape == (4, 5, *grid) and torch.allclose(coverage.sum(1), torch.ones(4, *grid))
+    hot = torch.nn.functional.one_hot(masks.long(), 5).permute(0, 3, 1, 2).float()
+    assert torch.allclose(coverage, torch.nn.functional.interpolate(hot, grid, mode="area"))
+    masks[:, :16] = VOID
+    half = mask_coverage(masks, 5, (4, 4))
+    assert half[:, :, :2].sum() == 0 and torch.allclose(half[:, :, 2:].sum(1), torch.ones(4, 2, 4))
+
+
+def test_box_coverage_has_fractional_edges_and_the_boxes_area() -> None:
+    boxes = torch.tensor([[[0.25, 0.0, 0.5, 1.0]], [[0.1, 0.2, 0.35, 0.9]], [[0.0, 0.0, 0.0, 0.0]]])
+    coverage = box_coverage(boxes, (4, 8))
+    assert torch.allclose(coverage[0, 0], torch.tensor([0.0, 0, 1, 1, 0, 0, 0, 0]).expand(4, 8))
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)[:, 0]
+    assert torch.allclose(coverage.mean((1, 2, 3)), area)
+    assert torch.allclose(coverage[1, 0, 0, :4], torch.tensor([0.2 * 0.2, 0.2, 0.2 * 0.8, 0.0]), atol=1e-6)
+    two = torch.cat([boxes[:1], boxes[1:2]], 1)
+    assert torch.equal(box_coverage(two, (4, 8)), torch.maximum(coverage[:1], coverage[1:2]))
+
+
+def test_flipping_a_box_or_mask_flips_its_coverage() -> None:
+    masks, boxes = random_masks(), torch.tensor([[[0.1, 0.2, 0.35, 0.9]]])
+    mirrored = boxes.clone()
+    mirrored[..., 0], mirrored[..., 2] = 1 - boxes[..., 2], 1 - boxes[..., 0]
+    assert torch.equal(mask_coverage(masks.flip(2), 5, (8, 8)), mask_coverage(masks, 5, (8, 8)).flip(3))
+    assert torch.allclose(box_coverage(mirrored, (8, 8)), box_coverage(boxes, (8, 8)).flip(3), atol=1e-6)
+
+
+def test_present_concepts() -> None:
+    multi_hot = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 0]])
+    assert concept_ids(multi_hot).tolist() == [[1, 3, -1, -1], [-1, -1, -1, -1]]
+    masks = random_masks(2)
+    masks[0] = 3
+    assert present(mask_coverage(masks, 5, (4, 4))).tolist() == [[0, 0, 0, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_signals_keep_every_part_through_packing_picking_and_disk(tmp_path: Path) -> None:
+    masks = random_masks(6).numpy()
+    spec = GuidanceSpec("segments", 5, True, "mask", feature_dim=3)
+    assert columns(spec) == ("mask", "feature")
+    rows = [{"mask": m, "feature": np.full(3, i, np.float16)} for i, m in enumerate(masks)]
+    signals = Signals.of(spec, rows)
+    signals.save(tmp_path / "s.safetensors")
+    again = Signals.load(tmp_path / "s.safetensors", spec)
+    for s in (signals, again, again[torch.arange(6)]):
+        assert len(s) == 6 and np.array_equal(s.masks().numpy(), masks)
+        guidance = s.guidance((4, 4), torch.tensor([3, 1]), flip=torch.tensor([True, False]))
+        plain = s.guidance((4, 4), torch.tensor([3, 1]))
+        assert torch.equal(guidance.spatial[0], plain.spatial[0].flip(2))
+        assert torch.equal(guidance.spatial[1], plain.spatial[1]) and torch.equal(guidance.k, plain.k)
+        assert guidance.feature[:, 0].tolist() == [3, 1] and guidance.concepts.shape == (2, 5)
+    with pytest.raises(InputError, match="no box"):
+        Signals.load(tmp_path / "s.safetensors", GuidanceSpec(spatial="box"))
+    assert PackedMasks.of(masks)[4].tolist() == masks[4].tolist()
+    assert signals.having(2).tolist() == list(range(6)) and signals.counts().tolist() == [6] * 5
+
+
+def test_the_null_removes_every_part_of_the_signal() -> None:
+    from ldm_sg.models.conditioner import Conditioner
+
+    torch.manual_seed(0)
+    net = Conditioner(num_labels=5, embed_dim=16, hidden=8, tokens="concepts", spatial_channels=5, feature_dim=3)
+    spec = GuidanceSpec("segments", 5, True, "mask", feature_dim=3)
+    rows = [{"mask": m, "feature": np.full(3, i + 1, np.float16)} for i, m in enumerate(random_masks(3).numpy())]
+    rows[2]["mask"] = np.full((SIZE, SIZE), VOID, np.uint8)
+    guidance = Signals.of(spec, rows).guidance((4, 4))
+    found, null = net(guidance), net(guidance.null())
+    for part in (null.vector, null.spatial, null.tokens * null.mask[..., None]):
+        assert torch.equal(part[0], part[1]) and torch.equal(part[0], part[2])
+    assert not torch.equal(found.vector[0], null.vector[0]) and not torch.equal(found.spatial[0], null.spatial[0])
+    assert found.mask[2].sum() == 1 and (found.tokens[2, 0] == 0).all()  # nothing present is not the null
+    assert not torch.equal(null.tokens[2, 0], found.tokens[2, 0])
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shards(folder: Path, masks: bool = True, boxes: bool = True, n: int = 12) -> str:
+    """A bright square of one of three colours, at its box, on dark ground."""
+    generator = np.random.default_rng(0)
+    with ShardWriter(folder / "a.tar") as writer:
+        for i in range(n):
+            x, y = generator.integers(0, 20, 2).tolist()
+            pixels = generator.integers(0, 40, (SIZE, SIZE, 3)).astype(np.uint8)
+            pixels[y : y + 12, x : x + 12, i % 3] = 220
+            mask = np.zeros((SIZE, SIZE), np.uint8)
+            mask[y : y + 12, x : x + 12] = 1 + i % 3
+            files = {"png": png(pixels)} | ({"mask.png": png(mask)} if masks else {})
+            if boxes:
+                files["json"] = json.dumps({"boxes": [[x, y, x + 12, y + 12, i % 3]], "labels": [i % 3]}).encode()
+            writer.write(f"{i:03d}", files)
+    return str(folder / "*.tar")
+
+
+def config(tmp_path: Path, source: str, **annotator) -> AnnotateConfig:
+    return AnnotateConfig(
+        shards=source,
+        out=str(tmp_path / "set"),
+        autoencoder="patch4",
+        features=FeaturesConfig(batch_size=5, precision="fp32"),
+        annotator=AnnotatorConfig(**annotator),
+        flips=True,
+        workers=0,
+        device="cpu",
+    )
+
+
+def test_oracle_masks(tmp_path: Path) -> None:
+    out = annotate(config(tmp_path, shards(tmp_path / "source"), kind="oracle", truth="masks"))
+    latents = LatentSet(out)
+    assert (latents.spec.num_labels, latents.spec.spatial_channels, latents.spec.multi_hot) == (4, 4, True)
+    guidance = latents.guidance(torch.tensor([0, 4]))
+    assert guidance.spatial.shape == (2, 4, 8, 8) and guidance.k.tolist() == [[1, 1, 0, 0], [1, 0, 1, 0]]
+    assert guidance.spatial[0, 1].mean() == pytest.approx((12 / SIZE) ** 2)
+    assert LatentSet(out).signals.masks().shape == (12, SIZE, SIZE)  # from the index this time
+    assert (out / "masks.png").is_file() and (out / "report.html").is_file()
+
+
+def test_oracle_boxes_and_labels(tmp_path: Path) -> None:
+    source = shards(tmp_path / "source", masks=False)
+    latents = LatentSet(annotate(config(tmp_path, source, kind="oracle", truth="boxes")))
+    guidance = latents.guidance(torch.tensor([0, 4]))
+    assert guidance.spatial.shape == (2, 1, 8, 8) and guidance.k.tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert guidance.spatial[0].mean() == pytest.approx((12 / SIZE) ** 2)
+    assert (latents.folder / "boxes.png").is_file()
+    several = LatentSet(annotate(config(tmp_path / "labels", source, kind="oracle")))
+    assert several.spec.multi_hot and several.spec.spatial is None
+    assert several.guidance(torch.tensor([2])).concepts.tolist() == [[2, -1, -1]]
+    nothing = LatentSet(annotate(config(tmp_path / "none", source, kind="oracle", truth="none")))
+    guidance = nothing.guidance(torch.tensor([0, 1]))
+    assert len(nothing) == 12 and guidance.k is None and guidance.spatial is None and len(guidance) == 2
+
+
+def test_shards_without_what_the_oracle_should_read(tmp_path: Path) -> None:
+    source = shards(tmp_path / "source", masks=False, boxes=False)
+    with pytest.raises(InputError, match=r"truth=masks: no image .* KEY\.mask\.png"):
+        annotate(config(tmp_path / "m", source, kind="oracle", truth="masks"))
+    with pytest.raises(InputError, match=r"truth=boxes: no image .* boxes"):
+        annotate(config(tmp_path / "b", source, kind="oracle", truth="boxes"))
+    with pytest.raises(InputError, match=r"annotator\.truth='mask'.*masks"):
+        annotate(config(tmp_path / "c", source, kind="oracle", truth="mask"))
+
+
+def test_shuffled_ids_keep_their_sizes(tmp_path: Path) -> None:
+    ids = np.arange(1000) % 7
+    for share in (0.25, 0.5, 1.0):
+        other = corrupted(ids, share, 0)
+        assert np.array_equal(np.bincount(other), np.bincount(ids))
+        assert np.mean(other != ids) == pytest.approx(share * 6 / 7, abs=0.04)
+    source = shards(tmp_path / "source")
+    plain = LatentSet(annotate(config(tmp_path / "p", source, k=3)))
+    mixed = LatentSet(annotate(config(tmp_path / "s", source, k=3, shuffle=1.0)))
+    assert sorted(plain.signals.k.tolist()) == sorted(mixed.signals.k.tolist())
+    assert not torch.equal(plain.signals.k, mixed.signals.k)
+    with pytest.raises(InputError, match=r"annotator\.shuffle.*no ids"):
+        annotate(config(tmp_path / "f", source, kind="features", shuffle=0.5))
+
+
+@pytest.mark.parametrize("kind", ["features", "centroids", "neighbours"])
+def test_feature_conditioning(kind: str, tmp_path: Path) -> None:
+    out = annotate(config(tmp_path, shards(tmp_path / "source"), kind=kind, k=3, neighbours=2))
+    latents = LatentSet(out)
+    feature = latents.guidance(torch.arange(12)).feature
+    assert latents.spec.num_labels == 0 and latents.spec.feature_dim == feature.shape[1] == 96
+    assert torch.allclose(feature.norm(dim=1), torch.ones(12), atol=1e-2)
+    distinct = len({tuple(row.tolist()) for row in feature})
+    assert distinct <= 3 if kind == "centroids" else distinct > 3
+    again = load_annotator(out / "annotator")
+    made = again(torch.zeros(2, 3, SIZE, SIZE))
+    assert made.feature.shape == (2, 96) and made.spec == latents.spec
+
+
+def test_random_ids_need_no_g(tmp_path: Path) -> None:
+    out = annotate(config(tmp_path, shards(tmp_path / "source"), kind="random", k=4))
+    assert set(LatentSet(out).signals.k.tolist()) <= set(range(4))
+    assert yaml.safe_load((out / "manifest.yaml").read_text())["features"] is None
+    with pytest.raises(InputError, match="reads no image"):
+        load_annotator(out / "annotator")
+
+
+def test_every_kind_is_listed_and_colours_differ() -> None:
+    assert {"clusters", "boxes", "segments", "oracle", "random", "features", "centroids", "neighbours"} == set(KINDS)
+    assert len({tuple(c) for c in palette(27)[:27].tolist()}) == 27
