@@ -261,7 +261,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 def test_loader_reads_what_was_written(colours: Path) -> None:
     latents = LatentSet(colours)
-    assert len(latents) == 64 and latents.k.tolist() == [i % 4 for i in range(64)]
+    assert len(latents) == 64 and latents.signals.k.tolist() == [i % 4 for i in range(64)]
     batch = latents.latents(torch.arange(64))
     assert batch.mean().abs() < 0.01 and abs(batch.std() - 1) < 0.01
 
