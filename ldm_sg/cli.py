@@ -61,9 +61,18 @@ def _config_verb(schema: str, module: str, config: Path, overrides: list[str] | 
     getattr(import_module(f"ldm_sg.verbs.{module}"), module)(loaded)
 
 
-@app.command(epilog="Example: ldm-sg pack ~/photos data/photos256 --size 256")
+@app.command(
+    epilog="Examples: ldm-sg pack ~/photos data/photos256 --size 256 | "
+    "ldm-sg pack ~/photos data/photos256 --annotations boxes.json --masks ~/masks --ignore-index 11 | "
+    "ldm-sg pack VOCdevkit/VOC2012 data/voc256 --split train | "
+    "ldm-sg pack train2017 data/coco256 --annotations instances_train2017.json "
+    "--masks stuffthingmaps/train2017 --merge cocostuff27"
+)
 def pack(
-    src: Annotated[str, typer.Argument(help="Image folder, list file (.txt), LSUN LMDB folder, or shards (glob).")],
+    src: Annotated[
+        str,
+        typer.Argument(help="Image folder, list file (.txt), LSUN LMDB folder, shards (glob), or Pascal VOC folder."),
+    ],
     dst: Annotated[Path, typer.Argument(help="Folder of the new shards.")],
     size: Annotated[int, typer.Option(help="Side of the square images, pixels.")] = 256,
     shard_size: Annotated[int, typer.Option(help="Images a shard.")] = 1000,
@@ -71,12 +80,25 @@ def pack(
     quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
     max_skipped: Annotated[float, typer.Option(help="Share of unreadable images above which packing fails.")] = 0.01,
     workers: Annotated[int, typer.Option(help="Processes; -1 = one a core.")] = -1,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(help='Boxes: COCO\'s instances JSON, or {"FILE NAME": [[x0, y0, x1, y1, label], ...], ...}.'),
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of index PNGs called like the images.")] = None,
+    merge: Annotated[
+        str | None, typer.Option(help="cocostuff27: COCO-Stuff's pixel maps -> the 27 classes of its hierarchy.")
+    ] = None,
+    ignore_index: Annotated[int | None, typer.Option(help="Index of the masks that becomes 255, ignore.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a VOC folder: a list in ImageSets/, as train or Segmentation/train.")
+    ] = None,
 ) -> None:
-    """Images -> webdataset shards: centre crop, antialiased resize."""
+    """Images -> webdataset shards: centre crop, antialiased resize; boxes and masks go with them."""
     from ldm_sg.verbs.pack import pack as run
 
     run(src, dst, size=size, shard_size=shard_size, format=image_format, quality=quality, max_skipped=max_skipped,
-        workers=workers)  # fmt: skip
+        workers=workers, annotations=annotations, masks=masks, merge=merge, ignore_index=ignore_index,
+        split=split)  # fmt: skip
 
 
 @app.command(

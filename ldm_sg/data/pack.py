@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from PIL import Image
 from tqdm import tqdm
@@ -57,6 +58,7 @@ class Packed:
     source: str
     files: dict[str, bytes] | None
     reason: str = ""
+    empty_boxes: int = 0  # those with no area inside their image
 
 
 @dataclass
@@ -66,13 +68,15 @@ class Summary:
     images: int = 0
     skipped: int = 0
     shards: int = 0
+    empty_boxes: int = 0
 
 
 def pack_source(source: Source, dst: Path, form: Form, shard_size: int, workers: int, max_skipped: float) -> Summary:
     """Makes what is missing of DST/*.tar; InputError when DST belongs to another pack, or too much is unreadable."""
     claim(dst, {"source": source.identity, **asdict(form), "shard_size": shard_size})
-    if source.classes:
-        write_whole(dst / "classes.json", json.dumps({"classes": source.classes}, indent=1, ensure_ascii=False))
+    names = {"classes": source.classes, "mask_classes": source.mask_classes}
+    if names := {kind: known for kind, known in names.items() if known}:
+        write_whole(dst / "classes.json", json.dumps(names, indent=1, ensure_ascii=False))
     log = Log(dst)
     allowed = None if source.total is None else max_skipped * source.total
     chunks = _chunks(source.shards(shard_size, log.done))
@@ -111,21 +115,39 @@ def _pack_chunk(form: Form, chunk: tuple[str, list[Item]]) -> tuple[str, list[Pa
 
 def pack_item(form: Form, item: Item) -> Packed:
     """Reads, decodes, crops and encodes one item with what lies beside it."""
+    empty_boxes = 0
     try:
         sample = item.read()
         image = decode(sample.image)
+        drawn = item.boxes.size if item.boxes else None
+        if drawn not in (None, image.size):
+            raise BadImage("its boxes are of {} x {} pixels, the image has {} x {}".format(*drawn, *image.size))
         files = {form.format: form.encode(crop_resize(image, form.size))}
         if sample.cls is not None:
             files["cls"] = str(sample.cls).encode()
         if sample.meta is not None:
             files["json"] = json.dumps(crop_meta(sample.meta, image.size, form.size)).encode()
+            empty_boxes = count_empty(sample.meta, image.size)
         if sample.mask is not None:
-            mask = io.BytesIO()
-            crop_resize_index(decode_index(sample.mask, image.size), form.size).save(mask, format="PNG")
-            files["mask.png"] = mask.getvalue()
+            mask = renumber(decode_index(sample.mask, image.size), item.table)
+            buffer = io.BytesIO()
+            crop_resize_index(mask, form.size).save(buffer, format="PNG")
+            files["mask.png"] = buffer.getvalue()
     except BadImage as err:
         return Packed(item.key, item.source, None, err.reason)
-    return Packed(item.key, item.source, files)
+    return Packed(item.key, item.source, files, empty_boxes=empty_boxes)
+
+
+def renumber(mask: Image.Image, table: tuple[int, ...]) -> Image.Image:
+    """An index image's indices, or what `table` [256] makes of them, as greyscale (a palette that is shorter than its
+    indices would be written wrongly). Raises BadImage at an index that the table has as -1."""
+    indices = np.asarray(mask)
+    if table:
+        unknown = [i for i in np.unique(indices).tolist() if table[i] < 0]
+        if unknown:
+            raise BadImage(f"its mask has index {unknown[0]}, which --merge does not know")
+        indices = np.array(table).astype(np.uint8)[indices]
+    return Image.fromarray(indices)
 
 
 def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: int) -> dict[str, Any]:
@@ -148,9 +170,15 @@ def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: int) -> dic
     return {**meta, **labels, "boxes": kept}
 
 
+def count_empty(meta: dict[str, Any], size: tuple[int, int]) -> int:
+    """How many boxes of a sample's json have no area inside an image of `size` = (width, height); NaN has none."""
+    (width, height), boxes = size, meta.get("boxes", ()) if isinstance(meta, dict) else ()
+    return sum(not (max(x0, 0) < min(x1, width) and max(y0, 0) < min(y1, height)) for x0, y0, x1, y1, _ in boxes)
+
+
 def _write_shard(path: Path, results: Iterable[Packed], log: "Log", bar: tqdm) -> None:
     """One shard, and its lines in the logs; a shard without any image is not written."""
-    skipped, images = [], 0
+    skipped, images, empty_boxes = [], 0, 0
     with ExitStack() as stack:
         writer = None
         for packed in results:
@@ -161,11 +189,12 @@ def _write_shard(path: Path, results: Iterable[Packed], log: "Log", bar: tqdm) -
             writer = writer or stack.enter_context(ShardWriter(path))
             writer.write(packed.key, packed.files)
             images += 1
-    log.add(path.name, images, skipped)
+            empty_boxes += packed.empty_boxes
+    log.add(path.name, images, skipped, empty_boxes)
 
 
 class Log:
-    """shards.jsonl (file, images, skipped) and skipped.jsonl (shard, source, reason): what is finished.
+    """shards.jsonl (file, images, skipped, empty_boxes) and skipped.jsonl (shard, source, reason): what is finished.
 
     Both are appended to after a shard is whole; a shard whose line did not get written any more is made again."""
 
@@ -180,9 +209,10 @@ class Log:
         for line in shards:
             self._count(line)
 
-    def add(self, file: str, images: int, skipped: list[dict[str, str]]) -> None:
+    def add(self, file: str, images: int, skipped: list[dict[str, str]], empty_boxes: int) -> None:
         """Records a finished shard."""
         line = {"file": file, "images": images, "skipped": len(skipped)}
+        line |= {"empty_boxes": empty_boxes} if empty_boxes else {}
         for name, lines in zip(reversed(_LOGS), (skipped, [line])):
             with disk_errors(self.dst / name), (self.dst / name).open("a") as log:
                 log.writelines(json.dumps(entry) + "\n" for entry in lines)
@@ -193,6 +223,7 @@ class Log:
         self.total.images += line["images"]
         self.total.skipped += line["skipped"]
         self.total.shards += line["images"] > 0
+        self.total.empty_boxes += line.get("empty_boxes", 0)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -232,7 +263,8 @@ def claim(dst: Path, settings: dict[str, Any]) -> None:
 def finish(dst: Path, total: Summary) -> None:
     """Adds the totals to pack.yaml: its `done` says that the pack is complete."""
     content = yaml.safe_load((dst / "pack.yaml").read_text())
-    write_whole(dst / "pack.yaml", yaml.safe_dump({**content, "done": asdict(total)}, sort_keys=False))
+    done = {name: count for name, count in asdict(total).items() if count or name != "empty_boxes"}
+    write_whole(dst / "pack.yaml", yaml.safe_dump({**content, "done": done}, sort_keys=False))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
-"""What can be packed: image folders, lists, LSUN's LMDB folders, other shards. A source names its items shard by shard;
-items are light (a path, an LMDB key, or the encoded sample itself) and are read where they are decoded."""
+"""What can be packed: image folders, lists, LSUN's LMDB folders, other shards; folders with boxes and masks are in
+datasets.py. A source names its items shard by shard; items are light (a path, an LMDB key, or the encoded sample) and
+are read where they are decoded."""
 
 import functools
 import hashlib
@@ -13,27 +14,19 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ldm_sg.data.boxes import Boxes
 from ldm_sg.data.images import BadImage
 from ldm_sg.data.shards import Sample, expand, is_remote, read_shard
 from ldm_sg.errors import InputError
 
+if TYPE_CHECKING:
+    from ldm_sg.data.datasets import Beside
+
 SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pnm",
-    ".avif",
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif"),
+    *(".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".avif"),
 }
 _SHUFFLE_SEED = 0
 
@@ -49,23 +42,31 @@ class Item:
     sample: Sample | None = None
     cls: int | None = None
     problem: str = ""  # found before reading: why there is no image
+    boxes: Boxes | None = None
+    mask: str = ""  # path of its index PNG
+    table: tuple[int, ...] = ()  # [256] what each index of the mask becomes, -1 = not allowed; () = itself
 
     def read(self) -> Sample:
-        """The encoded image. Raises BadImage when it is not there."""
+        """The encoded image and what lies beside it. Raises BadImage when it is not there."""
         if self.problem:
             raise BadImage(self.problem)
         if self.sample is not None:
             return self.sample
         if self.record is None:
-            try:
-                return Sample(self.key, Path(self.path).read_bytes(), self.cls)
-            except OSError as err:
-                raise BadImage(f"cannot be read: {err.strerror or err}") from err
+            image, mask = _bytes(self.path), _bytes(self.mask, "its mask ") if self.mask else None
+            return Sample(self.key, image, self.cls, self.boxes.meta() if self.boxes else None, mask)
         with open_lmdb(self.path).begin(buffers=False) as transaction:
             data = transaction.get(self.record)
         if data is None:
             raise BadImage("not in the LMDB any more")
         return Sample(self.key, data, self.cls)
+
+
+def _bytes(path: str, what: str = "") -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as err:
+        raise BadImage(f"{what}cannot be read: {err.strerror or err}") from err
 
 
 @dataclass
@@ -74,8 +75,10 @@ class Source(ABC):
 
     identity: dict[str, Any]
     total: int | None = None  # images, where it is known beforehand
-    classes: list[str] = field(default_factory=list)  # names of the class folders
+    classes: list[str] = field(default_factory=list)  # names of the class folders, or of the boxes' labels
     ignored: int = 0  # files that are not called like images
+    mask_classes: list[str] = field(default_factory=list)  # names of the masks' indices
+    notes: list[str] = field(default_factory=list)  # what else to tell about it, in a few words each
 
     @abstractmethod
     def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
@@ -83,20 +86,25 @@ class Source(ABC):
         the next shard is."""
 
 
-def open_source(src: str) -> Source:
-    """The source that `src` names; InputError when there is none."""
+def open_source(src: str, beside: "Beside | None" = None) -> Source:
+    """The source that `src` names, with the boxes and masks beside it; InputError when there is none."""
     path = Path(src).expanduser()
     try:
-        return _open(src, path)
+        if path.is_dir() and not (path / "data.mdb").is_file():
+            from ldm_sg.data import datasets  # it builds on this module
+
+            return datasets.open_dataset(path, beside or datasets.Beside()) or FolderSource.open(path)
+        source = _open(src, path)
     except OSError as err:  # a folder or list that may not be read
         raise InputError(f"{err.filename or src} cannot be read: {err.strerror or err}") from err
+    if beside is not None:
+        beside.allow(f"{src} is none")
+    return source
 
 
 def _open(src: str, path: Path) -> Source:
     if path.is_dir():
-        if (path / "data.mdb").is_file():
-            return LmdbSource.open(path)
-        return FolderSource.open(path)
+        return LmdbSource.open(path)
     if path.is_file() and path.suffix == ".txt":
         return ListSource.open(path)
     if path.name == "data.mdb":
@@ -116,7 +124,7 @@ def make_key(name: str) -> str:
 
 
 @dataclass
-class _ItemSource(Source):
+class ItemSource(Source):
     """Items that are all known beforehand; about 100 bytes of memory each."""
 
     root: Path = Path()
@@ -134,7 +142,7 @@ class _ItemSource(Source):
         return Item(make_key(name), name, path=str(self.root / name), cls=self.labels[index])
 
 
-class FolderSource(_ItemSource):
+class FolderSource(ItemSource):
     """Every image below a folder, in an order shuffled with a fixed seed, so that each shard is a mixture of classes.
 
     When all images lie directly in sub-folders, two or more, those are classes."""
@@ -142,7 +150,7 @@ class FolderSource(_ItemSource):
     @classmethod
     def open(cls, root: Path) -> "Source":
         others: list[str] = []
-        names = list(_walk(root, others))
+        names = list(walk(root, others))
         if not names and any(name.endswith(".tar") and "/" not in name for name in others):
             return ShardSource.open(str(root))
         if not names:
@@ -153,11 +161,11 @@ class FolderSource(_ItemSource):
         random.Random(_SHUFFLE_SEED).shuffle(names)
         index = {name: i for i, name in enumerate(classes)}
         labels = [index[name.partition("/")[0]] if classes else None for name in names]
-        identity = {"kind": "folder", "images": len(names), "digest": _digest(names)}
-        return cls(identity, len(names), classes, len(others), root, names, labels)
+        identity = {"kind": "folder", "images": len(names), "digest": digest(names)}
+        return cls(identity, len(names), classes, len(others), root=root, names=names, labels=labels)
 
 
-def _walk(folder: Path, others: list[str], prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+def walk(folder: Path, others: list[str], prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
     """Relative paths of images below `folder`, sorted within each folder; links are followed, loops of links are not."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
@@ -167,14 +175,14 @@ def _walk(folder: Path, others: list[str], prefix: str = "", above: tuple[tuple[
         visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in visible:
         if entry.is_dir():
-            yield from _walk(Path(entry.path), others, f"{prefix}{entry.name}/", (*above, here))
+            yield from walk(Path(entry.path), others, f"{prefix}{entry.name}/", (*above, here))
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122
             yield prefix + entry.name
         else:
             others.append(prefix + entry.name)
 
 
-class ListSource(_ItemSource):
+class ListSource(ItemSource):
     """A text file with one path a line (relative to the list's folder), and after a tab an integer label if wanted."""
 
     @classmethod
@@ -196,8 +204,8 @@ class ListSource(_ItemSource):
             names.append(name)
         if not names:
             raise InputError(f"{path}: an empty list")
-        identity = {"kind": "list", "images": len(names), "digest": _digest(names, labels)}
-        return cls(identity, len(names), [], 0, path.parent, names, labels)
+        identity = {"kind": "list", "images": len(names), "digest": digest(names, labels)}
+        return cls(identity, len(names), root=path.parent, names=names, labels=labels)
 
 
 @dataclass
@@ -214,7 +222,7 @@ class LmdbSource(Source):
             if not count:
                 raise InputError(f"{root}: an empty LMDB")
             ends = [cursor.key().hex() for move in (cursor.first, cursor.last) if move()]
-        return cls({"kind": "lmdb", "images": count, "digest": _digest([*ends, str(count)])}, count, root=root)
+        return cls({"kind": "lmdb", "images": count, "digest": digest([*ends, str(count)])}, count, root=root)
 
     def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
         with open_lmdb(str(self.root)).begin() as transaction, transaction.cursor() as cursor:
@@ -257,9 +265,9 @@ class ShardSource(Source):
         sizes = ["" if is_remote(url) else str(Path(url).stat().st_size) for url in shards]
         names = [url if is_remote(url) else Path(url).name for url in shards]
         named = Path(shards[0]).with_name("classes.json")  # where pack itself wrote the shards
-        classes = json.loads(named.read_text())["classes"] if named.is_file() else []
-        identity = {"kind": "shards", "shards": len(shards), "digest": _digest(names, sizes)}
-        return cls(identity, None, classes, urls=shards)
+        known = json.loads(named.read_text()) if named.is_file() else {}
+        identity = {"kind": "shards", "shards": len(shards), "digest": digest(names, sizes)}
+        return cls(identity, None, known.get("classes", []), 0, known.get("mask_classes", []), urls=shards)
 
     def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
         for number, url in enumerate(self.urls):
@@ -285,8 +293,9 @@ def shard_name(number: int) -> str:
     return f"{number:06d}.tar"
 
 
-def _digest(*columns: list[Any]) -> str:
-    digest = hashlib.sha256()
+def digest(*columns: list[Any]) -> str:
+    """A hash over the rows of equally long columns."""
+    content = hashlib.sha256()
     for row in zip(*columns):
-        digest.update("\t".join(map(str, row)).encode("utf-8", "surrogateescape") + b"\n")
-    return digest.hexdigest()
+        content.update("\t".join(map(str, row)).encode("utf-8", "surrogateescape") + b"\n")
+    return content.hexdigest()

@@ -1,8 +1,10 @@
-"""pack: an image folder, a list, an LMDB or other shards -> source shards of square images."""
+"""pack: an image folder, a list, an LMDB, other shards, or a data set with boxes and masks -> source shards of square
+images."""
 
 import time
 from pathlib import Path
 
+from ldm_sg.data.datasets import Beside
 from ldm_sg.data.pack import FORMATS, Form, Summary, pack_source
 from ldm_sg.data.sources import open_source
 from ldm_sg.errors import InputError, choices
@@ -17,11 +19,21 @@ def pack(
     max_skipped: float = 0.01,
     quality: int = 95,
     format: str = "jpg",
+    annotations: str | Path | None = None,
+    masks: str | Path | None = None,
+    merge: str | None = None,
+    ignore_index: int | None = None,
+    split: str | None = None,
 ) -> Summary:
     """Packs `src` into DST/000000.tar, ...; what is finished already is kept.
 
-    src: image folder, .txt list (path, optionally a tab and an integer label), LMDB folder, or shards. size: pixels.
-    workers: processes, -1 = one a core, 0 = this one. max_skipped: share of unusable images above which it fails."""
+    src: image folder, .txt list (path, optionally a tab and an integer label), LMDB folder, shards, or a Pascal VOC
+    folder (objects marked difficult are kept). size: pixels. workers: processes, -1 = one a core, 0 = this one.
+    max_skipped: share of unusable images above which it fails.
+
+    Beside an image folder: annotations, a JSON of boxes (COCO's instances, crowds left out, or {"FILE NAME": [[x0, y0,
+    x1, y1, label], ...]}); masks, a folder of index PNGs called like the images; merge, "cocostuff27" for COCO-Stuff's
+    pixel maps; ignore_index, the masks' index that becomes 255. split: of a VOC folder, a list in ImageSets/."""
     if format not in FORMATS:
         raise InputError(f"format {format!r}; {choices(format, FORMATS)}")
     for name, value, low, high in (
@@ -30,14 +42,18 @@ def pack(
         ("quality", quality, 1, 100),
         ("workers", workers, -1, 1024),
         ("max_skipped", max_skipped, 0, 1),
+        ("ignore_index", 0 if ignore_index is None else ignore_index, 0, 255),
     ):
         if not low <= value <= high:
             raise InputError(f"{name}={value}: choose from {low} to {high}")
     started = time.monotonic()
-    source = open_source(str(src))
+    annotations, masks = (Path(path) if path is not None else None for path in (annotations, masks))
+    source = open_source(str(src), Beside(annotations, masks, merge, ignore_index, split))
     summary = pack_source(source, Path(dst).expanduser(), Form(size, format, quality), shard_size, workers, max_skipped)
     seconds = time.monotonic() - started
     extra = f", {len(source.classes)} classes" if source.classes else ""
+    extra += "".join(f", {note}" for note in source.notes)
+    extra += f", {summary.empty_boxes} boxes without area in their image left out" if summary.empty_boxes else ""
     extra += f", {source.ignored} files that are not images left alone" if source.ignored else ""
     print(
         f"{dst}: {summary.images} images of {size} x {size} in {summary.shards} shards{extra}, "

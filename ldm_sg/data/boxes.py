@@ -1,0 +1,220 @@
+"""Boxes as data sets ship them (COCO's instances JSON, a plain JSON, Pascal VOC's XML) -> `Boxes`, one an image."""
+
+import json
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+from xml.parsers import expat
+
+from ldm_sg.data.images import BadImage
+from ldm_sg.errors import InputError, choices
+
+EXPECTED = (
+    "expected COCO's instances (lists of images, annotations and categories) or "
+    '{"FILE NAME": [[x0, y0, x1, y1, label], ...], ...}'
+)
+_PLAIN = (
+    'expected [x0, y0, x1, y1, label] or {"xyxy": [x0, y0, x1, y1], "label": label}, label: none, a name or 0, 1, ...'
+)
+_MAX_XML = 2**22  # bytes; VOC's largest file has 2**14
+_WRONG = (AttributeError, KeyError, OverflowError, TypeError, ValueError)  # what reading an unexpected form raises
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """The boxes of one image, 40 bytes each."""
+
+    flat: array  # float64 [5 n]: x0, y0, x1, y1 in pixels from the upper left corner (x1, y1 exclusive), label
+    size: tuple[int, int] | None = None  # width, height of the image that they were drawn in, where it is known
+
+    def meta(self) -> dict[str, Any]:
+        """What KEY.json holds, in the image's own pixels: `boxes` and their `labels`."""
+        rows = [[*self.flat[i : i + 4], int(self.flat[i + 4])] for i in range(0, len(self.flat), 5)]
+        return {"labels": sorted({row[4] for row in rows}), "boxes": rows}
+
+
+@dataclass
+class Annotations:
+    """The boxes of a data set, by the name of their image."""
+
+    images: dict[str, Boxes]
+    classes: list[str] = field(default_factory=list)  # names of the labels 0, 1, ..., where they have names
+    crowds: int = 0  # COCO's boxes around crowds, left out
+
+
+def read_json(path: Path) -> Annotations:
+    """COCO's instances or a plain JSON; InputError, naming what is expected, where it is neither."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            content = json.load(file, object_hook=_without_outline)
+    except FileNotFoundError:
+        near = [str(p) for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
+        raise InputError(
+            f"--annotations {path}: not found" + (f"; {choices(str(path), near)}" if near else "")
+        ) from None
+    except OSError as err:
+        raise InputError(f"--annotations {path}: cannot be read: {err.strerror or err}") from err
+    except (ValueError, RecursionError) as err:
+        raise InputError(f"--annotations {path}: not JSON ({err}); {EXPECTED}") from err
+    if not isinstance(content, dict):
+        raise InputError(f"--annotations {path}: a {type(content).__name__}; {EXPECTED}")
+    try:
+        if isinstance(content.get("images"), list) and not content.keys().isdisjoint(("annotations", "categories")):
+            return _coco(content)
+        return _plain(content)
+    except ValueError as err:
+        raise InputError(f"--annotations {path}: {err}") from err
+
+
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+    """COCO's outlines are nine tenths of its JSON and are not wanted: each is dropped as soon as it is read."""
+    entry.pop("segmentation", None)
+    return entry
+
+
+def _coco(content: dict[str, Any]) -> Annotations:
+    """Category ids become 0, 1, ... in their order; [x, y, width, height] becomes corners; crowds are left out."""
+    missing = [part for part in ("annotations", "categories") if not isinstance(content.get(part), list)]
+    if missing:
+        raise ValueError(f"COCO's form, but without a list of {missing[0]}; {EXPECTED}")
+    names: dict[int, str] = {}
+    images: dict[int, tuple[str, Boxes]] = {}
+
+    def category(entry: dict[str, Any]) -> None:
+        names[_new(entry["id"], names)] = str(entry["name"])
+
+    def image(entry: dict[str, Any]) -> None:
+        size = (int(entry.get("width") or 0), int(entry.get("height") or 0))
+        boxes = Boxes(array("d"), size if min(size) > 0 else None)
+        images[_new(entry["id"], images)] = (str(entry["file_name"]), boxes)
+
+    def box(entry: dict[str, Any]) -> int:
+        if entry.get("iscrowd"):
+            return 1
+        x, y, width, height = entry["bbox"]
+        images[entry["image_id"]][1].flat.extend((x, y, x + width, y + height, index[entry["category_id"]]))
+        return 0
+
+    _each(content, "categories", "a number of its own as id and a name", category)
+    index = {number: i for i, number in enumerate(sorted(names))}
+    _each(content, "images", "a number of its own as id and a file_name", image)
+    crowds = _each(
+        content, "annotations", "image_id and category_id that exist and a bbox [x, y, width, height] in pixels", box
+    )
+    by_name = dict(images.values())
+    if len(by_name) < len(images):
+        raise ValueError(f"{len(images)} images, but only {len(by_name)} file names")
+    return Annotations(by_name, [names[number] for number in index], crowds)
+
+
+def _each(content: dict[str, Any], part: str, expected: str, read: Callable[[Any], int | None]) -> int:
+    """The sum of read(entry) over `content[part]`; ValueError naming the first entry that is not as expected."""
+    total = 0
+    for number, entry in enumerate(content[part]):
+        try:
+            total += read(entry) or 0
+        except _WRONG:
+            raise ValueError(f"{part}[{number}] should have {expected}: {_short(entry)}") from None
+    return total
+
+
+def _new(number: Any, there: dict[int, Any]) -> int:
+    if type(number) is not int or number in there:
+        raise ValueError(number)
+    return number
+
+
+def _plain(content: dict[str, Any]) -> Annotations:
+    """{"FILE NAME": [box, ...], ...}; labels that are names are numbered in alphabetical order."""
+    rows: dict[str, list[tuple[Any, ...]]] = {}
+    for name, entries in content.items():
+        if not isinstance(entries, list):
+            raise ValueError(f"{_short(name)} has no list of boxes; {EXPECTED}")
+        rows[name] = [_plain_box(name, number, entry) for number, entry in enumerate(entries)]
+    labels = {row[4] for boxes in rows.values() for row in boxes}
+    classes = sorted(label for label in labels if isinstance(label, str))
+    if classes and len(classes) < len(labels):
+        raise ValueError(
+            f"some labels are names ({classes[0]!r}), others are numbers or missing: choose one of the two"
+        )
+    index = {label: i for i, label in enumerate(classes)} if classes else {label: label for label in labels}
+    return Annotations(
+        {name: Boxes(array("d", [v for r in boxes for v in (*r[:4], index[r[4]])])) for name, boxes in rows.items()},
+        classes,
+    )
+
+
+def _plain_box(name: str, number: int, entry: Any) -> tuple[Any, ...]:
+    """x0, y0, x1, y1, label (a name, or a number; 0 where there is none)."""
+    label: Any = 0
+    match entry:
+        case [x0, y0, x1, y1]:
+            pass
+        case [x0, y0, x1, y1, label]:
+            pass
+        case {"xyxy": [x0, y0, x1, y1], **rest}:
+            label = rest.get("label", 0)
+        case _:
+            raise ValueError(f"box {number} of {_short(name)} is {_short(entry)}: {_PLAIN}")
+    numbers = all(type(value) in (int, float) for value in (x0, y0, x1, y1))
+    if not numbers or type(label) not in (int, str) or (isinstance(label, int) and not 0 <= label < 2**31):
+        raise ValueError(f"box {number} of {_short(name)} is {_short(entry)}: {_PLAIN}")
+    try:
+        return float(x0), float(y0), float(x1), float(y1), label
+    except OverflowError:
+        raise ValueError(f"box {number} of {_short(name)} has a coordinate of hundreds of digits") from None
+
+
+def _short(entry: Any) -> str:
+    text = json.dumps(entry)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def read_xml(data: bytes) -> tuple[list[tuple[str, list[float]]], tuple[int, int] | None]:
+    """A Pascal VOC annotation -> (name, [x0, y0, x1, y1]) of its objects, and the image's width and height where they
+    are given. VOC counts pixels from 1 and its last one belongs to the box: x0 = xmin - 1, x1 = xmax here.
+
+    Objects marked difficult or truncated are kept; parts of an object (VOC's heads and hands) are not objects. Raises
+    BadImage where it is not such an XML."""
+    root = _parse(data)
+    if root.tag != "annotation":
+        raise BadImage(f"its XML is a <{root.tag[:40]}>, not VOC's <annotation>")
+    objects = []
+    for number, entry in enumerate(root.findall("object")):
+        name = (entry.findtext("name") or "").strip()
+        ends = [entry.findtext(f"bndbox/{end}") for end in ("xmin", "ymin", "xmax", "ymax")]
+        try:
+            x0, y0, x1, y1 = (float(end) for end in ends if end is not None)
+        except ValueError:
+            raise BadImage(f"object {number} of its XML has no bndbox with xmin, ymin, xmax, ymax") from None
+        if not name:
+            raise BadImage(f"object {number} of its XML has no name")
+        objects.append((name, [x0 - 1, y0 - 1, x1, y1]))
+    try:
+        size = (int(root.findtext("size/width") or 0), int(root.findtext("size/height") or 0))
+    except ValueError:
+        size = (0, 0)
+    return objects, size if min(size) > 0 else None
+
+
+def _parse(data: bytes) -> ElementTree.Element:
+    """XML without a document type: that is where entities, which read files or grow without end, are declared."""
+    if len(data) > _MAX_XML:
+        raise BadImage(f"its XML has {len(data):,} bytes, more than {_MAX_XML:,}")
+    builder = ElementTree.TreeBuilder()
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
+    parser.CharacterDataHandler = builder.data
+    parser.StartDoctypeDeclHandler = _refuse_doctype
+    try:
+        parser.Parse(data, True)
+    except (expat.ExpatError, LookupError, ValueError) as err:  # the last two: encodings that are not known
+        raise BadImage(f"its XML is malformed: {err}") from None
+    return builder.close()
+
+
+def _refuse_doctype(*declaration: Any) -> None:
+    raise BadImage("its XML has a DOCTYPE, which may hide entities: VOC's have none")

@@ -1,0 +1,254 @@
+"""Image folders with boxes, masks or both: a Pascal VOC folder, or any folder with a JSON of boxes (COCO's, or a
+plain one) and a folder of index PNGs. Boxes are read here, once; an item carries those of its own image."""
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm_sg.data import cocostuff
+from ldm_sg.data.boxes import Annotations, Boxes, read_json, read_xml
+from ldm_sg.data.images import BadImage
+from ldm_sg.data.sources import FolderSource, Item, ItemSource, Source, digest, make_key, walk
+from ldm_sg.errors import InputError, choices
+
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+MERGES = {"cocostuff27": (cocostuff.NAMES, cocostuff.TABLE)}
+_NONE = Boxes(array("d"))
+_VOC = "a Pascal VOC folder (with JPEGImages/ and Annotations/ in it)"
+_BELONGS = {
+    "annotations": "an image folder",
+    "masks": "an image folder",
+    "merge": "an image folder with --masks",
+    "ignore_index": f"an image folder with --masks, or to {_VOC}",
+    "split": _VOC,
+}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What the flags of `pack` say of boxes and masks."""
+
+    annotations: Path | None = None
+    masks: Path | None = None
+    merge: str | None = None
+    ignore_index: int | None = None
+    split: str | None = None
+
+    def allow(self, source: str, *flags: str) -> None:
+        """InputError for a flag that is given and not among `flags`; `source` says what the source is."""
+        for flag, belongs in _BELONGS.items():
+            if getattr(self, flag) is not None and flag not in flags:
+                raise InputError(f"--{flag.replace('_', '-')} belongs to {belongs}; {source}")
+
+    def table(self) -> tuple[int, ...]:
+        """[256] what each index of a mask becomes (-1: it must not occur), or () when all stay as they are."""
+        if self.merge is not None and self.merge not in MERGES:
+            raise InputError(f"--merge {self.merge!r}: {choices(self.merge, MERGES)}")
+        if self.merge is None and self.ignore_index is None:
+            return ()
+        table = list(range(256) if self.merge is None else MERGES[self.merge][1])
+        if self.ignore_index is not None:
+            table[self.ignore_index] = 255
+        return tuple(table)
+
+
+def open_dataset(root: Path, beside: Beside) -> Source | None:
+    """The folder as a data set with boxes or masks; None when it is a plain one."""
+    if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
+        beside.allow(f"{root} is a Pascal VOC folder, which has its own", "split", "ignore_index")
+        return DatasetSource.open_voc(root, beside)
+    beside.allow(f"{root} is none", "annotations", "masks", "merge", "ignore_index")
+    if beside.masks is None:
+        beside.allow("there is no --masks here", "annotations")
+    return DatasetSource.open_folder(root, beside) if beside.annotations or beside.masks else None
+
+
+@dataclass
+class DatasetSource(ItemSource):
+    """Images with boxes, masks or both. Sub-folders are no classes here: `classes` are those of the boxes."""
+
+    boxes: dict[str, Boxes] | None = None  # image -> its boxes; an image that is not in there has none
+    masks: dict[str, str] = field(default_factory=dict)  # image -> path of its mask
+    table: tuple[int, ...] = ()
+    problems: dict[str, str] = field(default_factory=dict)  # image -> why it cannot be packed
+
+    def _item(self, index: int) -> Item:
+        name = self.names[index]
+        return Item(
+            make_key(name),
+            name,
+            path=str(self.root / name),
+            problem=self.problems.get(name, ""),
+            boxes=None if self.boxes is None else self.boxes.get(name, _NONE),
+            mask=self.masks.get(name, ""),
+            table=self.table,
+        )
+
+    @classmethod
+    def open_folder(cls, root: Path, beside: Beside) -> "DatasetSource":
+        """Any image folder; what is beside it goes by the images' relative paths, with or without the suffix."""
+        folder = open_images(root)
+        source = cls(folder.identity, folder.total, [], folder.ignored, root=root, names=folder.names)
+        source.table = beside.table()
+        if beside.annotations is not None:
+            source.add_boxes(beside.annotations.expanduser())
+        if beside.masks is not None:
+            source.add_masks(beside.masks.expanduser(), beside, required=True)
+        return source
+
+    @classmethod
+    def open_voc(cls, root: Path, beside: Beside) -> "DatasetSource":
+        """A Pascal VOC folder; `--split train` is ImageSets/Main/train.txt, or Segmentation/train.txt where that is
+        missing; `--split Segmentation/train` the latter, whose images must have masks. Others may have masks."""
+        folder, masks = open_images(root / "JPEGImages"), root / "SegmentationClass"
+        if beside.ignore_index is not None and not masks.is_dir():
+            raise InputError(f"--ignore-index belongs to masks; there is no {masks}")
+        names, xmls = folder.names, {_stem(name): name for name in walk_files(root / "Annotations", ".xml")}
+        path: Path | None = None
+        lost: list[str] = []
+        if beside.split is not None:
+            path = find_split(root, beside.split)
+            chosen = set(read_split(path))
+            names = [name for name in folder.names if _stem(name) in chosen]
+            lost = sorted(chosen.difference(map(_stem, names)))
+            if not names:
+                raise InputError(
+                    f"--split {beside.split}: none of its {len(chosen)} images is in {root / 'JPEGImages'}"
+                )
+            xmls = {stem: name for stem, name in xmls.items() if stem in chosen}
+        if not xmls.keys() & set(map(_stem, names)):
+            raise InputError(f"{root}: none of the {len(names)} images has an XML of its name in Annotations/")
+        names = [*names, *lost]
+        source = cls({"kind": "voc"}, len(names), [], folder.ignored, root=root / "JPEGImages", names=names)
+        source.identity |= {"images": len(names), "digest": digest(names)}
+        source.identity["split"] = f"{path.parent.name}/{path.stem}" if path else None
+        source.problems = dict.fromkeys(lost, f"in the list of --split {beside.split}, but not in JPEGImages/")
+        source.table = beside.table()
+        source._add_voc_boxes(root / "Annotations", xmls)
+        segmentation = path is not None and path.parent.name == "Segmentation"
+        if masks.is_dir() or segmentation:
+            source.add_masks(masks, beside, required=segmentation)
+            if source.masks and set(source.classes) <= set(VOC_CLASSES):
+                source.mask_classes = ["background", *VOC_CLASSES]
+        return source
+
+    def add_boxes(self, path: Path) -> None:
+        """Gives the images the boxes of a JSON; InputError when it is of none of them."""
+        read = read_json(path)
+        keys = {name: name if name in read.images else _stem(name) for name in self.names}
+        boxes = {name: read.images[key] for name, key in keys.items() if key in read.images}
+        if not boxes:
+            example = next((f", for example {name!r}" for name in read.images), "")
+            raise InputError(
+                f"--annotations {path}: it names {len(read.images)} images, none of them in {self.root}{example}"
+            )
+        with path.open("rb") as file:
+            self.identity["annotations"] = hashlib.file_digest(file, "sha256").hexdigest()
+        self._set_boxes(Annotations(boxes, read.classes, read.crowds))
+        self._note(len(read.images.keys() - set(keys.values())), "names in the annotations match no image")
+
+    def _add_voc_boxes(self, folder: Path, xmls: dict[str, str]) -> None:
+        content = hashlib.sha256()
+        objects, sizes = {}, {}
+        for name in self.names:
+            if name in self.problems:
+                continue
+            try:
+                data = (folder / xmls[_stem(name)]).read_bytes()
+                content.update(f"{name}\t{len(data)}\n".encode("utf-8", "surrogateescape") + data)
+                objects[name], sizes[name] = read_xml(data)
+            except KeyError:
+                self.problems[name] = f"no {_stem(name)}.xml in Annotations/"
+            except OSError as err:
+                self.problems[name] = f"its XML cannot be read: {err.strerror or err}"
+            except BadImage as err:
+                self.problems[name] = err.reason
+        self.identity["annotations"] = content.hexdigest()
+        occurring = {name for found in objects.values() for name, _ in found}
+        voc = VOC_CLASSES if not occurring or occurring & set(VOC_CLASSES) else ()  # a set of its own in VOC's form
+        classes = [*voc, *sorted(occurring.difference(voc))]
+        index = {name: i for i, name in enumerate(classes)}
+        boxes = {
+            name: Boxes(array("d", [v for label, box in found for v in (*box, index[label])]), sizes[name])
+            for name, found in objects.items()
+        }
+        self._set_boxes(Annotations(boxes, classes))
+        self._note(len(xmls.keys() - set(map(_stem, self.names))), "XMLs match no image")
+
+    def _set_boxes(self, read: Annotations) -> None:
+        self.boxes, self.classes = read.images, read.classes
+        self.notes.append(f"{sum(len(boxes.flat) for boxes in read.images.values()) // 5} boxes")
+        self._note(read.crowds, "crowd boxes left out")
+        filled = sum(len(boxes.flat) > 0 for boxes in read.images.values())
+        self._note(len(self.names) - len(self.problems) - filled, "images without boxes")
+
+    def add_masks(self, folder: Path, beside: Beside, required: bool) -> None:
+        """Gives each image the PNG of its name; where it is `required` and missing, the image cannot be packed."""
+        if not folder.is_dir():
+            raise InputError(f"the masks' folder {folder} is not there")
+        pngs = {_stem(name): name for name in walk_files(folder, ".png")}
+        self.masks = {name: str(folder / pngs[_stem(name)]) for name in self.names if _stem(name) in pngs}
+        if required and not self.masks:
+            raise InputError(
+                f"{folder}: none of its {len(pngs)} PNGs is called like an image of {self.root}, for example "
+                f"{_stem(self.names[0])}.png"
+            )
+        for name in self.names if required else ():
+            if name not in self.masks:
+                self.problems.setdefault(name, f"no mask {_stem(name)}.png in {folder}")
+        sizes = [Path(path).stat().st_size for path in self.masks.values()]
+        self.identity["masks"] = digest(list(self.masks), sizes)
+        self.identity |= {"merge": beside.merge, "ignore_index": beside.ignore_index}
+        if beside.merge is not None:
+            self.mask_classes = list(MERGES[beside.merge][0])
+        self._note(len(self.masks), "masks")
+        self._note(len(pngs) - len(self.masks) if required else 0, "masks match no image")
+
+    def _note(self, count: int, what: str) -> None:
+        if count > 0:
+            self.notes.append(f"{count} {what}")
+
+
+def open_images(root: Path) -> FolderSource:
+    """The images of a folder, shuffled with a fixed seed; InputError when there are none."""
+    folder = FolderSource.open(root)
+    if not isinstance(folder, FolderSource):
+        raise InputError(f"{root} holds shards: boxes and masks are read beside an image folder")
+    return folder
+
+
+def find_split(root: Path, split: str) -> Path:
+    """The list of a VOC split; InputError with what there is."""
+    there: dict[str, Path] = {}
+    for kind in ("Main", "Segmentation"):
+        for path in sorted((root / "ImageSets" / kind).glob("*.txt")):
+            there[f"{kind}/{path.stem}"] = path
+            there.setdefault(path.stem, path)
+    if not there:
+        raise InputError(f"--split {split!r}: no lists in {root}/ImageSets/Main or {root}/ImageSets/Segmentation")
+    if split not in there:
+        raise InputError(f"--split {split!r}: {choices(split, there)}")
+    return there[split]
+
+
+def read_split(path: Path) -> list[str]:
+    """The images of a list: one a line; in the lists of a class (`cat_train.txt`) those not marked -1."""
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    rows = [line.split() for line in lines if line.strip()]
+    return [row[0] for row in rows if row[1:] != ["-1"]]
+
+
+def walk_files(folder: Path, suffix: str) -> Iterable[str]:
+    """Relative paths of the files below `folder` that end like that."""
+    others: list[str] = []
+    return [name for name in (*walk(folder, others), *others) if name.lower().endswith(suffix)]
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]  # noqa: PTH122 (relative, with / in it)
