@@ -121,13 +121,25 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
 @app.command(
     epilog="Examples: ldm-sg sample runs/demo --cluster 3 -n 8 | ldm-sg sample runs/demo --sweep-w 0,1,2,3 -n 8 | "
     "ldm-sg sample runs/demo --interpolate 3,17 -n 8 | ldm-sg sample runs/demo --trajectory -n 4 | "
-    "ldm-sg sample runs/demo --preset paper"
+    "ldm-sg sample runs/demo --preset paper | ldm-sg sample runs/demo --like photo.jpg | "
+    "ldm-sg sample runs/voc --box 40,60,200,240 --cluster 3 | ldm-sg sample runs/camvid --mask layout.png | "
+    "ldm-sg sample runs/camvid --vary content"
 )
 def sample(
     run: Annotated[str, typer.Argument(help="Run or pipeline folder.")],
     cluster: Annotated[
         list[int] | None,
         typer.Option(help="Cluster id; may be repeated. Default: drawn from the training distribution."),
+    ] = None,
+    box: Annotated[
+        str | None, typer.Option(help="Where the object is, in pixels: x0,y0,x1,y1 (runs with boxes).")
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Index PNG of any size: which class is where (runs with masks).")
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="Image whose signal, by the run's own g and f, is taken.")] = None,
+    vary: Annotated[
+        str | None, typer.Option(help="layout: other signals, the same noise; content: one signal, other noise.")
     ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Images (of each cluster).")] = 16,
     w: Annotated[float, typer.Option("--w", "-w", help="Guidance strength: 0 unconditional, 1 conditional.")] = 2.0,
@@ -149,11 +161,16 @@ def sample(
 ) -> None:
     """Run -> PNGs, grid.png and one JSON line an image."""
     strengths, ends = _numbers("--sweep-w", sweep_w, float), _numbers("--interpolate", interpolate, int)
+    corners = _numbers("--box", box, float)
     from ldm_sg.verbs.sample import SampleOptions, apply_preset
     from ldm_sg.verbs.sample import sample as draw
 
     options = SampleOptions(
         list(cluster or []),
+        corners,
+        mask,
+        like,
+        vary,
         n,
         w,
         steps,
@@ -176,7 +193,10 @@ def sample(
 def evaluate(
     source: Annotated[str, typer.Argument(help="Run, folder of samples or images, or shards.")],
     reference: Annotated[str, typer.Option(help="Real images: shards or a folder.")],
-    metrics: Annotated[str, typer.Option(help="Of fd, kid, prdc, is, consistency.")] = "fd,prdc,consistency",
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Of fd, kid, prdc, is, consistency, layout; default what the run's signals allow."),
+    ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Samples; of the reference all are used, up to 50,000.")] = 10_000,
     features: Annotated[
         str | None, typer.Option(help="Feature network; default the run's g. inception, a name or a file.")
