@@ -222,16 +222,17 @@ def evaluate(
         precision=precision, run=run)  # fmt: skip
 
 
-@app.command(epilog="Example: ldm-sg demo --out runs/demo")
+@app.command(epilog="Examples: ldm-sg demo | ldm-sg demo --config demo_masks")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of everything the demo makes.")] = Path("runs/demo"),
+    config: Annotated[str, typer.Option(help="demo: clusters; demo_masks: segments.")] = "demo",
+    out: Annotated[Path | None, typer.Option(help="Folder of everything the demo makes; default runs/CONFIG.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps; default as in configs/train/demo.yaml.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """The whole main job on the embedded fruit photos, with a report at the end."""
     from ldm_sg.verbs.demo import demo as run
 
-    run(out, steps=steps, device=device)
+    run(out, config, steps=steps, device=device)
 
 
 @app.command(

@@ -8,23 +8,30 @@ import pytest
 
 from ldm_sg.verbs.demo import demo
 
-KEYS = {
-    "fd_untrained", "fd_w0", "fd_w1", "fd_w2", "consistency_w1", "consistency_w2", "consistency_real",
-    "consistency_chance", "seconds",
-}  # fmt: skip
+KEYS = {"fd_untrained", "fd_w0", "fd_w1", "fd_w2", "seconds"}
+CONTROL = {
+    "demo": ("clusters.png", {"consistency_w1", "consistency_w2", "consistency_real", "consistency_chance"}),
+    "demo_masks": (
+        "layouts.png",
+        {"layout_agreement_w1", "layout_agreement_w2", "layout_agreement_real", "layout_agreement_shuffled"},
+    ),
+}
 
 
 @pytest.mark.slow
-def test_demo_runs_and_its_second_start_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", CONTROL)
+def test_demo_runs_and_its_second_start_is_quick(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldm_sg.verbs.demo.EVALUATED", 128)
-    report = demo(tmp_path / "demo", steps=30)
+    picture, control = CONTROL[config]
+    report = demo(tmp_path / "demo", config, steps=30)
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
-    assert metrics.keys() >= KEYS
-    assert metrics["consistency_real"] > 2 * metrics["consistency_chance"]
+    assert metrics.keys() >= KEYS | control
+    name = min(control).rpartition("_")[0]
+    assert metrics[f"{name}_real"] > 1.5 * metrics.get(f"{name}_chance", metrics.get(f"{name}_shuffled"))
     page = report.read_text()
-    assert page.count("data:image/png;base64") >= 5 and "http" not in page.split("<body")[1].split("<footer")[0]
-    assert (tmp_path / "demo" / "clusters.png").is_file()
+    assert page.count("data:image/png;base64") >= 4 and "http" not in page.split("<body")[1].split("<footer")[0]
+    assert (tmp_path / "demo" / picture).is_file()
     start = time.perf_counter()
-    demo(tmp_path / "demo", steps=30)
+    demo(tmp_path / "demo", config, steps=30)
     assert time.perf_counter() - start < 30
     assert json.loads((tmp_path / "demo" / "metrics.json").read_text()) == metrics

@@ -15,13 +15,15 @@ from ldm_sg.annotate.boxes import Boxes
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.oracle import Oracle
+from ldm_sg.annotate.segments import Segments
 from ldm_sg.annotate.stage import write_text
 from ldm_sg.config import AnnotatorConfig, FeaturesConfig, from_mapping
+from ldm_sg.data.latents import file_sha256, set_hash
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, choices
 
 KINDS: dict[str, type[Annotator]] = {
-    f.kind: f for f in (Clusters, Boxes, Oracle, Random, Features, Centroids, Neighbours)
+    f.kind: f for f in (Clusters, Boxes, Segments, Oracle, Random, Features, Centroids, Neighbours)
 }
 SMALL = 16 * 2**20  # bytes of a shipped g that are still copied beside f
 
@@ -39,6 +41,7 @@ class LoadedAnnotator:
 
     extractor: FeatureExtractor
     f: Annotator
+    digest: str  # sha256 over the files of its folder
 
     def __call__(self, images: Tensor) -> Signals:
         return self.f.annotate(self.extractor, images)
@@ -90,4 +93,5 @@ def load_annotator(folder: str | Path, device: torch.device | str = "cpu") -> Lo
     extractor = load_extractor(FeaturesConfig(model=model, **chosen), device)
     if extractor.manifest["sha256"] != own["sha256"]:
         raise InputError(f"{folder}: features.model={own['model']} has other weights now than when it made this set")
-    return LoadedAnnotator(extractor, f)
+    digest = set_hash(file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file())
+    return LoadedAnnotator(extractor, f, digest)

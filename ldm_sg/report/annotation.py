@@ -19,7 +19,7 @@ from ldm_sg.report.signals import over, with_boxes
 
 ROWS, COLUMNS = 40, 10  # of the wall
 EXAMPLES = 32  # images with their boxes or masks
-WALL, SIZES = "clusters.png", "sizes.png"
+WALL, SIZES, BOXES, MASKS = "clusters.png", "sizes.png", "boxes.png", "masks.png"
 
 
 def write_report(folder: str | Path) -> Path:
@@ -63,10 +63,10 @@ def _spatial(folder: Path, latents: LatentSet) -> str:
     images, places = first_images(latents, EXAMPLES)
     signals = latents.signals[places]
     if signals.box is not None:
-        name, text = "boxes.png", "The box of each image."
+        name, text = BOXES, "The box of each image."
         picture = grids.grid(with_boxes(images, signals.box), 8, scale=grids.best_scale(images))
     else:
-        name, text = "masks.png", "Images, and their segments laid over them; a colour is the same class everywhere."
+        name, text = MASKS, "Images, and their segments laid over them; a colour is the same class everywhere."
         drawn = over(images, signals.masks(), signals.spec.num_labels)
         rows = [row for pair in zip(images.split(8), drawn.split(8), strict=True) for row in pair]
         picture = grids.grid(torch.cat(rows), len(rows[0]), scale=grids.best_scale(images))

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from ldm_sg.config import read_yaml
 from ldm_sg.errors import InputError
 from ldm_sg.report import charts, html
-from ldm_sg.report.annotation import WALL
+from ldm_sg.report.annotation import BOXES, MASKS, WALL
 
 METRICS = {  # key in a JSON -> what a reader sees
     "fd": "Fréchet distance ↓",
@@ -25,10 +25,17 @@ METRICS = {  # key in a JSON -> what a reader sees
     "coverage": "Coverage ↑",
     "consistency": "Cluster consistency ↑",
     "consistency_top3": "… in the 3 nearest ↑",
+    "layout_agreement": "Layout agreement ↑",
+    "layout_miou": "Layout mIoU ↑",
+    "layout_iou": "Box IoU ↑",
 }
 SHORT = {"fd": "FD ↓", "kid": "KID ↓", "is": "IS ↑", "consistency": "Consist. ↑", "consistency_top3": "Top 3 ↑"}
-SHARES = ("consistency", "consistency_top3")  # shown as percentages
-VARIANTS = ("untrained", "real", "chance")
+SHARES = ("consistency", "consistency_top3", "layout_agreement", "layout_miou", "layout_iou")  # shown as percentages
+VARIANTS = ("untrained", "real", "chance", "shuffled")
+MAIN = {  # the picture that says most -> heading, sentence
+    "clusters.png": ("Clusters", "Each row is one cluster: real members on the left, samples on the right."),
+    "layouts.png": ("Layouts", "Each row is one layout: a real image, its signal, and samples that are to follow it."),
+}
 PICTURES = {  # file in the run folder -> heading, sentence
     "sweep_w.png": (
         "Guidance strength",
@@ -58,7 +65,7 @@ def write_report(run: Path, command: str | None = None, timings: Mapping[str, fl
     curves = read_curves(run / "metrics.csv")
     sections = [
         html.facts(_facts(config, manifest, curves, timings)),
-        _clusters(run),
+        _main(run),
         html.section("Metrics", "", metrics_table(_json(run / "metrics.json")), _evaluations(run)),
         _training(curves),
         *(html.section(*words, html.picture(run / name, alt=words[0])) for name, words in PICTURES.items()),
@@ -122,7 +129,7 @@ def show(name: str, value: float) -> str:
 
 def _variant_order(variant: str) -> tuple[int, float]:
     if variant in VARIANTS:
-        return {"untrained": 0, "real": 3, "chance": 4}[variant], 0.0
+        return {"untrained": 0, "real": 3, "chance": 4, "shuffled": 5}[variant], 0.0
     return (2, float(variant[1:])) if variant else (1, 0.0)
 
 
@@ -156,11 +163,13 @@ def _settings(result: Mapping[str, Any]) -> str:
     return ", ".join(parts + [judged] * judged.startswith("pipeline_"))
 
 
-def _clusters(run: Path) -> str:
-    text = "Each row is one cluster: real members on the left, samples on the right."
-    return html.section(
-        "Clusters", text, html.picture(run / "clusters.png", alt="Real members and samples of clusters")
-    )
+def _main(run: Path) -> str:
+    shown = [
+        html.section(heading, text, html.picture(run / file, alt=heading))
+        for file, (heading, text) in MAIN.items()
+        if (run / file).is_file()
+    ]
+    return "".join(shown)
 
 
 def _training(curves: Mapping[str, list[tuple[float, float]]]) -> str:
@@ -206,11 +215,11 @@ def _wall(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
     oracle = annotator.get("kind") == "oracle"
     text = "Found without labels; classes, where the shards carry them, only measure the match."
     return html.section(
-        "What the classes are" if oracle else "What the clusters are",
+        "What the signals are",
         "Ground truth, read from the shards: a baseline." if oracle else text,
         html.facts({name: value for name, value in facts.items() if value}),
         html.chart(charts.sizes(counts)),
-        html.picture(annotation / WALL, alt="Members of each cluster") if annotation else "",
+        *(html.picture(annotation / name, alt=name) for name in (WALL, BOXES, MASKS) if annotation),
     )
 
 
@@ -230,7 +239,8 @@ def _facts(
     facts = {
         "images": f"{manifest['num_images']:,}" if isinstance(manifest.get("num_images"), int) else "",
         "size": f"{manifest['size']} px" if manifest.get("size") else "",
-        "clusters": f"{guidance['num_labels']:,}" if guidance.get("num_labels") else "",
+        "labels": f"{guidance['num_labels']:,}" if guidance.get("num_labels") else "",
+        "guided by": str(guidance.get("spatial") or ""),
         "autoencoder": str((manifest.get("autoencoder") or {}).get("name") or ""),
         "latent": " × ".join(map(str, manifest.get("latent_shape") or [])),
         "g": str((manifest.get("features") or {}).get("name") or (manifest.get("features") or {}).get("model") or ""),

@@ -8,24 +8,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm_sg.config import ASSETS, ROOT, AnnotateConfig, TrainConfig, load
 from ldm_sg.data.latents import LatentSet
+from ldm_sg.errors import InputError, choices
 from ldm_sg.report import grids
-from ldm_sg.report.annotation import members
+from ldm_sg.report.annotation import first_images, members
 from ldm_sg.report.run import write_report
+from ldm_sg.report.signals import pictures
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.evaluate import evaluate
 from ldm_sg.verbs.pack import pack
 from ldm_sg.verbs.sample import SampleOptions, open_pipeline, sample
 from ldm_sg.verbs.train import train
 
+CONFIGS = ("demo", "demo_masks")
 EVALUATED = 1000  # samples, and as many real images
 ROWS, REAL, SAMPLES = 8, 6, 8  # of the cluster picture
 STRENGTHS = [0.0, 1.0, 2.0, 3.0]
 
 
-def demo(out: Path, steps: int | None = None, device: str = "auto") -> Path:
-    """pack -> annotate -> train -> sample -> evaluate -> report into `out`, data beside it in OUT-data; returns the report."""
+def demo(out: Path | None = None, config: str = "demo", steps: int | None = None, device: str = "auto") -> Path:
+    """pack -> annotate -> train -> sample -> evaluate -> report into `out` (default runs/CONFIG), data beside it in OUT-data;
+    returns the report. `config` names configs/annotate/CONFIG.yaml and configs/train/CONFIG.yaml."""
+    if config not in CONFIGS:
+        raise InputError(f"config {config!r}; {choices(config, CONFIGS)}")
+    out = out or Path("runs") / config
     data = out.with_name(out.name + "-data")
     shards, annotation = data / "shards", data / "annotation"
     timings = _Timings(data / "timings.json")
@@ -33,19 +42,19 @@ def demo(out: Path, steps: int | None = None, device: str = "auto") -> Path:
         pack(str(ASSETS / "fruit64"), shards, size=64, shard_size=1027, format="png")
     with timings.stage("annotate"):
         places = [f"shards={shards}/*.tar", f"out={annotation}", f"device={device}"]
-        annotate(load(AnnotateConfig, ROOT / "configs" / "annotate" / "demo.yaml", places))
+        annotate(load(AnnotateConfig, ROOT / "configs" / "annotate" / f"{config}.yaml", places))
     with timings.stage("train"):
-        places = [f"annotation={annotation}", f"out={out}", f"device={device}"]
-        train(load(TrainConfig, ROOT / "configs" / "train" / "demo.yaml", places + [f"steps={steps}"] * bool(steps)))
+        places = [f"annotation={annotation}", f"out={out}", f"device={device}"] + [f"steps={steps}"] * bool(steps)
+        train(load(TrainConfig, ROOT / "configs" / "train" / f"{config}.yaml", places))
     with timings.stage("sample"):
-        _pictures(out, annotation, device)
+        picture = _pictures(out, annotation, device)
     with timings.stage("evaluate"):
         metrics = _evaluate(out, shards, device)
     metrics["seconds"] = round(timings.total, 1)
     _write_json(out / "metrics.json", metrics)
-    report = write_report(out, f"ldm-sg demo --out {out}", timings.seconds)
+    report = write_report(out, f"ldm-sg demo --config {config} --out {out}", timings.seconds)
     print(json.dumps(metrics, indent=2))
-    print(f"report   {report}\npicture  {out / 'clusters.png'}")
+    print(f"report   {report}\npicture  {picture}")
     return report
 
 
@@ -79,36 +88,49 @@ def _evaluate(run: Path, shards: Path, device: str) -> dict[str, Any]:
     found = {
         "untrained": _evaluation(run / "pipeline_untrained", shards, device, 1.0, "fd"),
         "w0": _evaluation(run, shards, device, 0.0, "fd"),
-        "w1": _evaluation(run, shards, device, 1.0, "fd,prdc,consistency"),
-        "w2": _evaluation(run, shards, device, 2.0, "fd,prdc,consistency"),
+        "w1": _evaluation(run, shards, device, 1.0, None),
+        "w2": _evaluation(run, shards, device, 2.0, None),
     }
     figures = {f"fd_{name}": values["fd"] for name, values in found.items()}
-    figures |= {f"consistency_{w}": found[w]["consistency"] for w in ("w1", "w2")}
-    figures |= {f"consistency_{name}": found["w2"][f"consistency_{name}"] for name in ("real", "chance")}
+    control = "consistency" if "consistency" in found["w2"] else "layout_agreement"
+    figures |= {f"{control}_{w}": found[w][control] for w in ("w1", "w2")}
+    for name in ("real", "chance", "shuffled"):
+        if f"{control}_{name}" in found["w2"]:
+            figures[f"{control}_{name}"] = found["w2"][f"{control}_{name}"]
     return figures | {f"{m}_{w}": found[w][m] for w in ("w1", "w2") for m in ("precision", "recall")}
 
 
-def _evaluation(source: Path, shards: Path, device: str, w: float, metrics: str) -> dict[str, Any]:
+def _evaluation(source: Path, shards: Path, device: str, w: float, metrics: str | None) -> dict[str, Any]:
     run = source.parent if source.name.startswith("pipeline") else source
     pipeline = source if source != run else run / "pipeline"
     file = run / "evaluations" / f"demo_{pipeline.name}_w{w:g}.json"
     if file.is_file() and file.stat().st_mtime > (pipeline / "model_index.json").stat().st_mtime:
         return json.loads(file.read_text())["metrics"]
-    result = evaluate(source, str(shards), metrics=metrics, n=EVALUATED, w=w, batch_size=125, out=file, device=device)
+    result = evaluate(source, str(shards), metrics=metrics, n=EVALUATED, features="demo-g", w=w, batch_size=125, out=file,
+                      device=device)  # fmt: skip
     return result["metrics"]
 
 
-def _pictures(run: Path, annotation: Path, device: str) -> None:
-    if _fresh(run / "clusters.png", run):
-        return
+def _pictures(run: Path, annotation: Path, device: str) -> Path:
+    """The run's pictures; returns the one that says most."""
+    layouts = LatentSet(annotation).spec.spatial is not None
+    best = run / ("layouts.png" if layouts else "clusters.png")
+    if _fresh(best, run):
+        return best
     base: dict[str, Any] = {"device": device, "precision": "auto"}
-    for name, options in {
+    wanted = {
         "sweep_w": SampleOptions(n=10, sweep_w=STRENGTHS, **base),
         "trajectory": SampleOptions(n=5, trajectory=True, **base),
-        "interpolation": SampleOptions(n=10, interpolate=_largest(annotation)[:2], **base),
-    }.items():
+    }
+    if not layouts:
+        wanted["interpolation"] = SampleOptions(n=10, interpolate=_largest(annotation)[:2], **base)
+    for name, options in wanted.items():
         shutil.copyfile(sample(str(run), options, overwrite=True) / "grid.png", run / f"{name}.png")
-    _cluster_picture(run, annotation, device)
+    if layouts:
+        _layout_picture(run, annotation, best, device)
+    else:
+        _cluster_picture(run, annotation, best, device)
+    return best
 
 
 def _fresh(picture: Path, run: Path) -> bool:
@@ -121,15 +143,28 @@ def _largest(annotation: Path) -> list[int]:
     return (-LatentSet(annotation).signals.counts()).argsort(kind="stable").tolist()
 
 
-def _cluster_picture(run: Path, annotation: Path, device: str) -> None:
-    """clusters.png: each row one of the clusters, spread from the largest to the median one."""
+def _cluster_picture(run: Path, annotation: Path, path: Path, device: str) -> None:
+    """Each row one of the clusters, spread from the largest to the median one."""
     ids = _largest(annotation)
     ids = [ids[i * len(ids) // (2 * ROWS)] for i in range(ROWS)]
     pipe = open_pipeline(run, device)
     samples = pipe(pipe.clusters([k for k in ids for _ in range(SAMPLES)]), precision="auto").split(SAMPLES)
     real = members(annotation, LatentSet(annotation).manifest, ids, REAL)
     picture = grids.cluster_picture(ids, list(real.values()), samples)
-    grids.save(picture, run / "clusters.png")
+    grids.save(picture, path)
+
+
+def _layout_picture(run: Path, annotation: Path, path: Path, device: str) -> None:
+    """Each row one layout: a real image, its signal, samples that follow it."""
+    latents, pipe = LatentSet(annotation), open_pipeline(run, device)
+    images, places = first_images(latents, ROWS)
+    asked = latents.signals[places]
+    drawn = pictures(asked, images.shape[-1])
+    assert drawn is not None
+    samples = pipe(asked[torch.arange(ROWS).repeat_interleave(SAMPLES)], precision="auto").split(SAMPLES)
+    rows = [torch.cat([images[i : i + 1], drawn[i : i + 1], samples[i]]) for i in range(ROWS)]
+    heads = ["real", "asked", "samples"] + [""] * (SAMPLES - 1)
+    grids.save(grids.labelled_rows([""] * ROWS, rows, heads), path)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

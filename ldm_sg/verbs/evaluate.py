@@ -27,7 +27,7 @@ from ldm_sg.pipeline import SelfGuidedPipeline
 from ldm_sg.verbs.sample import open_pipeline
 
 MOST_REFERENCE = 50_000  # reference images, spread over the whole set
-CEILING = 2_000  # of them pass through the autoencoder, for the best that consistency can be
+CEILING = 1_000  # of them pass through the autoencoder, for the best that consistency can be
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,13 @@ def evaluate(
     real_features = _reference(real, judges.network, samples.size, batch_size, on, skipped)
     values = figures.compute(wanted, found["main"], real_features, judges.network, seed)
     if judges.annotator and judges.ids is not None and pipe:
-        before, after = _ceiling(real, pipe, judges.annotator.features, batch_size, on)
+        before, after = _ceiling(real, pipe, judges.annotator, judges.annotator.features, "features", batch_size, on)
         own = found.get("own", found["main"])
         values |= consistency(judges.ids[places], own, _signals(pipe), before, after, judges.annotator.f)
     if judges.annotator and judges.asked is not None and pipe:
         asked = layout.layout(judges.asked[places], pipe.latent_shape[1:])
-        ceiling = _ceiling(real, pipe, _layouts(judges.annotator, pipe), batch_size, on)
+        judge = _layouts(judges.annotator, pipe)
+        ceiling = _ceiling(real, pipe, judges.annotator, judge, "layout", batch_size, on)
         values |= layout.faithfulness(asked, found["layout"], *ceiling, pipe.spec.spatial)
     result = {
         "source": str(source),
@@ -297,15 +298,28 @@ def _reference(
 
 
 def _ceiling(
-    real: sources.ImageSet, pipe: SelfGuidedPipeline, judge: Network, batch_size: int, on: torch.device
+    real: sources.ImageSet,
+    pipe: SelfGuidedPipeline,
+    annotator: LoadedAnnotator,
+    judge: Network,
+    what: str,
+    batch_size: int,
+    on: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """What `judge` says of up to CEILING real images before and after the run's autoencoder, [M, X] each."""
+    """What `judge`, the annotator's `what`, says of up to CEILING real images before and after the run's autoencoder, [M, X]
+    each; remembered for these files, this annotator and this autoencoder."""
 
     def rebuilt(images: Tensor) -> Tensor:
         pixels = to_uint8(pipe.autoencoder.decode(pipe.autoencoder.encode(images)))
         return judge(to_float(pixels))
 
-    networks: dict[str, Network] = {"before": judge, "after": rebuilt}
-    batches = sources.batches(real, pipe.image_size, batch_size, CEILING, lambda *_: None)
-    found = collect(batches, networks, on, min(sources.count(real) or CEILING, CEILING), "real, rebuilt")[1]
-    return found["before"], found["after"]
+    def compute() -> Tensor:
+        networks: dict[str, Network] = {"before": judge, "after": rebuilt}
+        batches = sources.batches(real, pipe.image_size, batch_size, CEILING, lambda *_: None)
+        total = min(sources.count(real) or CEILING, CEILING)
+        return torch.stack(list(collect(batches, networks, on, total, "real, rebuilt")[1].values()))
+
+    made = {"what": what, "annotator": annotator.digest, "autoencoder": pipe.autoencoder.manifest.get("sha256")}
+    made |= {"size": pipe.image_size, "limit": CEILING, "device": on.type}
+    before, after = cached(sources.fingerprint(real, **made), compute)
+    return before, after
