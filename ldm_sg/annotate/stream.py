@@ -25,6 +25,7 @@ from ldm_sg.data.shards import IMAGE_EXTENSIONS, ImageBatch, image_batches, is_r
 from ldm_sg.errors import InputError
 from ldm_sg.hardware import use_bf16
 
+PIXELS = 2**18  # encoded at once on a CPU: with TAESD at 256 px twice as fast as whole batches
 CALIBRATION_IMAGES = 256  # that an autoencoder without mean and std is measured on: 262,144 places of a 32x32 latent
 
 
@@ -45,13 +46,15 @@ def prepare_autoencoder(
     """The first stage with its normalisation, kept in OUT/autoencoder from the first run on."""
     folder = out / "autoencoder"
     if (folder / "manifest.yaml").is_file():
-        return load_autoencoder(str(folder)).to(device)
-    autoencoder = load_autoencoder(cfg.autoencoder).to(device)
+        return load_autoencoder(str(folder)).to(device, memory_format=torch.channels_last)
+    autoencoder = load_autoencoder(cfg.autoencoder).to(device, memory_format=torch.channels_last)
     if not autoencoder.normalised:
         needed = -(-CALIBRATION_IMAGES // cfg.features.batch_size)
         batches = itertools.islice(image_batches(shards, size, cfg.features.batch_size, 0, lambda *_: None), needed)
         bar = tqdm(batches, "measuring latents", needed, unit=" batches")
-        measure_normalisation(autoencoder, (to_float(batch.images) for batch in bar))
+        few = max(1, PIXELS // size**2) if device.type == "cpu" else cfg.features.batch_size
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(cfg.precision, device)):
+            measure_normalisation(autoencoder, (part for batch in bar for part in to_float(batch.images).split(few)))
     autoencoder.save(folder)
     return autoencoder
 
@@ -157,7 +160,7 @@ def expected_images(shards: list[str]) -> int | None:
         return None
     try:
         with tarfile.open(shards[0]) as tar:
-            first = sum(member.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for member in tar)
+            first = sum(member.name.rpartition("/")[2].partition(".")[2].lower() in IMAGE_EXTENSIONS for member in tar)
     except tarfile.TarError:
         return None
     sizes = [Path(url).stat().st_size for url in shards]
@@ -167,5 +170,11 @@ def expected_images(shards: list[str]) -> int | None:
 @torch.no_grad()
 def encode(autoencoder: Autoencoder, images: Tensor, flips: bool) -> dict[str, Tensor]:
     """Normalised latents [B, C, h, w] of the images and, with flips, of their mirror images."""
-    latents = {"latent": autoencoder.encode(images)}
-    return latents | ({"flip": autoencoder.encode(images.flip(-1))} if flips else {})
+    height, width = images.shape[-2:]
+    chunk = max(1, PIXELS // (height * width)) if images.device.type == "cpu" else len(images)
+
+    def latents(batch: Tensor) -> Tensor:
+        parts = batch.contiguous(memory_format=torch.channels_last).split(chunk)
+        return torch.cat([autoencoder.encode(part) for part in parts])
+
+    return {"latent": latents(images)} | ({"flip": latents(images.flip(-1))} if flips else {})
