@@ -209,7 +209,6 @@ def test_plain_torch_files_are_read(tmp_path, weights):
         ({"layer": 40, "size": 64}, r"features\.layer=40"),
         ({"pool": "max"}, r"features\.pool"),
         ({"precision": "fp8", "size": 64}, "precision"),
-        ({"size": 50}, r"features\.size=50"),
     ],
 )
 def test_bad_settings(weights, changes, message):

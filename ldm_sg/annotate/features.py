@@ -1,4 +1,4 @@
-"""g, the feature extractor: images -> image-level features [B, D] and patch features [B, Dp, h, w].
+"""g, the feature extractor: images -> image-level features [B, D], patch features [B, Dp, h, w], keys [B, Dk, h, w].
 
 The only file that imports timm and open_clip. A g is a shipped extractor (a folder of ours), any timm model, or any
 open_clip image tower; it resizes and normalises by itself, runs frozen, and can be read at a chosen block."""
@@ -43,6 +43,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("mean", torch.tensor(manifest["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(manifest["std"]).view(3, 1, 1), persistent=False)
         self.tower = tower
+        self.patch = patch_size(tower)  # pixels
         self.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
         self.bf16 = use_bf16(str(manifest["precision"]), self.mean.device)
         try:
@@ -71,12 +72,45 @@ class FeatureExtractor(nn.Module):
             spatial, _ = self._block(prepared, -1 if self.layer is None else self.layer)
         return image_level.float(), spatial.float()
 
+    @torch.no_grad()
+    def keys(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> patch keys [B, Dk, h, w] of the last (or the chosen) block's self-attention, its
+        heads side by side, float32: what LOST reads. The image spans `grid` rows and columns of them."""
+        layer = -1 if self.layer is None else self.layer
+        attention = _fused_attention(self.tower, layer)
+        read: list[Tensor] = []  # what the attention reads [B, P + N, C], prefix tokens first
+        if attention is not None:
+            hook = attention.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+            try:
+                with self._autocast():
+                    h, w = self._block(self.prepare(images), layer)[0].shape[2:]
+            finally:
+                hook.remove()
+        if attention is None or read[0].ndim != 3:  # SAM's attention reads windows
+            raise InputError(
+                f"features.model={self.name}: its keys cannot be read; choose a timm ViT whose blocks attend through "
+                "one fused qkv layer, for example vit_small_patch16_224.dino"
+            )
+        with self._autocast():  # not the hooked layer's output: BEiT and EVA use its weight without calling it
+            keys = attention.qkv(read[0][:, -h * w :]).chunk(3, dim=2)[1]  # [B, N, Dk]; keys have no bias there
+        return keys.float().mT.unflatten(2, (h, w))
+
+    @property
+    def grid(self) -> float:
+        """How many rows and columns of patches the image spans: a fraction where it was padded to whole patches."""
+        assert self.patch is not None, self.name
+        return self.size / self.patch
+
     def prepare(self, images: Tensor) -> Tensor:
-        """[-1, 1] at any size -> g's own size (antialiased bicubic) and normalisation, [B, 3, size, size]."""
+        """[-1, 1] at any size -> g's own size (antialiased bicubic) and normalisation, [B, 3, size, size]; where
+        patches do not divide the size, zeros (the mean colour) on the right and below fill the last ones."""
         images = images.to(self.mean.device)
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
-        return ((images * 0.5 + 0.5 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        images = (images * 0.5 + 0.5 - self.mean) / self.std
+        if self.patch and self.size % self.patch:
+            images = F.pad(images, (0, -self.size % self.patch) * 2)
+        return images.contiguous(memory_format=torch.channels_last)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.bf16)
@@ -99,7 +133,7 @@ class FeatureExtractor(nn.Module):
             raise InputError(f"features.layer={layer}: {self.name} offers no access to its blocks")
         known = inspect.signature(forward).parameters
         wanted = {"norm": True, "normalize_intermediates": True, "intermediates_only": True}
-        wanted |= {"return_prefix_tokens": True, "output_extra_tokens": True}
+        wanted |= {"return_prefix_tokens": True, "output_extra_tokens": True, "stop_early": True}
         try:
             out = forward(images, indices=[layer], **{key: value for key, value in wanted.items() if key in known})
         except AssertionError as err:
@@ -109,6 +143,21 @@ class FeatureExtractor(nn.Module):
             return out["image_intermediates"][0], prefix[0] if prefix else None
         spatial, prefix = out[0] if isinstance(out[0], tuple) else (out[0], None)
         return spatial, None if prefix is None or prefix.shape[1] == 0 else prefix
+
+
+def patch_size(tower: nn.Module) -> int | None:
+    """Pixels a side of a timm ViT's patches; None for towers that cut the image up in another way."""
+    embed = getattr(tower, "patch_embed", None)
+    return embed.patch_size[0] if isinstance(embed, timm.layers.PatchEmbed) else None
+
+
+def _fused_attention(tower: nn.Module, layer: int) -> nn.Module | None:
+    """The self-attention of a ViT's block, None where not one linear layer makes its queries, keys and values."""
+    if patch_size(tower) is None:
+        return None
+    blocks = getattr(tower, "blocks", None)
+    attention = getattr(blocks[layer], "attn", None) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None
+    return attention if isinstance(getattr(attention, "qkv", None), nn.Linear) else None
 
 
 def load_extractor(cfg: FeaturesConfig, device: torch.device | str = "cpu") -> FeatureExtractor:
@@ -184,14 +233,20 @@ def _timm(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
     kwargs: dict[str, Any] = {"num_classes": 0}
     if cfg.size is not None and own.fixed_input_size:
         kwargs["img_size"] = cfg.size
-    if cfg.weights:
-        tower = timm.create_model(cfg.model, **kwargs)
-        _load_timm_state(tower, read_weights(Path(cfg.weights)), Path(cfg.weights))
-    else:
-        tower = _fetch(cfg, lambda: timm.create_model(cfg.model, pretrained=True, **kwargs))
+    tower = _create(cfg, kwargs)
+    if "img_size" in kwargs and cfg.size % (patch := patch_size(tower) or 1):
+        tower = _create(cfg, kwargs | {"img_size": cfg.size + -cfg.size % patch})  # `prepare` pads to it
     data = timm.data.resolve_model_data_config(tower)
     size = cfg.size or data["input_size"][-1]
     return tower, {"size": size, "mean": [float(v) for v in data["mean"]], "std": [float(v) for v in data["std"]]}
+
+
+def _create(cfg: FeaturesConfig, kwargs: dict[str, Any]) -> nn.Module:
+    if not cfg.weights:
+        return _fetch(cfg, lambda: timm.create_model(cfg.model, pretrained=True, **kwargs))
+    tower = timm.create_model(cfg.model, **kwargs)
+    _load_timm_state(tower, read_weights(Path(cfg.weights)), Path(cfg.weights))
+    return tower
 
 
 def _load_timm_state(tower: nn.Module, state: dict[str, Tensor], path: Path) -> None:

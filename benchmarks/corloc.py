@@ -1,0 +1,83 @@
+"""CorLoc of LOST's boxes on Penn-Fudan, a JSON line each: the share of images whose box meets a true one, IoU >= 0.5.
+
+    python benchmarks/corloc.py SHARED [--layers 8 9 10 11] [--sizes 224] [--k-patches 100]
+
+SHARED: folder with data/pennfudan_256 (images/, boxes.json) and weights/dinov2_small. Images are cropped to their
+centre square as `pack` crops them, true boxes with them. `centred`: the mean key of each image, or of all images, is
+subtracted first. Attention does not see it (the same logit for every key), but LOST does."""
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.annotate.lost import correct_localisation, lost, to_relative
+from ldm_sg.config import FeaturesConfig
+from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
+from ldm_sg.data.pack import crop_meta
+
+PIXELS, BATCH = 256, 16
+FIXED = {"whole image": [0.0, 0.0, 1.0, 1.0], "centre, half the sides": [0.25, 0.25, 0.75, 0.75]}
+
+
+def read(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images uint8 [3, H, H] and their true boxes [M, 4] in units of the image; none without a box after the crop."""
+    for name, boxes in json.loads((folder / "boxes.json").read_text()).items():
+        image = decode(next((folder / "images").glob(f"{name}.*")).read_bytes())
+        kept = crop_meta({"boxes": [[*box, 0] for box in boxes]}, image.size, PIXELS)["boxes"]
+        if kept:
+            yield to_tensor(crop_resize(image, PIXELS)), torch.tensor(kept)[:, :4] / PIXELS
+
+
+def corloc(boxes: Tensor, truths: list[Tensor]) -> float:
+    return round(sum(map(correct_localisation, boxes, truths)) / len(truths), 3)
+
+
+def measure(
+    g: FeatureExtractor, images: Tensor, truths: list[Tensor], k_patches: list[int]
+) -> Iterator[dict[str, object]]:
+    keys = torch.cat([g.keys(to_float(batch)) for batch in images.split(BATCH)])
+    over = {"image": (2, 3), "all": (0, 2, 3)}
+    means = {"no": torch.zeros(())} | {name: keys.mean(dims, keepdim=True) for name, dims in over.items()}
+    for (centred, mean), k in itertools.product(means.items(), k_patches):
+        boxes, found = lost(keys - mean, k)
+        boxes = to_relative(boxes, g.grid)
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1).median()
+        yield {
+            "centred": centred,
+            "k_patches": k,
+            "corloc": corloc(boxes, truths),
+            "found": round(found.float().mean().item(), 3),
+            "median_area": round(area.item(), 3),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shared", type=Path)
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 9, 10, 11])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224])
+    parser.add_argument("--k-patches", type=int, nargs="+", default=[100])
+    args = parser.parse_args()
+    samples = list(read(args.shared / "data" / "pennfudan_256"))
+    images, truths = torch.stack([image for image, _ in samples]), [truth for _, truth in samples]
+    for name, box in FIXED.items():
+        boxes = torch.tensor([box]).expand(len(truths), -1)
+        print(json.dumps({"boxes": name, "images": len(truths), "corloc": corloc(boxes, truths)}), flush=True)
+    weights = str(args.shared / "weights" / "dinov2_small" / "model.safetensors")
+    for size in args.sizes:
+        for layer in args.layers:
+            g = load_extractor(
+                FeaturesConfig(model="vit_small_patch14_dinov2", weights=weights, size=size, layer=layer)
+            )
+            for found in measure(g, images, truths, args.k_patches):
+                print(json.dumps({"boxes": "LOST", "size": size, "layer": layer, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""LOST (Simeoni et al., BMVC 2021): a self-supervised ViT's keys -> one class-agnostic box an image, without labels.
+
+A whole batch at a time. Where the paper writes >= 0 its public code, which made the published boxes, has > 0, leaves
+a patch out of its own degree and does not normalise the keys: so do we. Among equals the first patch in reading order
+counts, which that code leaves to the sort."""
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IMAGES = 8  # compared at once: on a CPU their keys stay in its cache
+TILE = 256  # patches compared at once: bounds memory, and up to 256 ones add up exactly in bf16
+
+
+def lost(keys: Tensor, k_patches: int = 100) -> tuple[Tensor, Tensor]:
+    """Keys [B, D, h, w] -> boxes [B, 4] (x0, y0, x1, y1, float, in patches, right and bottom exclusive), found [B].
+
+    Sec. 3.2: of the `k_patches` patches of lowest degree, those like the lowest one vote on which patches are the
+    object; its connected part around that patch is boxed. The box is the whole grid, and found is False, where
+    nothing stands out: the object would be every patch or none, or keys are not finite.
+
+    The paper takes DINO's keys as they are. A constant in every key moves no attention, but here it makes all patches
+    alike: DINOv2's key bias does, so subtract the mean key of many images first (benchmarks/corloc.py).
+
+    Where images were padded to whole patches, each patch of `FeatureExtractor.keys` still holds a part of the image:
+    all take part, as in the public code, and `to_relative` clips the box to the image."""
+    assert k_patches >= 1, k_patches
+    h, w = keys.shape[2:]
+    seeds, votes = zip(*(_vote(part.flatten(2).mT, k_patches) for part in keys.split(IMAGES)))
+    seed, vote = torch.cat(seeds), torch.cat(votes)  # [B], [B, N]
+    part = connected(vote.gt(0).unflatten(1, (h, w)), seed)  # [B, h, w]
+    size = part.sum((1, 2))  # [B]
+    found = (size > 0) & (size < h * w) & vote.isfinite().all(1)
+    boxes = torch.where(found[:, None], bounds(part), torch.tensor([0.0, 0.0, w, h], device=keys.device))
+    return boxes, found
+
+
+def _vote(keys: Tensor, k_patches: int) -> tuple[Tensor, Tensor]:
+    """Keys [B, N, D] -> the seed [B], and each patch's summed similarity to the expanded seeds [B, N]."""
+    order = degrees(keys).argsort(dim=1, stable=True)  # [B, N] lowest first: an object has few friends
+    keys = keys.float()
+    seed = keys[torch.arange(len(keys), device=keys.device), order[:, 0]]  # [B, D]
+    lowest = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :k_patches], True)  # [B, N]
+    voters = lowest & (seed[:, None] @ keys.mT)[:, 0].gt(0)  # [B, N]
+    total = voters[:, None].float() @ keys  # [B, 1, D]: the sum of similarities is the similarity to the sum
+    return order[:, 0], (total @ keys.mT)[:, 0]
+
+
+def degrees(keys: Tensor) -> Tensor:
+    """Keys [B, N, D] -> with how many other patches each one correlates positively, [B, N] float32 (Eq. 1).
+
+    The similarity matrix is symmetric: its tiles below the diagonal ones are not computed. Similarities are in the
+    keys' dtype and only their signs are read: keys of a g in bf16 are bf16 numbers, and as such lose nothing and take
+    a fraction of the time."""
+    tiles = [tile.contiguous() for tile in keys.split(TILE, dim=1)]  # [B, TILE, D] each
+    degree = [torch.zeros(tile.shape[:2], device=keys.device) for tile in tiles]
+    for i, j in itertools.combinations_with_replacement(range(len(tiles)), 2):
+        friends = (tiles[i] @ tiles[j].mT).gt_(0)  # [B, TILE, TILE]
+        if i == j:
+            friends.diagonal(dim1=1, dim2=2).zero_()
+        else:
+            degree[j] += friends.sum(1)
+        degree[i] += friends.sum(2)
+    return torch.cat(degree, dim=1)
+
+
+def connected(mask: Tensor, seed: Tensor) -> Tensor:
+    """The 4-connected component of `mask` [B, h, w] bool that holds patch `seed` [B] (counted by rows), of the same
+    shape; empty where the seed is outside the mask."""
+    part = torch.zeros_like(mask).flatten(1).scatter(1, seed[:, None], True).view_as(mask) & mask
+    mask, part = (F.pad(x, (0, 1, 0, 1)) for x in (mask, part))  # keeps rows and images apart when all are one line
+    grid = part.shape
+    mask, part = mask.flatten(), part.flatten()
+    while True:
+        grown = part.clone()
+        for step in (1, grid[2]):  # a column, a row
+            grown[step:] |= part[:-step]
+            grown[:-step] |= part[step:]
+        grown &= mask
+        if torch.equal(grown, part):
+            return part.view(grid)[:, :-1, :-1]
+        part = grown
+
+
+def bounds(part: Tensor) -> Tensor:
+    """Masks [B, h, w] bool -> their bounding boxes [B, 4]; of an empty one the whole grid."""
+    edges = []
+    for line in (part.any(1).byte(), part.any(2).byte()):  # columns [B, w], rows [B, h]
+        edges.append((line.argmax(1), line.shape[1] - line.flip(1).argmax(1)))  # argmax: the first of equals
+    (x0, x1), (y0, y1) = edges
+    return torch.stack([x0, y0, x1, y1], 1).float()
+
+
+def to_relative(boxes: Tensor, grid: float) -> Tensor:
+    """Boxes [..., 4] in patches -> in units of the square image, clipped to [0, 1]. The image spans `grid` patches
+    (`FeatureExtractor.grid`), a fraction where the last row and column are partly padding."""
+    return (boxes / grid).clamp(0, 1)
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Boxes [N, 4] and [M, 4] (x0, y0, x1, y1, any unit) -> intersection over union [N, M]; 0 for two empty boxes."""
+    sides = torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])  # [N, M, 2]
+    both = sides.clamp(min=0).prod(2)
+    areas = [(box[:, 2:] - box[:, :2]).prod(1) for box in (a, b)]
+    return torch.nan_to_num(both / (areas[0][:, None] + areas[1] - both))
+
+
+def correct_localisation(box: Tensor, truth: Tensor) -> bool:
+    """Whether `box` [4] meets one of `truth` [M, 4] with an IoU of at least 0.5; the mean is CorLoc (Sec. 4.1)."""
+    return bool((iou(box[None], truth) >= 0.5).any())
