@@ -31,18 +31,41 @@ class FeaturesConfig:
     precision: str = "auto"  # auto, fp32, bf16
 
 
+SEGMENT_METHODS = ("stego", "patch_kmeans")
+
+
 @dataclass
 class SegmentsConfig:
     """Segments without labels: STEGO's head on frozen patch features, or plain k-means on them."""
 
     method: str = "stego"  # stego, patch_kmeans
     width: int = 70  # of the code
-    steps: int = 5000
-    batch_size: int = 32
+    steps: int = 1000  # at most
+    batch_size: int = 16  # images, each with one of its neighbours
     lr: float = 5e-4
-    neighbours: int = 7
+    neighbours: int = 7  # of each image: the most similar other ones
+    # b of Eq. 4 for an image and itself, a neighbour, a random other image, and what each weighs (Eq. 5). Where the classes
+    # come out too large, raise b; the more of the codes' cosines that are near 1, the fewer classes they form.
+    self_shift: float = 0.2
+    knn_shift: float = 0.2
+    random_shift: float = 0.4
+    self_weight: float = 0.67
+    knn_weight: float = 0.25
+    random_weight: float = 0.63
+    centre: bool = True  # correspondences less their mean over an image (Eq. 3)
+    zero_clamp: bool = True  # codes that are already opposed are not pushed further apart
+    patience: int = 3  # stop when so many windows of 50 steps have not lowered the mean loss ...
+    min_improvement: float = 0.01  # ... by this share of it
     images: int = 4000  # at most this many images' patch features are used for the fit
     flips: bool = True  # average with the mirrored image
+
+    def check(self) -> None:
+        """Raises InputError for a value that cannot be."""
+        _need("annotator.segments.method", self.method, self.method in SEGMENT_METHODS, "stego or patch_kmeans")
+        least = {"width": 1, "steps": 1, "batch_size": 2, "neighbours": 1, "patience": 1, "images": 1}
+        for name, n in least.items():
+            _need(f"annotator.segments.{name}", getattr(self, name), getattr(self, name) >= n, f"at least {n}")
+        _need("annotator.segments.lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
 
 
 @dataclass
@@ -58,6 +81,7 @@ class AnnotatorConfig:
     sample: int = 1_000_000  # at most this many features are held in memory to fit f
     shuffle: float = 0.0  # share of the ids that is shuffled among images (the paper's Figure 3)
     k_patches: int = 100  # boxes: LOST's patches of lowest degree among which the seed expands
+    centre: bool = False  # boxes: take the set's mean key off first: needed with DINOv2, not with LOST's own DINO
     truth: str = "labels"  # oracle: labels, boxes, masks, or none (no guidance)
     neighbours: int = 10  # neighbours: one of this many nearest images gives the vector
     segments: SegmentsConfig = field(default_factory=SegmentsConfig)

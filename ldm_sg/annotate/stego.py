@@ -1,0 +1,107 @@
+"""Segments without labels: STEGO, and k-means on g's patch features as its baseline.
+
+Spherical k-means on the codes of many patches (with STEGO's head) or on the features themselves (without) gives classes."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm_sg.annotate.clusters import normalise, on_gpu
+from ldm_sg.annotate.stage import write_bytes
+from ldm_sg.annotate.stego_head import Head, fit_head, subset
+from ldm_sg.config import SegmentsConfig
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.spatial import VOID
+
+WEIGHTS = "segments.safetensors"
+PROBE = 200_000  # about this many patches at most for k-means
+SCORES = 2**24  # scores of classes held at once while masks are made: 64 MB
+
+
+class Segmenter:
+    """K classes for the pixels of an image, from its patch features: STEGO's head, or none, and K centroids."""
+
+    def __init__(self, k: int, cfg: SegmentsConfig, seed: int):
+        cfg.check()
+        if not 1 <= k <= VOID:
+            raise InputError(f"annotator.k={k}: segments have 1 to {VOID} classes")
+        self.k, self.cfg, self.seed = k, cfg, seed
+        self.head: Head | None = None
+        self.centroids = torch.empty(0, 1)  # [K, C] of unit length, once fitted
+
+    def fit(
+        self, patches: np.ndarray, image_features: np.ndarray, folder: Path, device: torch.device | str
+    ) -> "Segmenter":
+        """Patch features float16 [N, D, h, w] and image-level features [N, D'] of images to learn from; the checkpoint of
+        the head's fit lies in FOLDER."""
+        if self.cfg.method == "stego":
+            self.head = fit_head(patches, image_features, self.cfg, self.seed, device, folder)
+        self.centroids = spherical_kmeans(self._points(patches, device), self.k, self.seed)
+        return self
+
+    def _points(self, patches: np.ndarray, device: torch.device | str) -> np.ndarray:
+        """Codes of unit length [P, C], as many of every image, at random places."""
+        chosen, places = subset(len(patches), self.cfg.images, self.seed), patches.shape[2] * patches.shape[3]
+        generator, each = np.random.default_rng(self.seed), min(places, -(-PROBE // len(chosen)))
+        points = []
+        for start in range(0, len(chosen), 32):
+            codes = self.codes(torch.from_numpy(patches[chosen[start : start + 32]]).to(device)).flatten(2)
+            order = generator.permuted(np.tile(np.arange(places), (len(codes), 1)), axis=1)[:, None, :each]
+            drawn = codes.gather(2, torch.from_numpy(order).to(device).expand(-1, codes.shape[1], -1))
+            points.append(normalise(drawn.transpose(1, 2).flatten(0, 1)))
+        return np.concatenate(points)
+
+    @torch.no_grad()
+    def codes(self, patches: Tensor) -> Tensor:
+        """Patch features [B, D, h, w] -> codes float32 [B, C, h, w], which without a head are the features themselves."""
+        return patches.float() if self.head is None else self.head.to(patches.device)(patches.float())
+
+    def segment(self, patches: Tensor, flipped_patches: Tensor | None, size: int) -> Tensor:
+        """Patch features [B, D, h, w] of images and, to average their codes, of their mirror images -> the class of every
+        pixel, uint8 [B, size, size]: the centroid with the largest cosine to the code, upsampled bilinearly."""
+        codes = self.codes(patches)
+        if flipped_patches is not None:
+            codes = codes + self.codes(flipped_patches).flip(-1)
+        # Upsampling is linear and the length of a code moves no argmax, so the products with K centroids are upsampled.
+        scores = torch.einsum("bchw,kc->bkhw", codes, self.centroids.to(codes.device))
+        parts = scores.split(max(1, SCORES // (self.k * size**2)))
+        return torch.cat([F.interpolate(p, (size, size), mode="bilinear").argmax(1).to(torch.uint8) for p in parts])
+
+    def save(self, folder: Path) -> None:
+        """FOLDER/segments.safetensors."""
+        head = {} if self.head is None else {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        write_bytes(folder / WEIGHTS, save({"centroids": self.centroids.contiguous(), **head}))
+
+    @staticmethod
+    def fitted(folder: Path) -> bool:
+        """Whether `save` has finished there."""
+        return (folder / WEIGHTS).is_file()
+
+    def restore(self, folder: Path) -> "Segmenter":
+        """What `save` wrote."""
+        if not self.fitted(folder):
+            raise InputError(f"{folder / WEIGHTS} not found: the annotator is not complete; run annotate again")
+        tensors = load_file(folder / WEIGHTS)
+        self.centroids = tensors.pop("centroids")
+        if tensors:
+            width, dim = tensors["head.linear.weight"].shape[:2]
+            self.head = Head(dim, width).requires_grad_(False)
+            self.head.load_state_dict({name.removeprefix("head."): value for name, value in tensors.items()})
+        return self
+
+
+def spherical_kmeans(points: np.ndarray, k: int, seed: int) -> Tensor:
+    """Points [P, C] of unit length -> centroids [K, C] of unit length, best of three starts by the points' cosines."""
+    if k > len(points):
+        raise InputError(
+            f"annotator.k={k}: only {len(points):,} patches to cluster; choose k of at most {len(points):,}"
+        )
+    bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}  # the sample is bounded already
+    kmeans = faiss.Kmeans(points.shape[1], k, niter=30, nredo=3, spherical=True, seed=seed, gpu=on_gpu(), **bounds)
+    kmeans.train(points)
+    return F.normalize(torch.from_numpy(np.array(kmeans.centroids, np.float32).reshape(k, -1)), dim=1)
