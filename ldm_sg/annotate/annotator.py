@@ -1,7 +1,7 @@
 """f: what turns images and their features into guidance signals. One class a kind; `kinds` has the table."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,8 @@ from torch import Tensor
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.stage import Observed, Stage
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
-from ldm_sg.data.shards import ImageBatch
+from ldm_sg.data.images import to_float
+from ldm_sg.data.shards import ImageBatch, image_batches
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import GuidanceSpec
@@ -32,6 +33,21 @@ class Study:
     @property
     def out(self) -> Path:
         return Path(self.config.out)
+
+    def some_images(self, limit: int) -> Iterator[Tensor]:
+        """Batches [B, 3, size, size] in [-1, 1] of at most about `limit` images: the first ones of every shard."""
+        each = max(1, limit // len(self.shards))
+        device = "cpu" if self.extractor is None else self.extractor.mean.device
+        for shard in self.shards:
+            left = each
+            batches = image_batches(
+                [shard], self.size, min(each, self.config.features.batch_size), 0, lambda *_: None
+            )
+            for batch in batches:
+                yield to_float(batch.images[:left].to(device))
+                left -= len(batch.keys)
+                if left <= 0:
+                    break
 
 
 class Annotator(ABC):

@@ -1,19 +1,25 @@
 """f = LOST beside k-means: one object box an image (k_s) and its cluster (k), the paper's self-boxed guidance."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ldm_sg.annotate.annotator import Study
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.lost import correct_localisation, lost, to_relative
-from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.annotate.stage import Observed, Stage, write_bytes
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Signals
 from ldm_sg.guidance.signal import GuidanceSpec
+
+MEAN = "mean_key.safetensors"
+CENTRED = 512  # images whose keys the mean is taken over
 
 
 class Boxes(Clusters):
@@ -22,6 +28,15 @@ class Boxes(Clusters):
 
     kind = "boxes"
     reads_truth = True
+
+    def prepare(self, study: Study) -> None:
+        """The mean key, from the first images of every shard, where `annotator.centre` asks for it."""
+        assert study.extractor is not None
+        g = study.extractor
+        self.mean = torch.zeros(g.keys(torch.zeros(1, 3, study.size, study.size)).shape[1], 1, 1)
+        if self.cfg.centre:
+            sums = [g.keys(images).double().mean((0, 2, 3)).cpu() for images in study.some_images(CENTRED)]
+            self.mean = torch.stack(sums).mean(0).float()[:, None, None]
 
     def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
         assert g is not None
@@ -40,7 +55,8 @@ class Boxes(Clusters):
 
     def _boxes(self, g: FeatureExtractor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> boxes [B, 4] as shares of the sides, and whether LOST found something [B]."""
-        boxes, found = lost(g.keys(images), self.cfg.k_patches)
+        keys = g.keys(images)
+        boxes, found = lost(keys - self.mean.to(keys.device), self.cfg.k_patches)
         return to_relative(boxes, g.grid).cpu(), found.cpu()
 
     def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
@@ -55,6 +71,14 @@ class Boxes(Clusters):
             found["corloc"] = round(float(totals["located"] / totals["with_boxes"]), 4)
             found["corloc_images"] = int(totals["with_boxes"])
         return found
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        write_bytes(folder / MEAN, save({"key": self.mean}))
+
+    def restore(self, folder: Path) -> None:
+        super().restore(folder)
+        self.mean = load_file(folder / MEAN)["key"]
 
     @property
     def spec(self) -> GuidanceSpec:

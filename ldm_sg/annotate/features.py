@@ -65,11 +65,11 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] in [-1, 1] -> image-level features [B, D] and patch features [B, Dp, h, w], one pass each."""
+        """[B, 3, H, W] in [-1, 1] -> image-level features [B, D] and patch features [B, Dp, h, w]."""
         prepared = self.prepare(images)
         with self._autocast():
-            image_level = self._image_level(prepared)
-            spatial, _ = self._block(prepared, -1 if self.layer is None else self.layer)
+            spatial, prefix = self._block(prepared, -1 if self.layer is None else self.layer)
+            image_level = self._image_level(prepared) if self._own_pooling else self._pooled(spatial, prefix)
         return image_level.float(), spatial.float()
 
     @torch.no_grad()
@@ -115,11 +115,19 @@ class FeatureExtractor(nn.Module):
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.bf16)
 
+    @property
+    def _own_pooling(self) -> bool:
+        """Whether image-level features are what the whole model gives."""
+        return self.layer is None and self.pool == "auto"
+
     def _image_level(self, images: Tensor) -> Tensor:
-        if self.layer is None and self.pool == "auto":
-            pooled = self.tower(images)  # [B, D] the model's own way
+        if self._own_pooling:
+            pooled = self.tower(images)  # [B, D]
             return F.normalize(pooled.float(), dim=1) if self.unit else pooled
-        spatial, prefix = self._block(images, -1 if self.layer is None else self.layer)
+        return self._pooled(*self._block(images, -1 if self.layer is None else self.layer))
+
+    def _pooled(self, spatial: Tensor, prefix: Tensor | None) -> Tensor:
+        """A block's patches [B, D, h, w] and prefix tokens -> [B, D]."""
         if self.pool == "mean" or (self.pool == "auto" and prefix is None):
             return spatial.mean((2, 3))
         if prefix is None:

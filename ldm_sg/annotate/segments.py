@@ -1,6 +1,5 @@
 """f = STEGO (or plain k-means on patches): an index mask of K classes, the paper's self-segmented guidance."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from ldm_sg.annotate.matching import confusion, match
 from ldm_sg.annotate.stage import Observed, Stage
 from ldm_sg.annotate.stego import Segmenter
 from ldm_sg.config import AnnotatorConfig
-from ldm_sg.data.images import to_float
-from ldm_sg.data.shards import ImageBatch, image_batches
+from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import PackedMasks, Signals
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import GuidanceSpec
@@ -92,23 +90,18 @@ class Segments(Annotator):
 def sample_patches(study: Study, limit: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """g's patch features float16 [N, D, h, w], a file that is mapped, and image-level features float32 [N, D'] of at most
     about `limit` images: the first ones of every shard."""
-    g, cfg = study.extractor, study.config
+    g = study.extractor
     assert g is not None
-    each = max(1, limit // len(study.shards))
     path.parent.mkdir(parents=True, exist_ok=True)
     features, shape = [], (0, 0, 0)
     with path.open("wb") as file, tqdm(desc="patches to learn from", unit=" images", mininterval=1) as bar:
-        for shard in study.shards:
-            left = each
-            batches = image_batches([shard], study.size, min(each, cfg.features.batch_size), 0, lambda *_: None)
-            for batch in itertools.takewhile(lambda _: left > 0, batches):  # noqa: B023
-                image_level, patches = g.patches(to_float(batch.images[:left].to(g.mean.device)))
-                features.append(image_level.cpu().numpy())
-                file.write(patches.half().cpu().contiguous().numpy().data)
-                shape = tuple(patches.shape[1:])
-                left -= len(image_level)
-                bar.update(len(image_level))
+        for images in study.some_images(limit):
+            image_level, patches = g.patches(images)
+            features.append(image_level.cpu().numpy())
+            file.write(patches.half().cpu().contiguous().numpy().data)
+            shape = tuple(patches.shape[1:])
+            bar.update(len(images))
     if not features:
-        raise InputError(f"shards={cfg.shards!r}: no usable image to learn segments from")
+        raise InputError(f"shards={study.config.shards!r}: no usable image to learn segments from")
     count = sum(map(len, features))
     return np.memmap(path, np.float16, "r", shape=(count, *shape)), np.concatenate(features)
