@@ -6,15 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm_sg.annotate.baselines import corrupted
+from ldm_sg.annotate.boxes import Boxes
 from ldm_sg.annotate.kinds import KINDS, load_annotator
-from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig
+from ldm_sg.annotate.stage import StageWriter
+from ldm_sg.annotate.stego import Segmenter
+from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig, SegmentsConfig
+from ldm_sg.data.images import to_float
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.shards import ShardWriter
+from ldm_sg.data.shards import ShardWriter, image_batches
 from ldm_sg.data.signals import PackedMasks, Signals, columns
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import GuidanceSpec
@@ -191,6 +197,60 @@ def test_shuffled_ids_keep_their_sizes(tmp_path: Path) -> None:
     assert not torch.equal(plain.signals.k, mixed.signals.k)
     with pytest.raises(InputError, match=r"annotator\.shuffle.*no ids"):
         annotate(config(tmp_path / "f", source, kind="features", shuffle=0.5))
+
+
+def images_of(source: str) -> torch.Tensor:
+    return to_float(torch.cat([batch.images for batch in image_batches([source], SIZE, 64, 0, lambda *_: None)]))
+
+
+def test_boxes_with_their_clusters_and_corloc(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = tmp_path / "vit.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
+    source = shards(tmp_path / "source")
+    cfg = config(tmp_path, source, kind="boxes", k=3, centre=True, k_patches=5)
+    cfg.features = FeaturesConfig(model="test_vit", weights=str(weights), size=64, batch_size=5, precision="fp32")
+    latents = LatentSet(annotate(cfg))
+    boxes, manifest = latents.signals.box, yaml.safe_load((latents.folder / "manifest.yaml").read_text())
+    assert (
+        boxes.shape == (12, 1, 4) and (boxes[..., 2:] > boxes[..., :2]).all() and 0 <= boxes.min() <= boxes.max() <= 1
+    )
+    assert latents.spec.num_labels == 3 and latents.spec.spatial_channels == 1
+    assert manifest["annotator"]["corloc_images"] == 12 and 0 <= manifest["annotator"]["corloc"] <= 1
+    again = load_annotator(latents.folder / "annotator")(images_of(source.replace("*", "a")))
+    assert torch.allclose(again.box, boxes) and torch.equal(again.k, latents.signals.k)
+    assert (latents.folder / "boxes.png").is_file() and (latents.folder / "clusters.png").is_file()
+
+
+def test_an_extractor_in_which_lost_finds_nothing_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Boxes, "_boxes", lambda self, g, images: (torch.tensor([[0.0, 0, 1, 1]] * len(images)),
+                                                                  torch.zeros(len(images), dtype=torch.bool)))  # fmt: skip
+    monkeypatch.setattr(Boxes, "prepare", lambda self, study: setattr(self, "mean", torch.zeros(1, 1, 1)))
+    out = annotate(config(tmp_path, shards(tmp_path / "source"), kind="boxes", k=3))
+    assert "no box in 12 of 12 images" in capsys.readouterr().err
+    assert yaml.safe_load((out / "manifest.yaml").read_text())["annotator"]["not_found"] == 12
+
+
+@pytest.mark.parametrize("method", ["patch_kmeans", "stego"])
+def test_segments_and_their_match_with_true_masks(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shards(tmp_path / "source")
+    cfg = config(tmp_path, source, kind="segments", k=4, segments=SegmentsConfig(method=method, steps=50))
+    cfg.features = FeaturesConfig(layer=-3, batch_size=5, precision="fp32")
+    with monkeypatch.context() as patch:  # killed in the pass, after the fit
+        patch.setattr(StageWriter, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            annotate(cfg)
+    monkeypatch.setattr(Segmenter, "fit", lambda *_: pytest.fail("fitted again"))
+    latents = LatentSet(annotate(cfg))
+    masks, manifest = latents.signals.masks(), yaml.safe_load((latents.folder / "manifest.yaml").read_text())
+    assert masks.shape == (12, SIZE, SIZE) and masks.max() < 4 and latents.spec.spatial_channels == 4
+    assert manifest["annotator"]["true_classes"] == 4
+    assert manifest["annotator"]["accuracy"] > (0.5 if method == "patch_kmeans" else 0.25)  # 12 images teach no head
+    again = load_annotator(latents.folder / "annotator")(images_of(source.replace("*", "a")))
+    assert (again.masks() == masks).float().mean() > 0.99
+    assert (latents.folder / "masks.png").is_file() and not (latents.folder / "work").exists()
 
 
 @pytest.mark.parametrize("kind", ["features", "centroids", "neighbours"])

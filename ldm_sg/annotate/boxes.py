@@ -1,5 +1,6 @@
 """f = LOST beside k-means: one object box an image (k_s) and its cluster (k), the paper's self-boxed guidance."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Boxes(Clusters):
             if t.boxes is not None and len(t.boxes)
         ]
         totals = {
+            "images": len(boxes),
             "not_found": int((~found).sum()),
             "with_boxes": len(true),
             "located": sum(correct_localisation(box, those) for box, those in true),
@@ -67,6 +69,12 @@ class Boxes(Clusters):
 
     def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
         found: dict[str, Any] = {"not_found": int(totals["not_found"])}
+        if totals["not_found"] > totals["images"] / 2:
+            print(
+                f"note: LOST found no box in {totals['not_found']:,} of {totals['images']:,} images, which got the whole image: "
+                "some extractors (DINOv2) need annotator.centre=true",
+                file=sys.stderr,
+            )
         if totals["with_boxes"]:
             found["corloc"] = round(float(totals["located"] / totals["with_boxes"]), 4)
             found["corloc_images"] = int(totals["with_boxes"])
