@@ -40,9 +40,7 @@ class Study:
         device = "cpu" if self.extractor is None else self.extractor.mean.device
         for shard in self.shards:
             left = each
-            batches = image_batches(
-                [shard], self.size, min(each, self.config.features.batch_size), 0, lambda *_: None
-            )
+            batches = image_batches([shard], self.size, min(each, self.config.features.batch_size), 0, lambda *_: None)
             for batch in batches:
                 yield to_float(batch.images[:left].to(device))
                 left -= len(batch.keys)

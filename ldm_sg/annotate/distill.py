@@ -228,5 +228,7 @@ def probe_nmi(extractor: FeatureExtractor, source: str, size: int, batch_size: i
         features.append(extractor(to_float(torch.stack(batch))).cpu())
     points, classes = torch.cat(features), np.array([names.index(label) for label in labels])
     shape = (len(names), len(names))
-    fits = [Clusters(AnnotatorConfig(k=len(names), seed=s)).fit_features(points).assign(points).numpy() for s in range(5)]
+    fits = [
+        Clusters(AnnotatorConfig(k=len(names), seed=s)).fit_features(points).assign(points).numpy() for s in range(5)
+    ]
     return round(float(np.mean([nmi(contingency(ids, classes, shape)) for ids in fits])), 4)
