@@ -7,6 +7,7 @@ are matched with the true classes and measured on the validation images, centre 
 SegmentsConfig. One JSON line for each method, k, seed, and segmentation with and without the mirrored image."""
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -73,7 +74,7 @@ def picture(images: Tensor, truth: np.ndarray, predicted: list[np.ndarray]) -> I
     return Image.fromarray(np.concatenate([np.concatenate(list(column), 0) for column in columns], 1))
 
 
-def main() -> None:
+def main(heads: Path) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
@@ -92,24 +93,22 @@ def main() -> None:
     settings = {"size": args.size, "layer": args.layer, "seconds": round(time.perf_counter() - start)}
     print(json.dumps({"images": [len(train), len(val)], **settings}), flush=True)
     shown = {}
-    for k in map(int, args.k.split(",")):
-        for seed in range(args.seeds):
-            for method in reversed(SEGMENT_METHODS):
-                start = time.perf_counter()
-                with tempfile.TemporaryDirectory() as folder:
-                    segmenter = Segmenter(k, replace(cfg, method=method), seed)
-                    segmenter.fit(patches, image_level, Path(folder), device)
-                settings = {"method": method, "k": k, "seed": seed, "seconds": round(time.perf_counter() - start)}
-                for flips in (False, True):
-                    masks = segment(segmenter, ours, mirrored if flips else None)
-                    found = match(confusion(masks, truth, k, CLASSES))
-                    figures = {name: round(found[name], 4) for name in ("miou", "accuracy")}
-                    print(json.dumps({**settings, "flips": flips, **figures}), flush=True)
-                    if (k, seed, flips) == (CLASSES, 0, cfg.flips):
-                        shown[method] = np.where(found["assignment"] < 0, CLASSES, found["assignment"])[masks]
+    for seed, k, method in itertools.product(range(args.seeds), map(int, args.k.split(",")), reversed(SEGMENT_METHODS)):
+        start = time.perf_counter()
+        segmenter = Segmenter(k, replace(cfg, method=method), seed)
+        segmenter.fit(patches, image_level, heads / str(seed), device)  # a seed's head is the same for all k
+        settings = {"method": method, "k": k, "seed": seed, "seconds": round(time.perf_counter() - start)}
+        for flips in (False, True):
+            masks = segment(segmenter, ours, mirrored if flips else None)
+            found = match(confusion(masks, truth, k, CLASSES))
+            figures = {name: round(found[name], 4) for name in ("miou", "accuracy")}
+            print(json.dumps({**settings, "flips": flips, **figures}), flush=True)
+            if (k, seed, flips) == (CLASSES, 0, cfg.flips):
+                shown[method] = np.where(found["assignment"] < 0, CLASSES, found["assignment"])[masks]
     if args.picture:
         picture(val, truth, [shown[method] for method in reversed(SEGMENT_METHODS)]).save(args.picture)
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as folder:
+        main(Path(folder))
