@@ -39,9 +39,9 @@ def corloc(boxes: Tensor, truths: list[Tensor]) -> float:
 
 
 def measure(
-    g: FeatureExtractor, images: Tensor, truths: list[Tensor], k_patches: list[int]
+    g: FeatureExtractor, layer: int, images: Tensor, truths: list[Tensor], k_patches: list[int]
 ) -> Iterator[dict[str, object]]:
-    keys = torch.cat([g.keys(to_float(batch)) for batch in images.split(BATCH)])
+    keys = torch.cat([g.keys(to_float(batch), layer) for batch in images.split(BATCH)])
     over = {"image": (2, 3), "all": (0, 2, 3)}
     means = {"no": torch.zeros(())} | {name: keys.mean(dims, keepdim=True) for name, dims in over.items()}
     for (centred, mean), k in itertools.product(means.items(), k_patches):
@@ -71,11 +71,9 @@ def main() -> None:
         print(json.dumps({"boxes": name, "images": len(truths), "corloc": corloc(boxes, truths)}), flush=True)
     weights = str(args.shared / "weights" / "dinov2_small" / "model.safetensors")
     for size in args.sizes:
+        g = load_extractor(FeaturesConfig(model="vit_small_patch14_dinov2", weights=weights, size=size))
         for layer in args.layers:
-            g = load_extractor(
-                FeaturesConfig(model="vit_small_patch14_dinov2", weights=weights, size=size, layer=layer)
-            )
-            for found in measure(g, images, truths, args.k_patches):
+            for found in measure(g, layer, images, truths, args.k_patches):
                 print(json.dumps({"boxes": "LOST", "size": size, "layer": layer, **found}), flush=True)
 
 

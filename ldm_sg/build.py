@@ -15,10 +15,25 @@ from ldm_sg.objective import Objective
 from ldm_sg.pipeline import SelfGuidedPipeline, noise_scheduler, objective_of
 
 
+def view_side(config: TrainConfig, latents: LatentSet) -> int:
+    """Side in latent cells of what the network sees: the whole image, or `config.crop` pixels of it."""
+    full = latents.latent_shape[1]
+    if config.crop is None:
+        return full
+    pixels = latents.manifest["size"]
+    factor = pixels // full
+    if not factor <= config.crop <= pixels or config.crop % factor:
+        raise InputError(
+            f"crop={config.crop}: a multiple of {factor} up to {pixels}, the size of the images of {latents.folder}"
+        )
+    return config.crop // factor
+
+
 def network(config: TrainConfig, latents: LatentSet) -> GuidedUNet:
     """The UNet for this annotation set, initialised from `config.seed`, or from the run `config.init`."""
     torch.manual_seed(config.seed)
-    model = make_unet(model_config(config.model), latents.spec, latents.latent_shape)
+    side = view_side(config, latents)
+    model = make_unet(model_config(config.model), latents.spec, (latents.latent_shape[0], side, side))
     if config.init:
         _copy_weights(model, Path(config.init))
     if config.channels_last:
@@ -49,14 +64,17 @@ class PipelineWriter:
     """Makes pipelines around a network, sharing everything that training does not change."""
 
     def __init__(self, config: TrainConfig, latents: LatentSet, device: torch.device) -> None:
-        self.scheduler, self.latents = noise_scheduler(config.objective), latents
+        self.scheduler = noise_scheduler(config.objective)
+        self.source_size = latents.manifest["size"] if config.crop else None
+        side, full = view_side(config, latents), latents.latent_shape[1]
+        self.signals = latents.signals if side == full else latents.signals.centre(side / full)
         self.autoencoder = load_autoencoder(str(Path(config.annotation) / "autoencoder")).to(device)
         self.annotator = Path(config.annotation) / "annotator"
 
     def pipeline(self, network: nn.Module) -> SelfGuidedPipeline:
         assert isinstance(network, GuidedUNet)
-        pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler)
-        pipe.attach(self.autoencoder, self.latents.signals, self.annotator)
+        pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler, self.source_size)
+        pipe.attach(self.autoencoder, self.signals, self.annotator)
         return pipe
 
     def export(self, network: nn.Module, folder: Path) -> None:

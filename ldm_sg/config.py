@@ -80,6 +80,7 @@ class AnnotatorConfig:
     seed: int = 0
     sample: int = 1_000_000  # at most this many features are held in memory to fit f
     shuffle: float = 0.0  # share of the ids that is shuffled among images (the paper's Figure 3)
+    keys_layer: int = -1  # boxes: the ViT block whose keys LOST reads, counted as features.layer is
     k_patches: int = 100  # boxes: LOST's patches of lowest degree among which the seed expands
     centre: bool = False  # boxes: take the set's mean key off first: needed with DINOv2, not with LOST's own DINO
     truth: str = "labels"  # oracle: labels, boxes, masks, or none (no guidance)
@@ -179,6 +180,7 @@ class TrainConfig:
     model: Any = "s"  # a name under configs/model/ or the mapping itself
     steps: int = 100_000
     batch_size: int = 128  # over all devices
+    crop: int | None = None  # pixels: learn from random squares of this side, out of an annotation set of larger images
     lr: float = 1e-4
     weight_decay: float = 0.01
     warmup: int = 1000
@@ -290,6 +292,8 @@ def _need(name: str, value: Any, right: bool, what: str) -> None:
 def _layers(path: str | Path | None) -> list[tuple[str, DictConfig]]:
     if path is None:
         return []
+    if not Path(path).exists() and (ROOT / path).is_file():
+        path = ROOT / path  # configs/... of the checkout or the wheel, from any folder
     top = read_yaml(path)
     if "base" not in top:
         return [(str(path), top)]

@@ -110,9 +110,16 @@ class SelfGuidedPipeline(DiffusionPipeline):
     >>> images = pipe(pipe.clusters([42] * 8), w=2.0)  # uint8 [8, 3, H, W]
     """
 
-    def __init__(self, unet: UNet2DConditionModel, conditioner: Conditioner, scheduler: SchedulerMixin) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        conditioner: Conditioner,
+        scheduler: SchedulerMixin,
+        source_size: int | None = None,  # pixels of the images that it learnt crops from
+    ) -> None:
         super().__init__()
         self.register_modules(unet=unet, conditioner=conditioner, scheduler=scheduler)
+        self.register_to_config(source_size=source_size)
         self.set_progress_bar_config(disable=True)
 
     def attach(self, autoencoder: Autoencoder, signals: Signals, annotator: Path) -> None:
@@ -165,6 +172,11 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def image_size(self) -> int:
         """Side of the images it makes, in pixels."""
         return self.latent_shape[-1] * self.autoencoder.factor
+
+    @property
+    def source_size(self) -> int:
+        """Side in pixels at which real images are to be seen, the centre `image_size` of which is like what it makes."""
+        return self.config.source_size or self.image_size
 
     def guidance(self, signals: Signals) -> Guidance:
         """Signals of B images -> what the network reads."""

@@ -185,6 +185,9 @@ def test_crop_leaves_pixels_of_the_right_size_alone():
     assert np.array_equal(np.asarray(crop_resize(Image.fromarray(RGB), 20)), RGB[:, 5:25])
     small = crop_resize(Image.fromarray(RGB), 16)
     assert np.array_equal(np.asarray(crop_resize(small, 16)), np.asarray(small))
+    assert np.array_equal(np.asarray(crop_resize(square, 12, within=20)), RGB[4:16, 4:16])
+    half = np.asarray(crop_resize(Image.fromarray(RGB), 8, within=10), int)
+    assert np.abs(half - np.asarray(crop_resize(Image.fromarray(RGB), 10), int)[1:9, 1:9])[1:-1, 1:-1].max() <= 1
 
 
 def test_resizing_is_antialiased():

@@ -189,10 +189,10 @@ VITS = [  # name, size, width, grid
 
 
 @pytest.mark.parametrize("name, size, width, grid", VITS)
-@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("layer", [-1, 2])
 def test_keys_are_the_middle_third_of_qkv(tmp_path, name, size, width, grid, layer):
-    g = random_extractor(tmp_path, name, size=size, layer=layer)
-    attention = g.tower.blocks[-1 if layer is None else layer].attn
+    g = random_extractor(tmp_path, name, size=size)
+    attention = g.tower.blocks[layer].attn
     seen = []
     hook = attention.qkv.register_forward_hook(lambda *parts: seen.append(parts[2]))
     with torch.no_grad():
@@ -202,10 +202,15 @@ def test_keys_are_the_middle_third_of_qkv(tmp_path, name, size, width, grid, lay
     k = (
         seen[0].reshape(b, n, 3, attention.num_heads, -1)[:, :, 1].reshape(b, n, -1)[:, -grid * grid :]
     )  # heads side by side
-    keys = g.keys(photos(70))
+    keys = g.keys(photos(70), layer)
     assert keys.shape == (2, width, grid, grid) and keys.dtype == torch.float32 and g.grid == grid
     assert torch.allclose(keys, k.mT.reshape(keys.shape), atol=1e-5)
     assert not attention._forward_pre_hooks
+
+
+def test_a_block_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"annotator\.keys_layer=-7.* 0 to 5"):
+        random_extractor(tmp_path, "test_vit").keys(photos(64), -7)
 
 
 def test_keys_of_a_vit_without_bias_for_keys(tmp_path):

@@ -11,12 +11,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from ldm_sg.annotate.baselines import corrupted
 from ldm_sg.annotate.boxes import Boxes
 from ldm_sg.annotate.kinds import KINDS, load_annotator
 from ldm_sg.annotate.stage import StageWriter
 from ldm_sg.annotate.stego import Segmenter
+from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig, SegmentsConfig
 from ldm_sg.data.images import to_float
 from ldm_sg.data.latents import LatentSet
@@ -26,6 +28,7 @@ from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.guidance.spatial import VOID, box_coverage, concept_ids, mask_coverage, present
 from ldm_sg.report.signals import palette
+from ldm_sg.training.data import LatentBatches
 from ldm_sg.verbs.annotate import annotate
 
 SIZE = 32
@@ -172,6 +175,26 @@ def test_oracle_boxes_and_labels(tmp_path: Path) -> None:
     nothing = LatentSet(annotate(config(tmp_path / "none", source, kind="oracle", truth="none")))
     guidance = nothing.guidance(torch.tensor([0, 1]))
     assert len(nothing) == 12 and guidance.k is None and guidance.spatial is None and len(guidance) == 2
+
+
+@pytest.mark.parametrize("truth", ["masks", "boxes"])
+def test_crops_and_flips_take_image_box_and_mask_along(truth: str, tmp_path: Path) -> None:
+    """patch4 loses nothing, so the bright square in the decoded view is where the view's signal says."""
+    latents = LatentSet(annotate(config(tmp_path, shards(tmp_path / "source"), kind="oracle", truth=truth)))
+    autoencoder, views = load_autoencoder(str(latents.folder / "autoencoder")), []
+    for step in range(8):
+        _, view, guidance = LatentBatches(latents, 0, side=5, random=True)[[step, *range(12)]]
+        bright = (autoencoder.decode(view).amax(1, keepdim=True) > 0).float()
+        assert view.shape[2:] == guidance.spatial.shape[2:] == (5, 5)
+        thing = guidance.spatial if truth == "boxes" else guidance.spatial[:, 1:].sum(1, keepdim=True)
+        assert torch.allclose(thing, F.avg_pool2d(bright, 4), atol=1e-6)
+        if truth == "masks":
+            assert torch.equal(guidance.k, present(guidance.spatial))
+            assert torch.equal(guidance.concepts, concept_ids(guidance.k))
+        views.append(view)
+    assert len({tuple(view.flatten().tolist()) for view in torch.cat(views)}) > 48  # of 96 draws
+    _, _, middle = LatentBatches(latents, 0, side=6, random=False)[[0, *range(12)]]
+    assert torch.allclose(latents.signals.centre(6 / 8).guidance((6, 6)).spatial, middle.spatial, atol=1e-6)
 
 
 def test_shards_without_what_the_oracle_should_read(tmp_path: Path) -> None:

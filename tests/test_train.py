@@ -125,6 +125,18 @@ def test_overfits_eight_images_to_a_visible_copy(tmp_path: Path) -> None:
     assert others > 10 * (copies - images).square().mean()
 
 
+def test_crops_of_larger_images(colours: Path, tmp_path: Path) -> None:
+    """12 of 16 pixels; what samples are compared with is cut out alike."""
+    run = train(config(colours, tmp_path / "run", crop=12, steps=4))
+    pipe = open_pipeline(run, "cpu")
+    assert (pipe.image_size, pipe.source_size, pipe.latent_shape[1:]) == (12, 16, (6, 6))
+    assert pipe(pipe.clusters([1]), w=1.0, steps=2).shape == (1, 3, 12, 12)
+    for crop in (0, 13, 18):
+        with pytest.raises(InputError, match=rf"crop={crop}: a multiple of 2 up to 16"):
+            train(config(colours, tmp_path / "no", crop=crop))
+    assert not (tmp_path / "no").exists()
+
+
 def test_guided_validation_loss_is_logged_beside_null(whole: Path) -> None:
     logged = [row for row in rows(whole) if row["val_loss_guided"]]
     assert [int(row["step"]) for row in logged] == [6, 12]

@@ -33,10 +33,10 @@ class Boxes(Clusters):
     def prepare(self, study: Study) -> None:
         """The mean key, from the first images of every shard, where `annotator.centre` asks for it."""
         assert study.extractor is not None
-        g = study.extractor
-        self.mean = torch.zeros(g.keys(torch.zeros(1, 3, study.size, study.size)).shape[1], 1, 1)
+        g, layer = study.extractor, self.cfg.keys_layer
+        self.mean = torch.zeros(g.keys(torch.zeros(1, 3, study.size, study.size), layer).shape[1], 1, 1)
         if self.cfg.centre:
-            sums = [g.keys(images).double().mean((0, 2, 3)).cpu() for images in study.some_images(CENTRED)]
+            sums = [g.keys(images, layer).double().mean((0, 2, 3)).cpu() for images in study.some_images(CENTRED)]
             self.mean = torch.stack(sums).mean(0).float()[:, None, None]
 
     def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
@@ -57,7 +57,7 @@ class Boxes(Clusters):
 
     def _boxes(self, g: FeatureExtractor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> boxes [B, 4] as shares of the sides, and whether LOST found something [B]."""
-        keys = g.keys(images)
+        keys = g.keys(images, self.cfg.keys_layer)
         boxes, found = lost(keys - self.mean.to(keys.device), self.cfg.k_patches)
         return to_relative(boxes, g.grid).cpu(), found.cpu()
 

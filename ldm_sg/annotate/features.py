@@ -73,10 +73,9 @@ class FeatureExtractor(nn.Module):
         return image_level.float(), spatial.float()
 
     @torch.no_grad()
-    def keys(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> patch keys [B, Dk, h, w] of the last (or the chosen) block's self-attention, its
-        heads side by side, float32: what LOST reads. The image spans `grid` rows and columns of them."""
-        layer = -1 if self.layer is None else self.layer
+    def keys(self, images: Tensor, layer: int = -1) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> patch keys [B, Dk, h, w] of a block's self-attention (the last one's unless told),
+        its heads side by side, float32: what LOST reads. The image spans `grid` rows and columns of them."""
         attention = _fused_attention(self.tower, layer)
         read: list[Tensor] = []  # what the attention reads [B, P + N, C], prefix tokens first
         if attention is not None:
@@ -164,7 +163,13 @@ def _fused_attention(tower: nn.Module, layer: int) -> nn.Module | None:
     if patch_size(tower) is None:
         return None
     blocks = getattr(tower, "blocks", None)
-    attention = getattr(blocks[layer], "attn", None) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        return None
+    if not -len(blocks) <= layer < len(blocks):
+        raise InputError(
+            f"annotator.keys_layer={layer}: the ViT has the blocks 0 to {len(blocks) - 1}, or -1 for the last"
+        )
+    attention = getattr(blocks[layer], "attn", None)
     return attention if isinstance(getattr(attention, "qkv", None), nn.Linear) else None
 
 

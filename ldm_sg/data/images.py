@@ -99,12 +99,16 @@ def square(width: int, height: int) -> tuple[int, int, int]:
     return (width - side) // 2, (height - side) // 2, side
 
 
-def crop_resize(image: Image.Image, size: int) -> Image.Image:
-    """Centre square -> `size` x `size`, antialiased bicubic: THE preprocessing of training and reference images.
+def crop_resize(image: Image.Image, size: int, within: int | None = None) -> Image.Image:
+    """Centre square -> `size` x `size`, antialiased bicubic: THE preprocessing of training and reference images. With
+    `within`, the centre of `size` pixels of what crop_resize(image, within) would be.
 
-    Pixel-identical when the centre square is already `size` wide."""
+    Pixel-identical when the centre square is already `size` (or `within`) wide."""
     left, top, side = square(*image.size)
-    box = (left, top, left + side, top + side)
+    box: tuple[float, ...] = (left, top, left + side, top + side)
+    if within is not None:
+        margin, part = side * ((within - size) // 2) / within, side * size / within
+        box, side = (left + margin, top + margin, left + margin + part, top + margin + part), part
     if side == size:
         return image if image.size == (size, size) else image.crop(box)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -97,9 +97,12 @@ class LatentSet:
         at = torch.tensor([index % len(self)])
         return self.latents(at)[0], self.guidance(at)
 
-    def guidance(self, indices: Tensor, flip: Tensor | None = None) -> Guidance:
-        """The signals of `indices` [B] on the latent grid; of the mirrored image where `flip` [B] bool is set."""
-        return self.signals.guidance(self.latent_shape[1:], indices, flip)
+    def guidance(
+        self, indices: Tensor, flip: Tensor | None = None, corners: Tensor | None = None, side: int = 0
+    ) -> Guidance:
+        """The signals of `indices` [B] on the latent grid; of the mirrored image where `flip` [B] bool is set; of `side`
+        cells from `corners` [B, 2] on."""
+        return self.signals.guidance(self.latent_shape[1:], indices, flip, corners, side)
 
     def latents(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
         """Latents [B, C, h, w] float32 of `indices` [B]; of the mirrored image where `flip` [B] bool is set."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
-from ldm_sg.guidance.spatial import box_coverage, concept_ids, mask_coverage, present
+from ldm_sg.guidance.spatial import box_coverage, concept_ids, crop, mask_coverage, present
 
 Sample = dict[str, np.ndarray]  # one image's signals: those of `columns(spec)`
 
@@ -137,8 +137,16 @@ class Signals:
         assert self.mask is not None
         return torch.from_numpy(np.stack([self.mask[i] for i in (range(len(self)) if indices is None else indices)]))
 
-    def guidance(self, grid: tuple[int, int], indices: Tensor | None = None, flip: Tensor | None = None) -> Guidance:
-        """The Guidance of the images at `indices` [B] on a latent grid (h, w), mirrored where `flip` [B] is set."""
+    def guidance(
+        self,
+        grid: tuple[int, int],
+        indices: Tensor | None = None,
+        flip: Tensor | None = None,
+        corners: Tensor | None = None,
+        side: int = 0,
+    ) -> Guidance:
+        """The Guidance of the images at `indices` [B] on a latent grid (h, w), mirrored where `flip` [B] is set; then of
+        `side` cells from row and column `corners` [B, 2] on, with k of a mask made anew from what is in there."""
         indices = torch.arange(len(self)) if indices is None else indices
         keep = torch.ones(len(indices), dtype=torch.bool)
         k = None if self.k is None else self.k[indices]
@@ -148,11 +156,26 @@ class Signals:
             spatial = box_coverage(self.box[indices], grid)
         if self.mask is not None:
             spatial = mask_coverage(self.masks(indices.tolist()), self.spec.num_labels, grid)
-            k = present(spatial)
         if spatial is not None and flip is not None:
             spatial = torch.where(flip[:, None, None, None], spatial.flip(3), spatial)
+        if spatial is not None and corners is not None:
+            spatial = crop(spatial, corners, side)
+        if spatial is not None and self.mask is not None:
+            k = present(spatial)
         concepts = concept_ids(k) if k is not None and k.ndim == 2 else None
         return Guidance(keep, k, concepts, feature, spatial)
+
+    def centre(self, share: float) -> "Signals":
+        """The same images' signals in the centre square of `share` of their sides; a box without a part of it there has
+        no area any more."""
+        margin, parts = (1 - share) / 2, {}
+        if self.box is not None:
+            parts["box"] = ((self.box - margin) / share).clamp(0, 1)
+        if self.mask is not None:
+            first = round(self.mask.size * margin)
+            inner = slice(first, first + round(self.mask.size * share))
+            parts["mask"] = PackedMasks.of(self.mask[i][inner, inner] for i in range(len(self)))
+        return self.replace(**parts)
 
     def describe(self, i: int) -> dict[str, Any]:
         """Image i's signal in few words: `k` (id, or the ids that are present), `box` as shares of the sides."""

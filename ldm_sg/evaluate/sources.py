@@ -140,9 +140,10 @@ def spread(total: int, limit: int) -> list[int]:
 
 
 def batches(
-    images: ImageSet, size: int, batch_size: int, limit: int, on_skip: OnSkip, threads: int | None = None
+    images: ImageSet, size: int, batch_size: int, limit: int, on_skip: OnSkip, within: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(positions [B] long, uint8 [B, 3, size, size]) of at most `limit` images, spread over the whole set.
+    """(positions [B] long, uint8 [B, 3, size, size]) of at most `limit` images, spread over the whole set; `within` as in
+    crop_resize.
 
     Remote shards, whose number of images is not known, give their first `limit`. Images that cannot be read are left
     out (a batch is short there) and reported. Threads read and decode two batches ahead: Pillow frees the interpreter."""
@@ -152,9 +153,9 @@ def batches(
         chosen = itertools.count()  # reading on to the end reports what is damaged there
     picked = _pick(_encoded(images, on_skip), chosen)
     waiting: deque[list[tuple[int, str, Future[Tensor]]]] = deque()
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         while group := list(itertools.islice(picked, batch_size)):
-            waiting.append([(position, name, pool.submit(_load, data, size)) for position, name, data in group])
+            waiting.append([(position, name, pool.submit(_load, data, size, within)) for position, name, data in group])
             if len(waiting) > 2:
                 yield from _finish(waiting.popleft(), on_skip)
         while waiting:
@@ -173,8 +174,8 @@ def _finish(group: list[tuple[int, str, Future[Tensor]]], on_skip: OnSkip) -> It
         yield torch.tensor(positions), torch.stack(loaded)
 
 
-def _load(source: Path | bytes, size: int) -> Tensor:
-    return to_tensor(crop_resize(_open(source), size))
+def _load(source: Path | bytes, size: int, within: int | None) -> Tensor:
+    return to_tensor(crop_resize(_open(source), size, within))
 
 
 def _open(source: Path | bytes) -> Image.Image:

@@ -32,6 +32,11 @@ def mask_coverage(masks: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
     return counts[..., :classes].permute(0, 3, 1, 2).float() / (height // h * (width // w))
 
 
+def crop(maps: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Maps [B, C, h, w] -> [B, C, side, side], map i from row and column `corners[i]` [2] on."""
+    return torch.stack([m[:, y : y + side, x : x + side] for m, (y, x) in zip(maps, corners.tolist(), strict=True)])
+
+
 def present(coverage: Tensor) -> Tensor:
     """Coverage [B, S, h, w] -> the multi-hot [B, S] of the classes that occur (spatial max-pool)."""
     return (coverage.amax((2, 3)) > 0).float()

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldm_sg.config import TrainConfig
 from ldm_sg.data.latents import LatentSet, step_indices
 from ldm_sg.guidance.signal import Guidance
+from ldm_sg.guidance.spatial import crop
 
 
 def mix_seed(*parts: int) -> int:
@@ -46,33 +48,42 @@ class Steps(Sampler[list[int]]):
 
 
 class LatentBatches(Dataset):
-    """(step, *indices) -> step, latents [b, C, h, w], guidance of b samples; half of the latents mirrored if stored."""
+    """(step, *indices) -> step, latents [b, C, side, side], guidance of b samples: random ones of each image's views (mirrored
+    where that is stored, cropped where `side` is less than the latents') or, for validation, the centre."""
 
-    def __init__(self, latents: LatentSet, seed: int, flips: bool) -> None:
-        self.latents, self.seed, self.flips = latents, seed, flips
+    def __init__(self, latents: LatentSet, seed: int, side: int, random: bool) -> None:
+        self.latents, self.seed, self.side, self.random = latents, seed, side, random
 
     def __getitem__(self, request: list[int]) -> tuple[int, Tensor, Guidance]:
         step, indices = request[0], torch.tensor(request[1:])
-        flip = None
-        if self.flips:  # by (step, image), so that it does not depend on how ranks share the batch
-            flip = torch.tensor([bool(mix_seed(self.seed, step, i) & 1) for i in request[1:]])
-        return step, self.latents.latents(indices, flip), self.latents.guidance(indices, flip)
+        # By (step, image), so that views do not depend on how ranks share the batch.
+        drawn = [mix_seed(self.seed, step, i) for i in request[1:]]
+        flip = torch.tensor([bool(d & 1) for d in drawn]) if self.random and self.latents.flips else None
+        whole = self.latents.latents(indices, flip)
+        room = whole.shape[-1] - self.side
+        if not room:
+            return step, whole, self.latents.guidance(indices, flip)
+        corners = torch.full((len(indices), 2), room // 2)
+        if self.random:
+            corners = torch.tensor([[(d >> 1) % (room + 1), (d >> 32) % (room + 1)] for d in drawn])
+        return step, crop(whole, corners, self.side), self.latents.guidance(indices, flip, corners, self.side)
 
 
 class LatentData(pl.LightningDataModule):
-    """The training stream and the held-out images of one annotation set."""
+    """The training stream and the held-out images of one annotation set; `side`: of the views, in latent cells."""
 
-    def __init__(
-        self, latents: LatentSet, batch_size: int, steps: int, seed: int, val_share: float, workers: int
-    ) -> None:
+    def __init__(self, latents: LatentSet, config: TrainConfig, side: int) -> None:
         super().__init__()
-        self.latents, self.batch_size, self.steps, self.seed, self.workers = latents, batch_size, steps, seed, workers
-        self.train_pool, self.val_pool = split(len(latents), val_share, seed)
+        self.latents, self.side = latents, side
+        self.batch_size, self.steps, self.seed, self.workers = (
+            config.batch_size, config.steps, config.seed, config.workers,
+        )  # fmt: skip
+        self.train_pool, self.val_pool = split(len(latents), config.val_share, config.seed)
         self.first_step = 0  # set before fit when resuming
 
-    def _loader(self, sampler: Sampler, flips: bool, workers: int) -> DataLoader:
+    def _loader(self, sampler: Sampler, random: bool, workers: int) -> DataLoader:
         return DataLoader(
-            LatentBatches(self.latents, self.seed, flips),
+            LatentBatches(self.latents, self.seed, self.side, random),
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
@@ -84,7 +95,7 @@ class LatentData(pl.LightningDataModule):
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
         steps = Steps(self.train_pool, self.seed, self.batch_size, self.steps, self.first_step, rank, world)
-        return self._loader(steps, self.latents.flips, self.workers)
+        return self._loader(steps, True, self.workers)
 
     def val_dataloader(self) -> DataLoader | list:
         if not len(self.val_pool):

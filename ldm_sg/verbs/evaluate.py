@@ -90,7 +90,8 @@ def evaluate(
     skipped: list[str] = []
     sizes = (samples.size, sources.first_size(real))
     places, found = collect(samples.batches(skipped), judges.networks(pipe), on, samples.total, "samples")
-    real_features = _reference(real, judges.network, samples.size, batch_size, on, skipped)
+    within = pipe.source_size if pipe and pipe.image_size == samples.size else None
+    real_features = _reference(real, judges.network, samples.size, within, batch_size, on, skipped)
     values = figures.compute(wanted, found["main"], real_features, judges.network, seed)
     if judges.annotator and judges.ids is not None and pipe:
         before, after = _ceiling(real, pipe, judges.annotator, judges.annotator.features, "features", batch_size, on)
@@ -281,6 +282,7 @@ def _reference(
     real: sources.ImageSet,
     network: Inception | FeatureExtractor,
     size: int,
+    within: int | None,
     batch_size: int,
     on: torch.device,
     skipped: list[str],
@@ -289,12 +291,13 @@ def _reference(
 
     def compute() -> Tensor:
         lost = lambda name, reason: skipped.append(f"{name}: {reason}")  # noqa: E731
-        batches = sources.batches(real, size, batch_size, MOST_REFERENCE, lost)
+        batches = sources.batches(real, size, batch_size, MOST_REFERENCE, lost, within)
         total = sources.count(real)
         return collect(batches, {"main": network}, on, total and min(total, MOST_REFERENCE), "reference")[1]["main"]
 
     what = {key: network.manifest.get(key) for key in ("name", "sha256", "layer", "pool", "size", "precision")}
-    return cached(sources.fingerprint(real, size=size, limit=MOST_REFERENCE, device=on.type, network=what), compute)
+    made = {"size": size, "within": within, "limit": MOST_REFERENCE, "device": on.type, "network": what}
+    return cached(sources.fingerprint(real, **made), compute)
 
 
 def _ceiling(
@@ -315,11 +318,11 @@ def _ceiling(
 
     def compute() -> Tensor:
         networks: dict[str, Network] = {"before": judge, "after": rebuilt}
-        batches = sources.batches(real, pipe.image_size, batch_size, CEILING, lambda *_: None)
+        batches = sources.batches(real, pipe.image_size, batch_size, CEILING, lambda *_: None, pipe.source_size)
         total = min(sources.count(real) or CEILING, CEILING)
         return torch.stack(list(collect(batches, networks, on, total, "real, rebuilt")[1].values()))
 
     made = {"what": what, "annotator": annotator.digest, "autoencoder": pipe.autoencoder.manifest.get("sha256")}
-    made |= {"size": pipe.image_size, "limit": CEILING, "device": on.type}
+    made |= {"size": pipe.image_size, "within": pipe.source_size, "limit": CEILING, "device": on.type}
     before, after = cached(sources.fingerprint(real, **made), compute)
     return before, after

@@ -173,7 +173,7 @@ def _like(pipe: SelfGuidedPipeline, file: str) -> Signals:
     """The signal of an image file, by the run's own g and f."""
     annotator = load_annotator(pipe.annotator_folder, pipe.device)
     try:
-        image = crop_resize(decode(Path(file).read_bytes()), pipe.image_size)
+        image = crop_resize(decode(Path(file).read_bytes()), pipe.image_size, pipe.source_size)
     except OSError as err:
         raise InputError(f"--like {file}: cannot be read: {err.strerror or err}") from err
     except BadImage as err:

@@ -38,9 +38,9 @@ def train(config: TrainConfig) -> Path:
         return run
 
     writer = build.PipelineWriter(config, latents, device)
-    data = LatentData(latents, config.batch_size, config.steps, config.seed, config.val_share, config.workers)
+    data = LatentData(latents, config, side := build.view_side(config, latents))
     print(
-        f"{len(data.train_pool):,} latents of {'x'.join(map(str, latents.latent_shape))} (+{len(data.val_pool):,} held "
+        f"{len(data.train_pool):,} latents of {latents.latent_shape[0]}x{side}x{side} (+{len(data.val_pool):,} held "
         f"out), {latents.spec.num_labels:,} labels; {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters; "
         f"{device.type}, {'bf16' if bf16 else 'fp32'}; {'resuming at step ' + format(done, ',') if done else 'new run'}",
         file=sys.stderr,
