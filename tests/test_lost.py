@@ -189,9 +189,9 @@ VITS = [  # name, size, width, grid
 
 
 @pytest.mark.parametrize("name, size, width, grid", VITS)
-@pytest.mark.parametrize("layer", [-1, 2])
-def test_keys_are_the_middle_third_of_qkv(tmp_path, name, size, width, grid, layer):
-    g = random_extractor(tmp_path, name, size=size)
+@pytest.mark.parametrize("layer, read", [(-1, None), (2, None), (-1, 1)])
+def test_keys_are_the_middle_third_of_qkv(tmp_path, name, size, width, grid, layer, read):
+    g = random_extractor(tmp_path, name, size=size, layer=read)
     attention = g.tower.blocks[layer].attn
     seen = []
     hook = attention.qkv.register_forward_hook(lambda *parts: seen.append(parts[2]))
@@ -206,6 +206,8 @@ def test_keys_are_the_middle_third_of_qkv(tmp_path, name, size, width, grid, lay
     assert keys.shape == (2, width, grid, grid) and keys.dtype == torch.float32 and g.grid == grid
     assert torch.allclose(keys, k.mT.reshape(keys.shape), atol=1e-5)
     assert not attention._forward_pre_hooks
+    features, same = g.features_and_keys(photos(70), layer)
+    assert torch.equal(same, keys) and torch.allclose(features, g(photos(70)), atol=1e-6)
 
 
 def test_a_block_that_is_not_there(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from ldm_sg.annotate.baselines import corrupted
-from ldm_sg.annotate.boxes import Boxes
+from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.kinds import KINDS, load_annotator
 from ldm_sg.annotate.stage import StageWriter
 from ldm_sg.annotate.stego import Segmenter
@@ -226,13 +226,18 @@ def images_of(source: str) -> torch.Tensor:
     return to_float(torch.cat([batch.images for batch in image_batches([source], SIZE, 64, 0, lambda *_: None)]))
 
 
-def test_boxes_with_their_clusters_and_corloc(tmp_path: Path) -> None:
+def boxes_config(tmp_path: Path, source: str, **annotator) -> AnnotateConfig:
     torch.manual_seed(0)
     weights = tmp_path / "vit.safetensors"
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
-    source = shards(tmp_path / "source")
-    cfg = config(tmp_path, source, kind="boxes", k=3, centre=True, k_patches=5)
+    cfg = config(tmp_path, source, kind="boxes", k=3, **annotator)
     cfg.features = FeaturesConfig(model="test_vit", weights=str(weights), size=64, batch_size=5, precision="fp32")
+    return cfg
+
+
+def test_boxes_with_their_clusters_and_corloc(tmp_path: Path) -> None:
+    source = shards(tmp_path / "source")
+    cfg = boxes_config(tmp_path, source, centre=True, k_patches=5)
     latents = LatentSet(annotate(cfg))
     boxes, manifest = latents.signals.box, yaml.safe_load((latents.folder / "manifest.yaml").read_text())
     assert (
@@ -248,10 +253,14 @@ def test_boxes_with_their_clusters_and_corloc(tmp_path: Path) -> None:
 def test_an_extractor_in_which_lost_finds_nothing_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(Boxes, "_boxes", lambda self, g, images: (torch.tensor([[0.0, 0, 1, 1]] * len(images)),
-                                                                  torch.zeros(len(images), dtype=torch.bool)))  # fmt: skip
-    monkeypatch.setattr(Boxes, "prepare", lambda self, study: setattr(self, "mean", torch.zeros(1, 1, 1)))
-    out = annotate(config(tmp_path, shards(tmp_path / "source"), kind="boxes", k=3))
+    real = FeatureExtractor.features_and_keys
+
+    def alike(*args) -> tuple[torch.Tensor, torch.Tensor]:
+        features, keys = real(*args)
+        return features, torch.ones_like(keys)
+
+    monkeypatch.setattr(FeatureExtractor, "features_and_keys", alike)
+    out = annotate(boxes_config(tmp_path, shards(tmp_path / "source")))
     assert "no box in 12 of 12 images" in capsys.readouterr().err
     assert yaml.safe_load((out / "manifest.yaml").read_text())["annotator"]["not_found"] == 12
 

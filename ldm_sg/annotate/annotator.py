@@ -54,7 +54,6 @@ class Annotator(ABC):
 
     kind: ClassVar[str]
     reads_g: ClassVar[bool] = True  # needs g at all
-    reads_features: ClassVar[bool] = True  # g's image-level features of every image, which stay on disk
     reads_truth: ClassVar[bool] = False  # looks at labels, boxes and masks of the shards, where there are any
 
     def __init__(self, cfg: AnnotatorConfig):
@@ -64,8 +63,8 @@ class Annotator(ABC):
         """Learns what `observe` needs."""
 
     def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
-        """Looks at the images [B, 3, H, W] in [-1, 1] of a batch as they pass."""
-        return Observed()
+        """Looks at the images [B, 3, H, W] in [-1, 1] of a batch as they pass; g's features of them stay on disk."""
+        return Observed(features=None if g is None else g(images))
 
     def fit(self, study: Study) -> None:
         """Learns from the features that the pass left on disk."""

@@ -33,7 +33,7 @@ class Random(Annotator):
     """Ids drawn evenly, without a look at the image."""
 
     kind = "random"
-    reads_g = reads_features = False
+    reads_g = False
 
     def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
         generator = np.random.default_rng([self.cfg.seed, stage.index])

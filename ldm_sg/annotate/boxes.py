@@ -41,7 +41,8 @@ class Boxes(Clusters):
 
     def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
         assert g is not None
-        boxes, found = self._boxes(g, images)
+        features, keys = g.features_and_keys(images, self.cfg.keys_layer)
+        boxes, found = self._boxes(g, keys)
         true = [
             (box, torch.from_numpy(t.boxes))
             for box, t in zip(boxes, batch.truth)
@@ -53,11 +54,11 @@ class Boxes(Clusters):
             "with_boxes": len(true),
             "located": sum(correct_localisation(box, those) for box, those in true),
         }
-        return Observed({"box": boxes[:, None].numpy()}, {name: np.int64(n) for name, n in totals.items()})
+        counts = {name: np.int64(n) for name, n in totals.items()}
+        return Observed({"box": boxes[:, None].numpy()}, counts, features)
 
-    def _boxes(self, g: FeatureExtractor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] -> boxes [B, 4] as shares of the sides, and whether LOST found something [B]."""
-        keys = g.keys(images, self.cfg.keys_layer)
+    def _boxes(self, g: FeatureExtractor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, D, h, w] -> boxes [B, 4] as shares of the sides, and whether LOST found something [B]."""
         boxes, found = lost(keys - self.mean.to(keys.device), self.cfg.k_patches)
         return to_relative(boxes, g.grid).cpu(), found.cpu()
 
@@ -65,7 +66,8 @@ class Boxes(Clusters):
         return super().signals(stage) | {"box": stage.read_observed().columns["box"]}
 
     def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
-        return super().annotate(g, images).replace(box=self._boxes(g, images)[0][:, None])
+        features, keys = g.features_and_keys(images, self.cfg.keys_layer)
+        return Signals(self.spec, self.assign(features), self._boxes(g, keys)[0][:, None], count=len(images))
 
     def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
         found: dict[str, Any] = {"not_found": int(totals["not_found"])}

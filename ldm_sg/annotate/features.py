@@ -72,17 +72,21 @@ class FeatureExtractor(nn.Module):
             image_level = self._image_level(prepared) if self._own_pooling else self._pooled(spatial, prefix)
         return image_level.float(), spatial.float()
 
-    @torch.no_grad()
     def keys(self, images: Tensor, layer: int = -1) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> patch keys [B, Dk, h, w] of a block's self-attention (the last one's unless told),
         its heads side by side, float32: what LOST reads. The image spans `grid` rows and columns of them."""
-        attention = _fused_attention(self.tower, layer)
+        return self.features_and_keys(images, layer)[1]
+
+    @torch.no_grad()
+    def features_and_keys(self, images: Tensor, layer: int = -1) -> tuple[Tensor, Tensor]:
+        """What `forward` and `keys` give, in one pass."""
+        attention, prepared = _fused_attention(self.tower, layer), self.prepare(images)
         read: list[Tensor] = []  # what the attention reads [B, P + N, C], prefix tokens first
         if attention is not None:
             hook = attention.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
             try:
                 with self._autocast():
-                    h, w = self._block(self.prepare(images), layer)[0].shape[2:]
+                    features = self._image_level(prepared, whole=True)
             finally:
                 hook.remove()
         if attention is None or read[0].ndim != 3:  # SAM's attention reads windows
@@ -90,9 +94,11 @@ class FeatureExtractor(nn.Module):
                 f"features.model={self.name}: its keys cannot be read; choose a timm ViT whose blocks attend through "
                 "one fused qkv layer, for example vit_small_patch16_224.dino"
             )
+        assert self.patch is not None
+        h, w = (side // self.patch for side in prepared.shape[2:])
         with self._autocast():  # not the hooked layer's output: BEiT and EVA use its weight without calling it
             keys = attention.qkv(read[0][:, -h * w :]).chunk(3, dim=2)[1]  # [B, N, Dk]; keys have no bias there
-        return keys.float().mT.unflatten(2, (h, w))
+        return features.float(), keys.float().mT.unflatten(2, (h, w))
 
     @property
     def grid(self) -> float:
@@ -119,11 +125,12 @@ class FeatureExtractor(nn.Module):
         """Whether image-level features are what the whole model gives."""
         return self.layer is None and self.pool == "auto"
 
-    def _image_level(self, images: Tensor) -> Tensor:
+    def _image_level(self, images: Tensor, whole: bool = False) -> Tensor:
+        """Prepared images -> [B, D]; `whole`: every block runs, whichever one is read."""
         if self._own_pooling:
             pooled = self.tower(images)  # [B, D]
             return F.normalize(pooled.float(), dim=1) if self.unit else pooled
-        return self._pooled(*self._block(images, -1 if self.layer is None else self.layer))
+        return self._pooled(*self._block(images, -1 if self.layer is None else self.layer, whole))
 
     def _pooled(self, spatial: Tensor, prefix: Tensor | None) -> Tensor:
         """A block's patches [B, D, h, w] and prefix tokens -> [B, D]."""
@@ -133,14 +140,14 @@ class FeatureExtractor(nn.Module):
             raise InputError(f"features.pool=cls: {self.name} has no class token; choose auto or mean")
         return prefix[:, 0]
 
-    def _block(self, images: Tensor, layer: int) -> tuple[Tensor, Tensor | None]:
+    def _block(self, images: Tensor, layer: int, whole: bool = False) -> tuple[Tensor, Tensor | None]:
         """A block's patches [B, Dp, h, w] and class token and registers [B, P, Dp] (None without), after the final norm."""
         forward = getattr(self.tower, "forward_intermediates", None)
         if forward is None:
             raise InputError(f"features.layer={layer}: {self.name} offers no access to its blocks")
         known = inspect.signature(forward).parameters
         wanted = {"norm": True, "normalize_intermediates": True, "intermediates_only": True}
-        wanted |= {"return_prefix_tokens": True, "output_extra_tokens": True, "stop_early": True}
+        wanted |= {"return_prefix_tokens": True, "output_extra_tokens": True, "stop_early": not whole}
         try:
             out = forward(images, indices=[layer], **{key: value for key, value in wanted.items() if key in known})
         except AssertionError as err:

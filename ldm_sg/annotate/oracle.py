@@ -25,7 +25,7 @@ class Oracle(Annotator):
     (the no-guidance baseline). K is the highest number that occurs plus one."""
 
     kind = "oracle"
-    reads_g = reads_features = False
+    reads_g = False
     reads_truth = True
 
     def __init__(self, cfg: AnnotatorConfig):

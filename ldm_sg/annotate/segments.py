@@ -27,7 +27,6 @@ class Segments(Annotator):
     with masks of their own give mIoU and pixel accuracy too, after Hungarian matching."""
 
     kind = "segments"
-    reads_features = False
     reads_truth = True
 
     def __init__(self, cfg: AnnotatorConfig):

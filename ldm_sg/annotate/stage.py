@@ -36,11 +36,13 @@ class ShardMeta:
 
 @dataclass
 class Observed:
-    """What f says of images while they pass, before it is fitted. `columns`: name -> [n, ...], kept for each image
-    (`mask`: index masks [n, H, W]); `totals`: name -> array, added up over all images."""
+    """What f sees in n images while they pass, before it is fitted: g's image-level `features` [n, D], where it needs them;
+    `columns`: name -> [n, ...], kept for each image (`mask`: index masks [n, H, W]); `totals`: name -> array, added up
+    over all images."""
 
     columns: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, np.ndarray] = field(default_factory=dict)
+    features: Tensor | None = None
 
 
 class Stage:
@@ -96,14 +98,12 @@ class StageWriter:
         self.files: dict[str, IO[bytes]] = {w: temporary(path).open("wb") for w, path in self.paths.items()}
         return self
 
-    def add(
-        self, keys: list[str], cls: Tensor, features: Tensor | None, latents: dict[str, Tensor], observed: Observed
-    ) -> None:
-        """A batch of B images: features [B, D], latents [B, C, h, w] normalised."""
+    def add(self, keys: list[str], cls: Tensor, latents: dict[str, Tensor], observed: Observed) -> None:
+        """A batch of B images: latents [B, C, h, w] normalised."""
         self.meta.keys += keys
         self.meta.cls += cls.tolist()
-        if features is not None:
-            self.features.append(features.half().cpu().numpy())
+        if observed.features is not None:
+            self.features.append(observed.features.half().cpu().numpy())
         self.meta.latent_shape = list(latents["latent"].shape[1:])
         for name, column in observed.columns.items():
             self.columns.setdefault(name, []).append(PackedMasks.of(column) if name == "mask" else column)

@@ -143,11 +143,10 @@ def extract(
                         writer.meta.skipped = passing.skipped
                         break
                     images = to_float(batch.images.to(autoencoder.mean.device))
-                    features = extractor(images) if extractor and annotator.reads_features else None
                     observed = annotator.observe(extractor, images, batch)
                     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                         latents = encode(autoencoder, images, cfg.flips)
-                    writer.add(batch.keys, batch.cls, features, latents, observed)
+                    writer.add(batch.keys, batch.cls, latents, observed)
                     bar.update(len(batch.keys))
                 writer.finish()
             bar.total = round(bar.n / (done + 1) * len(todo))  # a better guess than the first, and right at the end
