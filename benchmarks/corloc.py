@@ -18,8 +18,8 @@ from torch import Tensor
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.lost import correct_localisation, lost, to_relative
 from ldm_sg.config import FeaturesConfig
+from ldm_sg.data.boxes import crop_meta
 from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
-from ldm_sg.data.pack import crop_meta
 
 PIXELS, BATCH = 256, 16
 FIXED = {"whole image": [0.0, 0.0, 1.0, 1.0], "centre, half the sides": [0.25, 0.25, 0.75, 0.75]}

@@ -101,6 +101,15 @@ def test_boxes_of_photos_are_the_papers():
     assert same_boxes(rounded) == 6 and same_boxes(rounded, 20) == 6
 
 
+@pytest.mark.parametrize("grid", [(6, 9), (16, 16)])
+def test_a_mirrored_image_gives_the_mirrored_box_within_a_patch(grid):
+    """But for equals, of which the first in reading order counts, from whichever side one reads."""
+    keys = blobs(3, grid, n=100)
+    (boxes, found), mirrored = lost(keys, 20), lost(keys.flip(3), 20)[0]
+    back = torch.stack([grid[1] - mirrored[:, 2], mirrored[:, 1], grid[1] - mirrored[:, 0], mirrored[:, 3]], 1)
+    assert ((back - boxes).abs().amax(1) <= 1)[found].float().mean() > 0.95
+
+
 def test_an_object_is_boxed():
     keys = torch.randn(2, 8, 9, 11, generator=torch.Generator().manual_seed(0)) / 50
     keys[:, 0] += 1

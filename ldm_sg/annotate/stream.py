@@ -49,7 +49,7 @@ def prepare_autoencoder(
         return load_autoencoder(str(folder)).to(device, memory_format=torch.channels_last)
     autoencoder = load_autoencoder(cfg.autoencoder).to(device, memory_format=torch.channels_last)
     if not autoencoder.normalised:
-        needed = -(-CALIBRATION_IMAGES // cfg.features.batch_size)
+        needed = -(-min(CALIBRATION_IMAGES, expected_images(shards) or CALIBRATION_IMAGES) // cfg.features.batch_size)
         batches = itertools.islice(image_batches(shards, size, cfg.features.batch_size, 0, lambda *_: None), needed)
         bar = tqdm(batches, "measuring latents", needed, unit=" batches")
         few = max(1, PIXELS // size**2) if device.type == "cpu" else cfg.features.batch_size

@@ -19,7 +19,8 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index, square
+from ldm_sg.data.boxes import count_empty, crop_meta
+from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index
 from ldm_sg.data.pool import DecoderPool, cores
 from ldm_sg.data.shards import ShardWriter, disk_errors
 from ldm_sg.data.sources import Item, Source
@@ -148,32 +149,6 @@ def renumber(mask: Image.Image, table: tuple[int, ...]) -> Image.Image:
             raise BadImage(f"its mask has index {unknown[0]}, which --merge does not know")
         indices = np.array(table).astype(np.uint8)[indices]
     return Image.fromarray(indices)
-
-
-def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: int) -> dict[str, Any]:
-    """A sample's json after `crop_resize`: boxes in the new pixels, clipped; those that are cropped away are left out, and
-    so is a label all of whose boxes are. Raises BadImage where `boxes` is not a list of [x0, y0, x1, y1, label]."""
-    if not isinstance(meta, dict) or "boxes" not in meta:
-        return meta
-    left, top, side = square(*original)
-    kept = []
-    try:
-        for x0, y0, x1, y1, label in meta["boxes"]:
-            corners = [(x - start) * size / side for x, start in ((x0, left), (y0, top), (x1, left), (y1, top))]
-            box = [min(max(corner, 0.0), float(size)) for corner in corners]
-            if box[0] < box[2] and box[1] < box[3]:
-                kept.append([*box, label])
-    except (TypeError, ValueError) as err:
-        raise BadImage("its json has boxes that are not [x0, y0, x1, y1, label]") from err
-    gone = {box[4] for box in meta["boxes"]} - {box[4] for box in kept}
-    labels = {"labels": [label for label in meta["labels"] if label not in gone]} if "labels" in meta else {}
-    return {**meta, **labels, "boxes": kept}
-
-
-def count_empty(meta: dict[str, Any], size: tuple[int, int]) -> int:
-    """How many boxes of a sample's json have no area inside an image of `size` = (width, height); NaN has none."""
-    (width, height), boxes = size, meta.get("boxes", ()) if isinstance(meta, dict) else ()
-    return sum(not (max(x0, 0) < min(x1, width) and max(y0, 0) < min(y1, height)) for x0, y0, x1, y1, _ in boxes)
 
 
 def _write_shard(path: Path, results: Iterable[Packed], log: "Log", bar: tqdm) -> None:

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ldm_sg.data.boxes import crop_meta
 from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index, to_array
 from ldm_sg.data.pool import DecoderPool, decoder_pool
 from ldm_sg.errors import InputError, choices
@@ -350,9 +351,7 @@ def _decode_batch(size: int, truth: bool, batch: list[tuple[str, Sample]]) -> _D
 
 def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
     """Labels, boxes and mask of a sample whose image has `original` pixels, after `crop_resize` to `size`. BadImage where
-    they are not what DESIGN's shards hold."""
-    from ldm_sg.data.pack import crop_meta
-
+    they have another form than `pack` gives them."""
     meta = crop_meta(sample.meta or {}, original, size)
     boxes = np.array([box[:4] for box in meta["boxes"]], np.float32).reshape(-1, 4) / size if "boxes" in meta else None
     labels = None
