@@ -1,6 +1,5 @@
 """What happens around the steps: EMA, checkpoints that survive kill -9, metrics.csv, exports, a clean Ctrl-C."""
 
-import csv
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm_sg.config import TrainConfig
+from ldm_sg.training.metrics import MetricsCsv
 
 COLUMNS = ["step", "train_loss", "val_loss_guided", "val_loss_null", "images_per_s", "lr"]
 
@@ -97,31 +97,15 @@ class StopCleanly(Callback):
 
 
 class MetricsFile(Callback):
-    """metrics.csv, appended to; rows past the checkpoint that a killed run resumes from are dropped."""
+    """Losses, speed and learning rate in metrics.csv, from one rank."""
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path, self.config = path, config
 
-    def _keep_until(self, step: int) -> None:
-        rows = []
-        if self.path.is_file() and step:
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.path)
-
-    def _append(self, **row: float) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.start, self.start_step, self.losses = time.perf_counter(), trainer.global_step, []
         if trainer.is_global_zero:
-            self._keep_until(trainer.global_step)
+            self.file = MetricsCsv(self.path, COLUMNS, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -138,12 +122,12 @@ class MetricsFile(Callback):
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         pl_module.log("images_per_s", rate, prog_bar=True)
         if trainer.is_global_zero:
-            self._append(step=step, train_loss=round(loss, 6), images_per_s=round(rate, 1), lr=lr)
+            self.file.append(step=step, train_loss=round(loss, 6), images_per_s=round(rate, 1), lr=lr)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = {name: trainer.callback_metrics.get(name) for name in ("val_loss_guided", "val_loss_null")}
         if trainer.is_global_zero and not trainer.sanity_checking and all(m is not None for m in metrics.values()):
-            self._append(step=trainer.global_step, **{name: round(m.item(), 6) for name, m in metrics.items()})
+            self.file.append(step=trainer.global_step, **{name: round(m.item(), 6) for name, m in metrics.items()})
         self.start, self.start_step = time.perf_counter(), trainer.global_step
 
 

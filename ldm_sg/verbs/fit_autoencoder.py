@@ -1,6 +1,5 @@
 """fit-autoencoder: images -> a small KL autoencoder that `autoencoder=FOLDER` uses."""
 
-import csv
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.report.grids import labelled_rows, save
 from ldm_sg.training.autoencoder import Fit, Source, draw
 from ldm_sg.training.checkpoint import read_checkpoint
+from ldm_sg.training.metrics import MetricsCsv
 
 FREE = ("out", "device", "workers", "log_every", "val_every", "checkpoint_every", "data", "recipe", "licence")
 NOISE_SHOWN = 0.2  # std of the noise on normalised latents in `psnr_noisy` and in the pictures
@@ -226,20 +226,12 @@ def export(fit: Fit, sources: list[Source], held: dict[str, Tensor], out: Path) 
 
 
 class _Log:
-    """metrics.csv: means of the losses since the last row. Rows beyond the step that a fit resumes at are dropped."""
+    """Means of the losses since the last row of metrics.csv."""
 
     FIELDS = ("step", "images_per_s", "l1", "kl", "half", "lpips", "gan", "critic")
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        kept = []
-        if path.is_file():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.FIELDS)
-            writer.writeheader()
-            writer.writerows(kept)
+        self.file = MetricsCsv(path, self.FIELDS, step)
         self._reset()
 
     def _reset(self) -> None:
@@ -253,9 +245,7 @@ class _Log:
     def write(self, step: int) -> dict[str, float]:
         row = {"images_per_s": self.images / (time.monotonic() - self.start)}
         row.update({name: value / self.steps for name, value in self.sums.items()})
-        with self.path.open("a", newline="") as file:
-            rounded = {name: f"{value:.5g}" for name, value in row.items()}
-            csv.DictWriter(file, self.FIELDS).writerow({"step": step, **rounded})
+        self.file.append(step=step, **{name: f"{value:.5g}" for name, value in row.items()})
         self._reset()
         return row
 
