@@ -46,11 +46,12 @@ def read(folder: Path, split: str) -> tuple[Tensor, np.ndarray]:
     return torch.stack(images), np.where(truth == CLASSES, np.uint8(VOID), truth)
 
 
-def extract(g: FeatureExtractor, images: Tensor, flip: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Image-level features float32 [N, D'] and patch features float16 [N, D, h, w] of the images or their mirror images."""
+def extract(g: FeatureExtractor, images: Tensor, mirrored: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Image-level features float32 [N, D'] and patch features float16 [N, D, h, w] of the images, or
+    of their mirror images where `mirrored` (turned back)."""
     image_level, patches = [], []
     for batch in images.split(16):
-        features = g.patches(to_float(batch.flip(-1) if flip else batch).to(g.mean.device))
+        features = g.patches(to_float(batch).to(g.mean.device), mirrored)
         image_level.append(features[0].cpu().numpy())
         patches.append(features[1].half().cpu().numpy())
     return np.concatenate(image_level), np.concatenate(patches)
@@ -89,7 +90,8 @@ def main(heads: Path) -> None:
     features = FeaturesConfig("vit_small_patch14_dinov2", weights, layer=args.layer, size=args.size)
     g, camvid = load_extractor(features, device), args.shared / "data" / "camvid_256"
     (train, _), (val, truth) = read(camvid, "train"), read(camvid, "val")
-    (image_level, patches), (_, ours), (_, mirrored) = extract(g, train), extract(g, val), extract(g, val, flip=True)
+    (image_level, patches), (_, ours) = extract(g, train), extract(g, val)
+    _, mirrored = extract(g, val, mirrored=True)
     settings = {"size": args.size, "layer": args.layer, "seconds": round(time.perf_counter() - start)}
     print(json.dumps({"images": [len(train), len(val)], **settings}), flush=True)
     shown = {}

@@ -257,6 +257,7 @@ def test_a_size_that_patches_do_not_divide_is_padded(tmp_path, name, layer):
     canvas[..., :50, :50] = images
     assert torch.allclose(g(images), whole(canvas), atol=1e-4)
     assert torch.allclose(g.keys(images), whole.keys(canvas), atol=1e-4)
+    assert torch.allclose(g.keys(images, mirrored=True), whole.keys(canvas.flip(-1)).flip(-1), atol=1e-4)
     assert (g.size, g.grid, g.manifest["size"]) == (50, 50 / 16, 50)
     assert g.keys(images).shape[2:] == g.patches(images)[1].shape[2:] == (4, 4)
 
@@ -266,3 +267,12 @@ def test_a_size_that_patches_divide_is_left_alone(tmp_path):
     mean, std = (torch.tensor(g.manifest[key]).view(3, 1, 1) for key in ("mean", "std"))
     assert torch.equal(g.prepare(photos(48)), (photos(48) * 0.5 + 0.5 - mean) / std)
     assert g.grid == 3
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_the_mirror_images_patches_lie_where_the_images_are(tmp_path, layer):
+    g = random_extractor(tmp_path, "test_vit", size=48, layer=layer)
+    images = photos(48)
+    for read in (g.keys, lambda *args, **kwargs: g.patches(*args, **kwargs)[1]):
+        assert torch.allclose(read(images, mirrored=True), read(images.flip(-1)).flip(-1), atol=1e-5)
+        assert not torch.allclose(read(images, mirrored=True), read(images), atol=1e-2)

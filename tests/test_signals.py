@@ -250,6 +250,18 @@ def test_boxes_with_their_clusters_and_corloc(tmp_path: Path) -> None:
     assert (latents.folder / "boxes.png").is_file() and (latents.folder / "clusters.png").is_file()
 
 
+@pytest.mark.parametrize("keys_flips", [True, False])
+def test_boxes_of_averaged_keys_commute_with_a_mirror(keys_flips: bool, tmp_path: Path) -> None:
+    source = shards(tmp_path / "source")
+    cfg = boxes_config(tmp_path, source, centre=True, k_patches=5, keys_flips=keys_flips)
+    cfg.features.size = 160  # 10 x 10 patches
+    images, annotator = images_of(source.replace("*", "a")), load_annotator(annotate(cfg) / "annotator")
+    box, mirrored = (annotator(x).box[:, 0] for x in (images, images.flip(-1)))
+    back = torch.stack([1 - mirrored[:, 2], mirrored[:, 1], 1 - mirrored[:, 0], mirrored[:, 3]], 1)
+    same = torch.isclose(back, box, atol=1e-4).all(1).float().mean()
+    assert same > 0.9 if keys_flips else same < 0.9
+
+
 def test_an_extractor_in_which_lost_finds_nothing_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -153,7 +153,7 @@ def test_masks_commute_with_a_mirror_when_both_are_averaged(tmp_path: Path) -> N
     segmenter = Segmenter(CLASSES, QUICK, 0).fit(patches, features, tmp_path, "cpu")
     ours, mirrored = torch.randn(2, 5, DIM, GRID, GRID, generator=torch.Generator().manual_seed(0))
     masks = segmenter.segment(ours, mirrored, 24)
-    assert torch.equal(segmenter.segment(mirrored, ours, 24), masks.flip(-1))
+    assert torch.equal(segmenter.segment(mirrored.flip(-1), ours.flip(-1), 24), masks.flip(-1))
     assert not torch.equal(segmenter.segment(ours, None, 24), masks)
 
 

@@ -33,15 +33,16 @@ class Boxes(Clusters):
     def prepare(self, study: Study) -> None:
         """The mean key, from the first images of every shard, where `annotator.centre` asks for it."""
         assert study.extractor is not None
-        g, layer = study.extractor, self.cfg.keys_layer
-        self.mean = torch.zeros(g.keys(torch.zeros(1, 3, study.size, study.size), layer).shape[1], 1, 1)
+        blank = torch.zeros(1, 3, study.size, study.size)
+        self.mean = torch.zeros_like(study.extractor.keys(blank, self.cfg.keys_layer)[0, :, :1, :1]).cpu()
         if self.cfg.centre:
-            sums = [g.keys(images, layer).double().mean((0, 2, 3)).cpu() for images in study.some_images(CENTRED)]
+            keys = (self._read(study.extractor, images)[1] for images in study.some_images(CENTRED))
+            sums = [batch.double().mean((0, 2, 3)).cpu() for batch in keys]
             self.mean = torch.stack(sums).mean(0).float()[:, None, None]
 
     def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
         assert g is not None
-        features, keys = g.features_and_keys(images, self.cfg.keys_layer)
+        features, keys = self._read(g, images)
         boxes, found = self._boxes(g, keys)
         true = [
             (box, torch.from_numpy(t.boxes))
@@ -57,6 +58,13 @@ class Boxes(Clusters):
         counts = {name: np.int64(n) for name, n in totals.items()}
         return Observed({"box": boxes[:, None].numpy()}, counts, features)
 
+    def _read(self, g: FeatureExtractor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] -> image-level features [B, D] and the keys [B, Dk, h, w] that LOST reads."""
+        features, keys = g.features_and_keys(images, self.cfg.keys_layer)
+        if self.cfg.keys_flips:
+            keys = (keys + g.keys(images, self.cfg.keys_layer, mirrored=True)) / 2
+        return features, keys
+
     def _boxes(self, g: FeatureExtractor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [B, D, h, w] -> boxes [B, 4] as shares of the sides, and whether LOST found something [B]."""
         boxes, found = lost(keys - self.mean.to(keys.device), self.cfg.k_patches)
@@ -66,7 +74,7 @@ class Boxes(Clusters):
         return super().signals(stage) | {"box": stage.read_observed().columns["box"]}
 
     def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
-        features, keys = g.features_and_keys(images, self.cfg.keys_layer)
+        features, keys = self._read(g, images)
         return Signals(self.spec, self.assign(features), self._boxes(g, keys)[0][:, None], count=len(images))
 
     def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -64,23 +64,25 @@ class FeatureExtractor(nn.Module):
         return features.float()
 
     @torch.no_grad()
-    def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] in [-1, 1] -> image-level features [B, D] and patch features [B, Dp, h, w]."""
-        prepared = self.prepare(images)
+    def patches(self, images: Tensor, mirrored: bool = False) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] in [-1, 1] -> image-level features [B, D] and patch features [B, Dp, h, w]; `mirrored`: g sees
+        the mirror images, and each patch's features still lie where the patch is in `images`."""
+        prepared = self.prepare(images, mirrored)
         with self._autocast():
             spatial, prefix = self._block(prepared, -1 if self.layer is None else self.layer)
             image_level = self._image_level(prepared) if self._own_pooling else self._pooled(spatial, prefix)
-        return image_level.float(), spatial.float()
+        return image_level.float(), spatial.flip(-1).float() if mirrored else spatial.float()
 
-    def keys(self, images: Tensor, layer: int = -1) -> Tensor:
+    def keys(self, images: Tensor, layer: int = -1, mirrored: bool = False) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> patch keys [B, Dk, h, w] of a block's self-attention (the last one's unless told),
-        its heads side by side, float32: what LOST reads. The image spans `grid` rows and columns of them."""
-        return self.features_and_keys(images, layer)[1]
+        its heads side by side, float32: what LOST reads. The image spans `grid` rows and columns of them; `mirrored`
+        as in `patches`."""
+        return self.features_and_keys(images, layer, mirrored)[1]
 
     @torch.no_grad()
-    def features_and_keys(self, images: Tensor, layer: int = -1) -> tuple[Tensor, Tensor]:
+    def features_and_keys(self, images: Tensor, layer: int = -1, mirrored: bool = False) -> tuple[Tensor, Tensor]:
         """What `forward` and `keys` give, in one pass."""
-        attention, prepared = _fused_attention(self.tower, layer), self.prepare(images)
+        attention, prepared = _fused_attention(self.tower, layer), self.prepare(images, mirrored)
         read: list[Tensor] = []  # what the attention reads [B, P + N, C], prefix tokens first
         if attention is not None:
             hook = attention.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
@@ -98,7 +100,8 @@ class FeatureExtractor(nn.Module):
         h, w = (side // self.patch for side in prepared.shape[2:])
         with self._autocast():  # not the hooked layer's output: BEiT and EVA use its weight without calling it
             keys = attention.qkv(read[0][:, -h * w :]).chunk(3, dim=2)[1]  # [B, N, Dk]; keys have no bias there
-        return features.float(), keys.float().mT.unflatten(2, (h, w))
+        keys = keys.float().mT.unflatten(2, (h, w))
+        return features.float(), keys.flip(-1) if mirrored else keys
 
     @property
     def grid(self) -> float:
@@ -106,16 +109,17 @@ class FeatureExtractor(nn.Module):
         assert self.patch is not None, self.name
         return self.size / self.patch
 
-    def prepare(self, images: Tensor) -> Tensor:
+    def prepare(self, images: Tensor, mirrored: bool = False) -> Tensor:
         """[-1, 1] at any size -> g's own size (antialiased bicubic) and normalisation, [B, 3, size, size]; where
-        patches do not divide the size, zeros (the mean colour) on the right and below fill the last ones."""
+        patches do not divide the size, zeros (the mean colour) on the right and below fill the last ones. It is mirrored
+        last: the same pixels share a patch."""
         images = images.to(self.mean.device)
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
         images = (images * 0.5 + 0.5 - self.mean) / self.std
         if self.patch and self.size % self.patch:
             images = F.pad(images, (0, -self.size % self.patch) * 2)
-        return images.contiguous(memory_format=torch.channels_last)
+        return (images.flip(-1) if mirrored else images).contiguous(memory_format=torch.channels_last)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.bf16)

@@ -57,7 +57,7 @@ class Segments(Annotator):
 
     def _masks(self, g: FeatureExtractor, images: Tensor) -> np.ndarray:
         """Images [B, 3, H, W] -> index masks uint8 [B, H, H]."""
-        mirrored = g.patches(images.flip(-1))[1] if self.cfg.segments.flips else None
+        mirrored = g.patches(images, mirrored=True)[1] if self.cfg.segments.flips else None
         masks = self.segmenter.segment(g.patches(images)[1], mirrored, images.shape[-1])
         return torch.as_tensor(masks).cpu().numpy()
 

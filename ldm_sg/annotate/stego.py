@@ -61,12 +61,12 @@ class Segmenter:
         """Patch features [B, D, h, w] -> codes float32 [B, C, h, w], which without a head are the features themselves."""
         return patches.float() if self.head is None else self.head.to(patches.device)(patches.float())
 
-    def segment(self, patches: Tensor, flipped_patches: Tensor | None, size: int) -> Tensor:
-        """Patch features [B, D, h, w] of images and, to average their codes, of their mirror images -> the class of every
-        pixel, uint8 [B, size, size]: the centroid with the largest cosine to the code, upsampled bilinearly."""
+    def segment(self, patches: Tensor, mirrored: Tensor | None, size: int) -> Tensor:
+        """Patch features [B, D, h, w] of images and, to average their codes, those of the same patches in the mirror images
+        (`FeatureExtractor.patches`) -> the class of every pixel, uint8 [B, size, size]: the centroid with the largest cosine to the code, upsampled bilinearly."""
         codes = self.codes(patches)
-        if flipped_patches is not None:
-            codes = codes + self.codes(flipped_patches).flip(-1)
+        if mirrored is not None:
+            codes = codes + self.codes(mirrored)
         # Upsampling is linear and the length of a code moves no argmax, so the products with K centroids are upsampled.
         scores = torch.einsum("bchw,kc->bkhw", codes, self.centroids.to(codes.device))
         parts = scores.split(max(1, SCORES // (self.k * size**2)))
