@@ -81,6 +81,7 @@ class AnnotatorConfig:
     sample: int = 1_000_000  # at most this many features are held in memory to fit f
     shuffle: float = 0.0  # share of the ids that is shuffled among images (the paper's Figure 3)
     keys_layer: int = -1  # boxes: the ViT block whose keys LOST reads, counted as features.layer is
+    keys_flips: bool = False  # boxes: average the keys with the mirrored image's: steadier boxes for twice the time
     k_patches: int = 100  # boxes: LOST's patches of lowest degree among which the seed expands
     centre: bool = False  # boxes: take the set's mean key off first: needed with DINOv2, not with LOST's own DINO
     truth: str = "labels"  # oracle: labels, boxes, masks, or none (no guidance)
@@ -259,6 +260,24 @@ class FitAutoencoderConfig:
     licence: str = "Apache-2.0"
     data: str = ""  # goes into the manifest: what the images were, under which terms
     recipe: str = ""  # likewise: the command
+
+    def check(self) -> None:
+        """Raises InputError for a value that cannot be, before anything heavy is imported."""
+        counts = ("size", "channels", "patch", "blocks", "steps", "batch_size", "log_every", "val_every")
+        for name in (*counts, "checkpoint_every"):
+            _need(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        fitting = bool(self.widths) and all(w >= 8 and w % 8 == 0 for w in self.widths)
+        _need("widths", self.widths, fitting, "one multiple of 8 a level (group norm has 8 groups)")
+        factor = self.patch * 2 ** (len(self.widths) - 1)
+        what = f"patch and widths make a factor of {factor}; give a multiple of {2 * factor}"
+        _need("size", self.size, self.size % (2 * factor) == 0, what)
+        _need("shards", self.shards, isinstance(self.shards, str | dict), "a glob, or a mapping from names to globs")
+        names = list(self.shards) if isinstance(self.shards, dict) else ["train"]
+        for key in ("holdout", "zoom"):
+            for name in getattr(self, key):
+                if name not in names:
+                    raise InputError(f"{key}.{name}: no such entry under shards; {choices(name, names)}")
+        _need("zoom", self.zoom, all(z >= 1 for z in self.zoom.values()), "at least 1")
 
 
 Schema = TypeVar("Schema")

@@ -1,10 +1,10 @@
 """What `annotate` keeps on disk between its passes, shard by shard, so that memory does not grow with their number and a
-second run does only what is missing.
+second run does only what is missing. In the folder of the annotation set, of shard 0:
 
-    OUT/features/000000.npy      float16 [n, D], stays
-    OUT/work/000000.latent.f16   raw float16 [n, C, h, w], deleted when the set is finished; .flip.f16 likewise
-    OUT/work/000000.npz          what f observed of each image, and totals over the shard
-    OUT/work/000000.json         keys, classes, skipped, shapes; written last: the shard is done"""
+    features/000000.npy      float16 [n, D], stays
+    work/000000.latent.f16   raw float16 [n, C, h, w], deleted when the set is finished; .flip.f16 likewise
+    work/000000.npz          what f observed of each image, and totals over the shard
+    work/000000.json         keys, classes, skipped, shapes; written last: the shard is done"""
 
 import io
 import json

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ldm_sg.data.signals import PackedMasks, Signals, columns, extension
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
+from ldm_sg.guidance.spatial import Crops
 
 LATENT, FLIP = "latent.npy", "flip.npy"
 _NPY_HEADER = 256  # more than the header of a plain array of few dimensions
@@ -97,12 +98,10 @@ class LatentSet:
         at = torch.tensor([index % len(self)])
         return self.latents(at)[0], self.guidance(at)
 
-    def guidance(
-        self, indices: Tensor, flip: Tensor | None = None, corners: Tensor | None = None, side: int = 0
-    ) -> Guidance:
-        """The signals of `indices` [B] on the latent grid; of the mirrored image where `flip` [B] bool is set; of `side`
-        cells from `corners` [B, 2] on."""
-        return self.signals.guidance(self.latent_shape[1:], indices, flip, corners, side)
+    def guidance(self, indices: Tensor, flip: Tensor | None = None, crops: Crops | None = None) -> Guidance:
+        """The signals of `indices` [B] on the latent grid; of the mirrored image where `flip` [B] bool is set; then of
+        `crops`."""
+        return self.signals.guidance(self.latent_shape[1:], indices, flip, crops)
 
     def latents(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
         """Latents [B, C, h, w] float32 of `indices` [B]; of the mirrored image where `flip` [B] bool is set."""

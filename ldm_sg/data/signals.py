@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
-from ldm_sg.guidance.spatial import box_coverage, concept_ids, crop, mask_coverage, present
+from ldm_sg.guidance.spatial import Crops, box_coverage, concept_ids, mask_coverage, present
 
 Sample = dict[str, np.ndarray]  # one image's signals: those of `columns(spec)`
 
@@ -142,11 +142,10 @@ class Signals:
         grid: tuple[int, int],
         indices: Tensor | None = None,
         flip: Tensor | None = None,
-        corners: Tensor | None = None,
-        side: int = 0,
+        crops: Crops | None = None,
     ) -> Guidance:
         """The Guidance of the images at `indices` [B] on a latent grid (h, w), mirrored where `flip` [B] is set; then of
-        `side` cells from row and column `corners` [B, 2] on, with k of a mask made anew from what is in there."""
+        `crops`, with k of a mask made anew from what is in there."""
         indices = torch.arange(len(self)) if indices is None else indices
         keep = torch.ones(len(indices), dtype=torch.bool)
         k = None if self.k is None else self.k[indices]
@@ -158,8 +157,8 @@ class Signals:
             spatial = mask_coverage(self.masks(indices.tolist()), self.spec.num_labels, grid)
         if spatial is not None and flip is not None:
             spatial = torch.where(flip[:, None, None, None], spatial.flip(3), spatial)
-        if spatial is not None and corners is not None:
-            spatial = crop(spatial, corners, side)
+        if spatial is not None and crops is not None:
+            spatial = crops(spatial)
         if spatial is not None and self.mask is not None:
             k = present(spatial)
         concepts = concept_ids(k) if k is not None and k.ndim == 2 else None

@@ -16,16 +16,14 @@ BLOCK = 2**25  # distances held at once (float32: 128 MiB), whatever the number 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features [N, D] and [M, D] (Heusel et al., 2017, Eq. 6).
 
-    In float64. (S_a S_b)^(1/2) has the same trace as (R S_b R)^(1/2) with R = S_a^(1/2), which is symmetric and positive
-    semi-definite: its eigenvalues are real, and exact zeros (fewer images than dimensions) do no harm.
+    In float64. With S = R^T R the trace of (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b^T, and R comes
+    from the features by QR: no root is taken of a rounding error where there are fewer images than dimensions.
     Raises InputError for sets that do not match, have fewer than 2 rows, or are not finite."""
     _check(a, b, at_least=2)
-    (mean_a, cov_a), (mean_b, cov_b) = _moments(a), _moments(b)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # [D, D]
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    (mean_a, root_a), (mean_b, root_b) = _moments(a), _moments(b)
     shift = (mean_a - mean_b).square().sum()
-    distance = shift + cov_a.trace() + cov_b.trace() - 2 * cross
+    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    distance = shift + root_a.square().sum() + root_b.square().sum() - 2 * cross
     return max(float(distance), 0.0)  # a distance: rounding may leave -1e-12 between equal sets
 
 
@@ -91,10 +89,10 @@ def inception_score(logits: Tensor, splits: int = SPLITS, seed: int = 0) -> dict
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and unbiased covariance [D, D] in float64."""
-    mean = features.double().mean(0)
-    centred = features.double() - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+    """Mean [D] and a root R [min(N, D), D] of the unbiased covariance R^T R, in float64."""
+    features = features.double()
+    mean = features.mean(0)
+    return mean, torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R
 
 
 def _radii(features: Tensor, k: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Boxes and index masks -> soft coverage on the latent grid (k_s of Eq. 8), and the concepts that a mask holds."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,17 @@ def mask_coverage(masks: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
     return counts[..., :classes].permute(0, 3, 1, 2).float() / (height // h * (width // w))
 
 
-def crop(maps: Tensor, corners: Tensor, side: int) -> Tensor:
-    """Maps [B, C, h, w] -> [B, C, side, side], map i from row and column `corners[i]` [2] on."""
-    return torch.stack([m[:, y : y + side, x : x + side] for m, (y, x) in zip(maps, corners.tolist(), strict=True)])
+@dataclass(frozen=True)
+class Crops:
+    """A square of each of B images: `side` cells of the latent grid from row and column `corners` [B, 2] on."""
+
+    corners: Tensor
+    side: int
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        """Maps [B, C, h, w] -> [B, C, side, side]."""
+        rows = zip(maps, self.corners.tolist(), strict=True)
+        return torch.stack([m[:, y : y + self.side, x : x + self.side] for m, (y, x) in rows])
 
 
 def present(coverage: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ldm_sg.config import TrainConfig
 from ldm_sg.data.latents import LatentSet, step_indices
 from ldm_sg.guidance.signal import Guidance
-from ldm_sg.guidance.spatial import crop
+from ldm_sg.guidance.spatial import Crops
 
 
 def mix_seed(*parts: int) -> int:
@@ -61,12 +61,11 @@ class LatentBatches(Dataset):
         flip = torch.tensor([bool(d & 1) for d in drawn]) if self.random and self.latents.flips else None
         whole = self.latents.latents(indices, flip)
         room = whole.shape[-1] - self.side
-        if not room:
-            return step, whole, self.latents.guidance(indices, flip)
         corners = torch.full((len(indices), 2), room // 2)
         if self.random:
             corners = torch.tensor([[(d >> 1) % (room + 1), (d >> 32) % (room + 1)] for d in drawn])
-        return step, crop(whole, corners, self.side), self.latents.guidance(indices, flip, corners, self.side)
+        crops = Crops(corners, self.side) if room else None
+        return step, crops(whole) if crops else whole, self.latents.guidance(indices, flip, crops)
 
 
 class LatentData(pl.LightningDataModule):
@@ -74,16 +73,13 @@ class LatentData(pl.LightningDataModule):
 
     def __init__(self, latents: LatentSet, config: TrainConfig, side: int) -> None:
         super().__init__()
-        self.latents, self.side = latents, side
-        self.batch_size, self.steps, self.seed, self.workers = (
-            config.batch_size, config.steps, config.seed, config.workers,
-        )  # fmt: skip
+        self.latents, self.config, self.side = latents, config, side
         self.train_pool, self.val_pool = split(len(latents), config.val_share, config.seed)
         self.first_step = 0  # set before fit when resuming
 
     def _loader(self, sampler: Sampler, random: bool, workers: int) -> DataLoader:
         return DataLoader(
-            LatentBatches(self.latents, self.seed, self.side, random),
+            LatentBatches(self.latents, self.config.seed, self.side, random),
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
@@ -93,14 +89,15 @@ class LatentData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        steps = Steps(self.train_pool, self.seed, self.batch_size, self.steps, self.first_step, rank, world)
-        return self._loader(steps, True, self.workers)
+        cfg, rank, world = self.config, self.trainer.global_rank, self.trainer.world_size
+        steps = Steps(self.train_pool, cfg.seed, cfg.batch_size, cfg.steps, self.first_step, rank, world)
+        return self._loader(steps, True, cfg.workers)
 
     def val_dataloader(self) -> DataLoader | list:
         if not len(self.val_pool):
             return []
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        chunks = [chunk[rank::world].tolist() for chunk in self.val_pool.split(self.batch_size) if len(chunk) >= world]
+        whole = [chunk for chunk in self.val_pool.split(self.config.batch_size) if len(chunk) >= world]
+        chunks = [chunk[rank::world].tolist() for chunk in whole]
         return self._loader([[i, *chunk] for i, chunk in enumerate(chunks)], False, 0)  # type: ignore[arg-type]

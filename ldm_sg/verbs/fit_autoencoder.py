@@ -1,11 +1,7 @@
 """fit-autoencoder: images -> a small KL autoencoder that `autoencoder=FOLDER` uses."""
 
 import os
-import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,12 +15,12 @@ from ldm_sg.autoencoder.kinds import KL, plain_config
 from ldm_sg.config import FitAutoencoderConfig, claim
 from ldm_sg.data.images import to_float, to_uint8
 from ldm_sg.data.shards import expand, image_batches
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError
 from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.report.grids import labelled_rows, save
-from ldm_sg.training.autoencoder import Fit, Source, draw
+from ldm_sg.training.autoencoder import Fit, Source
+from ldm_sg.training.autoencoder_loop import loop
 from ldm_sg.training.checkpoint import read_checkpoint
-from ldm_sg.training.metrics import MetricsCsv
 
 FREE = ("out", "device", "workers", "log_every", "val_every", "checkpoint_every", "data", "recipe", "licence")
 NOISE_SHOWN = 0.2  # std of the noise on normalised latents in `psnr_noisy` and in the pictures
@@ -33,7 +29,7 @@ NOISE_SHOWN = 0.2  # std of the noise on normalised latents in `psnr_noisy` and 
 def fit_autoencoder(config: FitAutoencoderConfig) -> Path:
     """Fits, or goes on where the fit in `config.out` stopped; returns the folder, which is an autoencoder's when done.
     Ctrl-C saves and raises."""
-    _check(config)
+    config.check()
     device = pick_device(config.device)
     out = Path(config.out)
     claim(out, config, FREE)
@@ -51,46 +47,20 @@ def fit_autoencoder(config: FitAutoencoderConfig) -> Path:
         + (f"; resuming at step {fit.steps:,}" if fit.steps else ""),
         file=sys.stderr,
     )
-    finished = _loop(fit, sources, held, out)
-    _save_checkpoint(fit, checkpoint)
-    if not finished:
+
+    def report() -> None:
+        if held:
+            picture = out / "samples" / f"step-{fit.steps:06d}.png"
+            scores = validate(current(fit, sources[0], out, 512), held, picture)
+            said = ", ".join(f"{name} {value:.2f} dB" for name, value in scores.items())
+            tqdm.write(f"step {fit.steps}: {said}", file=sys.stderr)
+
+    if not loop(fit, sources, checkpoint, out / "metrics.csv", report):
         print(f"interrupted and saved in {out}; the same command resumes", file=sys.stderr)
         raise KeyboardInterrupt
     autoencoder = export(fit, sources, held, out)
     print(f"{out}: {autoencoder.manifest['psnr']} dB on held-out images")
     return out
-
-
-def _check(config: FitAutoencoderConfig) -> None:
-    for name in (
-        "size",
-        "channels",
-        "patch",
-        "blocks",
-        "steps",
-        "batch_size",
-        "log_every",
-        "val_every",
-        "checkpoint_every",
-    ):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}={getattr(config, name)}: at least 1")
-    if not config.widths or any(w < 8 or w % 8 for w in config.widths):
-        raise InputError(f"widths={config.widths}: one multiple of 8 a level (group norm has 8 groups)")
-    factor = config.patch * 2 ** (len(config.widths) - 1)
-    if config.size % (2 * factor):
-        raise InputError(
-            f"size={config.size}: patch and widths make a factor of {factor}; give a multiple of {2 * factor}"
-        )
-    if not isinstance(config.shards, str | dict):
-        raise InputError(f"shards={config.shards!r}: a glob, or a mapping from names to globs")
-    names = list(config.shards) if isinstance(config.shards, dict) else ["train"]
-    for key in ("holdout", "zoom"):
-        for name in getattr(config, key):
-            if name not in names:
-                raise InputError(f"{key}.{name}: no such entry under shards; {choices(name, names)}")
-    if any(z < 1 for z in config.zoom.values()):
-        raise InputError(f"zoom={config.zoom}: at least 1")
 
 
 def read_images(config: FitAutoencoderConfig) -> tuple[list[Source], dict[str, Tensor]]:
@@ -122,38 +92,6 @@ def _read(name: str, urls: str, side: int, workers: int) -> Tensor:
     if not parts:
         raise InputError(f"shards.{name}={urls!r}: no readable image")
     return torch.cat(parts)
-
-
-def _loop(fit: Fit, sources: list[Source], held: dict[str, Tensor], out: Path) -> bool:
-    """Steps until the end (True) or Ctrl-C (False)."""
-    c = fit.config
-    log = _Log(out / "metrics.csv", fit.steps)
-    bar = tqdm(total=c.steps, initial=fit.steps, unit="step", desc="fit", dynamic_ncols=True)
-    with _interruptible() as interrupted, bar:
-        while fit.steps < c.steps and not interrupted:
-            generator = torch.Generator().manual_seed(c.seed * 2**32 + fit.steps)
-            losses = fit.step(draw(sources, c.size, c.batch_size, generator), generator)
-            log.add(losses, c.batch_size)
-            bar.update()
-            last = fit.steps == c.steps
-            if fit.steps % c.log_every == 0:
-                bar.set_postfix({k: f"{v:.3g}" for k, v in log.write(fit.steps).items()})
-            if held and (fit.steps % c.val_every == 0 or last):
-                scores = validate(
-                    current(fit, sources[0], out, 512), held, out / "samples" / f"step-{fit.steps:06d}.png"
-                )
-                tqdm.write(
-                    f"step {fit.steps}: " + ", ".join(f"{k} {v:.2f} dB" for k, v in scores.items()), file=sys.stderr
-                )
-            if fit.steps % c.checkpoint_every == 0:
-                _save_checkpoint(fit, out / "checkpoint.pt")
-    return fit.steps >= c.steps
-
-
-def _save_checkpoint(fit: Fit, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    torch.save(fit.state_dict(), temporary)
-    temporary.replace(path)
 
 
 def current(fit: Fit, source: Source, out: Path, images: int) -> Autoencoder:
@@ -223,44 +161,3 @@ def export(fit: Fit, sources: list[Source], held: dict[str, Tensor], out: Path) 
     autoencoder.manifest["source"] = {"file": "model.safetensors"}
     manifests.write(autoencoder.manifest, out)
     return autoencoder
-
-
-class _Log:
-    """Means of the losses since the last row of metrics.csv."""
-
-    FIELDS = ("step", "images_per_s", "l1", "kl", "half", "lpips", "gan", "critic")
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.file = MetricsCsv(path, self.FIELDS, step)
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums, self.steps, self.images, self.start = {}, 0, 0, time.monotonic()
-
-    def add(self, losses: dict[str, float], images: int) -> None:
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps, self.images = self.steps + 1, self.images + images
-
-    def write(self, step: int) -> dict[str, float]:
-        row = {"images_per_s": self.images / (time.monotonic() - self.start)}
-        row.update({name: value / self.steps for name, value in self.sums.items()})
-        self.file.append(step=step, **{name: f"{value:.5g}" for name, value in row.items()})
-        self._reset()
-        return row
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C fills the list instead of breaking a step in the middle; a second one breaks."""
-    got: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        got.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield got
-    finally:
-        signal.signal(signal.SIGINT, before)
