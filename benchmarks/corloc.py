@@ -1,10 +1,11 @@
 """CorLoc of LOST's boxes on Penn-Fudan, a JSON line each: the share of images whose box meets a true one, IoU >= 0.5.
 
-    python benchmarks/corloc.py SHARED [--layers 8 9 10 11] [--sizes 224] [--k-patches 100]
+    python benchmarks/corloc.py SHARED [--layers 8 9 10 11] [--sizes 224] [--k-patches 100] [--flips]
 
 SHARED: folder with data/pennfudan_256 (images/, boxes.json) and weights/dinov2_small. Images are cropped to their
-centre square as `pack` crops them, true boxes with them. `centred`: the mean key of each image, or of all images, is
-subtracted first. Attention does not see it (the same logit for every key), but LOST does."""
+centre square as `pack` crops them, true boxes with them. `centred`: the mean key of each image, of all images, or the
+one half way to their mean at each place (annotator.centre_place=0.5) is subtracted first. Attention does not see a
+constant (the same logit for every key), but LOST does."""
 
 import argparse
 import itertools
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
-from ldm_sg.annotate.lost import correct_localisation, lost, to_relative
+from ldm_sg.annotate.lost import correct_localisation, lost, to_relative, typical_key
 from ldm_sg.config import FeaturesConfig
 from ldm_sg.data.boxes import crop_meta
 from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
@@ -39,11 +40,13 @@ def corloc(boxes: Tensor, truths: list[Tensor]) -> float:
 
 
 def measure(
-    g: FeatureExtractor, layer: int, images: Tensor, truths: list[Tensor], k_patches: list[int]
+    g: FeatureExtractor, layer: int, images: Tensor, truths: list[Tensor], k_patches: list[int], flips: bool
 ) -> Iterator[dict[str, object]]:
     keys = torch.cat([g.keys(to_float(batch), layer) for batch in images.split(BATCH)])
-    over = {"image": (2, 3), "all": (0, 2, 3)}
-    means = {"no": torch.zeros(())} | {name: keys.mean(dims, keepdim=True) for name, dims in over.items()}
+    if flips:
+        keys = (keys + torch.cat([g.keys(to_float(batch), layer, mirrored=True) for batch in images.split(BATCH)])) / 2
+    means = {"no": torch.zeros(()), "image": keys.mean((2, 3), keepdim=True)}
+    means |= {name: typical_key(keys.mean(0), place) for name, place in {"all": 0.0, "half place": 0.5}.items()}
     for (centred, mean), k in itertools.product(means.items(), k_patches):
         boxes, found = lost(keys - mean, k)
         boxes = to_relative(boxes, g.grid)
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 9, 10, 11])
     parser.add_argument("--sizes", type=int, nargs="+", default=[224])
     parser.add_argument("--k-patches", type=int, nargs="+", default=[100])
+    parser.add_argument("--flips", action="store_true", help="average the keys with the mirrored image's")
     args = parser.parse_args()
     samples = list(read(args.shared / "data" / "pennfudan_256"))
     images, truths = torch.stack([image for image, _ in samples]), [truth for _, truth in samples]
@@ -73,7 +77,7 @@ def main() -> None:
     for size in args.sizes:
         g = load_extractor(FeaturesConfig(model="vit_small_patch14_dinov2", weights=weights, size=size))
         for layer in args.layers:
-            for found in measure(g, layer, images, truths, args.k_patches):
+            for found in measure(g, layer, images, truths, args.k_patches, args.flips):
                 print(json.dumps({"boxes": "LOST", "size": size, "layer": layer, **found}), flush=True)
 
 

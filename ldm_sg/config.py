@@ -84,6 +84,7 @@ class AnnotatorConfig:
     keys_flips: bool = False  # boxes: average the keys with the mirrored image's: steadier boxes for twice the time
     k_patches: int = 100  # boxes: LOST's patches of lowest degree among which the seed expands
     centre: bool = False  # boxes: take the set's mean key off first: needed with DINOv2, not with LOST's own DINO
+    centre_place: float = 0.0  # boxes, with centre: from the mean of the whole set (0) to that of each place in it (1)
     truth: str = "labels"  # oracle: labels, boxes, masks, or none (no guidance)
     neighbours: int = 10  # neighbours: one of this many nearest images gives the vector
     segments: SegmentsConfig = field(default_factory=SegmentsConfig)
@@ -108,6 +109,9 @@ class AnnotateConfig:
         for name in ("k", "niter", "sample", "k_patches", "neighbours"):
             value = getattr(self.annotator, name)
             _need(f"annotator.{name}", value, value >= 1, "at least 1")
+        place = self.annotator.centre_place
+        _need("annotator.centre_place", place, 0 <= place <= 1, "a share between 0 and 1")
+        _need("annotator.centre_place", place, self.annotator.centre or not place, "belongs to annotator.centre=true")
         _need("annotator.shuffle", self.annotator.shuffle, 0 <= self.annotator.shuffle <= 1, "a share between 0 and 1")
         _need("size", self.size, self.size is None or self.size >= 8, "at least 8 pixels, or null")
         _need("features.batch_size", self.features.batch_size, self.features.batch_size >= 1, "at least 1")

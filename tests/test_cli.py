@@ -114,6 +114,11 @@ def test_concept_tokens_are_masked_and_unordered() -> None:
         (["train", "configs/train/demo.yaml", "steps"], "key=value"),
         (["train", "configs/train/demo.yaml", "out="], "nothing stands after the ="),
         (["annotate", "configs/annotate/demo.yaml", "annotator.k=0"], "annotator.k=0: at least 1"),
+        (
+            ["annotate", "configs/annotate/voc64-boxes.yaml", "annotator.centre_place=2"],
+            "centre_place=2.0: a share between",
+        ),
+        (["annotate", "configs/annotate/voc64-boxes.yaml", "annotator.centre_place=0.5"], "annotator.centre=true"),
         (["train", "configs/train/dmo.yaml"], "did you mean 'configs/train/demo.yaml'"),
         (["train", "configs/model/s.yaml"], "unknown key"),
         (["annotate", "configs/annotate/demo.yaml", "shards=nowhere/*.tar", "out=x"], "nowhere"),

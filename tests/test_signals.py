@@ -262,6 +262,28 @@ def test_boxes_of_averaged_keys_commute_with_a_mirror(keys_flips: bool, tmp_path
     assert same > 0.9 if keys_flips else same < 0.9
 
 
+@pytest.mark.parametrize("place", [0.0, 1.0])
+def test_what_every_image_has_at_a_place_moves_no_box_centred_there(
+    place: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, real = shards(tmp_path / "source"), FeatureExtractor.features_and_keys
+    pattern = torch.randn(64, 4, 1, generator=torch.Generator().manual_seed(0))  # rows: a mirror leaves it as it is
+    found = []
+    for strength in (0, 3):
+
+        def patterned(*args, strength=strength) -> tuple[torch.Tensor, torch.Tensor]:
+            features, keys = real(*args)
+            return features, keys + strength * pattern
+
+        folder = tmp_path / str(strength)
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(FeatureExtractor, "features_and_keys", patterned)
+            out = annotate(boxes_config(folder, source, centre=True, centre_place=place, k_patches=3))
+        found.append(LatentSet(out).signals.box)
+    assert torch.equal(*found) == (place == 1)
+
+
 def test_an_extractor_in_which_lost_finds_nothing_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -275,6 +297,16 @@ def test_an_extractor_in_which_lost_finds_nothing_is_told(
     out = annotate(boxes_config(tmp_path, shards(tmp_path / "source")))
     assert "no box in 12 of 12 images" in capsys.readouterr().err
     assert yaml.safe_load((out / "manifest.yaml").read_text())["annotator"]["not_found"] == 12
+
+
+@pytest.mark.parametrize("kind", ["boxes", "segments"])
+def test_shards_without_a_usable_image(kind: str, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        writer.write("000", {"png": b"no image"})
+    cfg = boxes_config(tmp_path, str(tmp_path / "a.tar"), centre=True)
+    cfg.size, cfg.annotator.kind, cfg.autoencoder = SIZE, kind, "demo-kl-f8"  # one that need not be measured
+    with pytest.raises(InputError, match="no usable image"):
+        annotate(cfg)
 
 
 @pytest.mark.parametrize("method", ["patch_kmeans", "stego"])

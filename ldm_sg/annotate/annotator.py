@@ -35,17 +35,20 @@ class Study:
         return Path(self.config.out)
 
     def some_images(self, limit: int) -> Iterator[Tensor]:
-        """Batches [B, 3, size, size] in [-1, 1] of at most about `limit` images: the first ones of every shard."""
-        each = max(1, limit // len(self.shards))
+        """Batches [B, 3, size, size] in [-1, 1] of at most about `limit` images: the first ones of every shard.
+        InputError where there is none."""
+        each, found = max(1, limit // len(self.shards)), 0
         device = "cpu" if self.extractor is None else self.extractor.mean.device
         for shard in self.shards:
             left = each
             batches = image_batches([shard], self.size, min(each, self.config.features.batch_size), 0, lambda *_: None)
             for batch in batches:
                 yield to_float(batch.images[:left].to(device))
-                left -= len(batch.keys)
+                left, found = left - len(batch.keys), found + 1
                 if left <= 0:
                     break
+        if not found:
+            raise InputError(f"shards={self.config.shards!r}: no usable image to learn from")
 
 
 class Annotator(ABC):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm_sg.annotate.annotator import Study
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.lost import correct_localisation, lost, to_relative
+from ldm_sg.annotate.lost import correct_localisation, lost, to_relative, typical_key
 from ldm_sg.annotate.stage import Observed, Stage, write_bytes
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Signals
@@ -31,14 +31,16 @@ class Boxes(Clusters):
     reads_truth = True
 
     def prepare(self, study: Study) -> None:
-        """The mean key, from the first images of every shard, where `annotator.centre` asks for it."""
+        """The mean keys, from the first images of every shard, where `annotator.centre` asks for them."""
         assert study.extractor is not None
         blank = torch.zeros(1, 3, study.size, study.size)
-        self.mean = torch.zeros_like(study.extractor.keys(blank, self.cfg.keys_layer)[0, :, :1, :1]).cpu()
+        self.mean = torch.zeros_like(study.extractor.keys(blank, self.cfg.keys_layer)[0], device="cpu")  # [Dk, h, w]
         if self.cfg.centre:
-            keys = (self._read(study.extractor, images)[1] for images in study.some_images(CENTRED))
-            sums = [batch.double().mean((0, 2, 3)).cpu() for batch in keys]
-            self.mean = torch.stack(sums).mean(0).float()[:, None, None]
+            total, count = torch.zeros(()), 0
+            for images in study.some_images(CENTRED):
+                total = total + self._read(study.extractor, images)[1].double().sum(0).cpu()
+                count += len(images)
+            self.mean = typical_key((total / count).float(), self.cfg.centre_place)
 
     def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
         assert g is not None

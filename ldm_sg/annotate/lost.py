@@ -22,7 +22,7 @@ def lost(keys: Tensor, k_patches: int = 100) -> tuple[Tensor, Tensor]:
     nothing stands out: the object would be every patch or none, or keys are not finite.
 
     The paper takes DINO's keys as they are. A constant in every key moves no attention, but here it makes all patches
-    alike: DINOv2's key bias does, so subtract the mean key of many images first (benchmarks/corloc.py).
+    alike: DINOv2's key bias does, so subtract the `typical_key` of many images first (benchmarks/corloc.py).
 
     Where images were padded to whole patches, each patch of `FeatureExtractor.keys` still holds a part of the image:
     all take part, as in the public code, and `to_relative` clips the box to the image."""
@@ -35,6 +35,14 @@ def lost(keys: Tensor, k_patches: int = 100) -> tuple[Tensor, Tensor]:
     found = (size > 0) & (size < h * w) & vote.isfinite().all(1)
     boxes = torch.where(found[:, None], bounds(part), torch.tensor([0.0, 0.0, w, h], device=keys.device))
     return boxes, found
+
+
+def typical_key(here: Tensor, place: float) -> Tensor:
+    """Mean keys of many images [D, h, w] -> what to take off every image's keys [D, h, w]: the mean over all places
+    (place = 0), that of each place (1) or something between. What is common where it lies, such as the ground, then
+    stands out less. A mirror image is as likely: both halves have the same keys."""
+    here = (here + here.flip(-1)) / 2
+    return here.mean((1, 2), keepdim=True).lerp(here, place)
 
 
 def _vote(keys: Tensor, k_patches: int) -> tuple[Tensor, Tensor]:

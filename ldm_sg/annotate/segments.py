@@ -17,7 +17,6 @@ from ldm_sg.annotate.stego import Segmenter
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import PackedMasks, Signals
-from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.guidance.spatial import VOID
 
@@ -100,7 +99,5 @@ def sample_patches(study: Study, limit: int, path: Path) -> tuple[np.ndarray, np
             file.write(patches.half().cpu().contiguous().numpy().data)
             shape = tuple(patches.shape[1:])
             bar.update(len(images))
-    if not features:
-        raise InputError(f"shards={study.config.shards!r}: no usable image to learn segments from")
     count = sum(map(len, features))
     return np.memmap(path, np.float16, "r", shape=(count, *shape)), np.concatenate(features)
