@@ -94,7 +94,7 @@ class Boxes(Clusters):
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        write_bytes(folder / MEAN, save({"key": self.mean}))
+        write_bytes(folder / MEAN, save({"key": self.mean.contiguous()}))
 
     def restore(self, folder: Path) -> None:
         super().restore(folder)
