@@ -25,7 +25,8 @@ if __name__ == "__main__":  # decoding processes import this file again, and nee
     from ldm_sg.annotate.kinds import make_annotator
     from ldm_sg.annotate.stage import stages
     from ldm_sg.annotate.stream import batches_of, extract, prepare_autoencoder
-    from ldm_sg.config import ASSETS, AnnotateConfig, FeaturesConfig
+    from ldm_sg.config import AnnotateConfig, FeaturesConfig
+    from ldm_sg.configfile import ASSETS
     from ldm_sg.data.images import decode, to_float
     from ldm_sg.data.shards import ShardWriter, expand, read_shard
     from ldm_sg.hardware import pick_device

@@ -22,7 +22,8 @@ from torch import Tensor
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.matching import confusion, match
 from ldm_sg.annotate.stego import Segmenter
-from ldm_sg.config import SEGMENT_METHODS, FeaturesConfig, SegmentsConfig, load
+from ldm_sg.config import SEGMENT_METHODS, FeaturesConfig, SegmentsConfig
+from ldm_sg.configfile import load
 from ldm_sg.data.images import crop_resize, crop_resize_index, to_float, to_tensor
 from ldm_sg.guidance.spatial import VOID
 from ldm_sg.hardware import pick_device

@@ -51,12 +51,13 @@ def _config_verb(schema: str, module: str, config: Path, overrides: list[str] | 
     from importlib import import_module
 
     from ldm_sg import config as configs
+    from ldm_sg.configfile import load, to_yaml
 
-    loaded: Any = configs.load(getattr(configs, schema), config, overrides)
+    loaded: Any = load(getattr(configs, schema), config, overrides)
     if dry_run:
         if schema == "TrainConfig":
             loaded.model = configs.model_config(loaded.model)
-        print(configs.to_yaml(loaded), end="")
+        print(to_yaml(loaded), end="")
         return
     getattr(import_module(f"ldm_sg.verbs.{module}"), module)(loaded)
 

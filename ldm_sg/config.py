@@ -1,21 +1,15 @@
-"""Configs: one dataclass a verb, one YAML a thing a person runs, dotlist overrides; unknown keys and wrong types are
-refused with the nearest right one. Nothing here builds anything (that is `build`)."""
+"""Configs: one dataclass a verb, with what its values may be. Nothing here builds anything (that is `build`)."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm_sg.configfile import ROOT, check_keys, load
 from ldm_sg.errors import InputError, choices
-
-PACKAGE = Path(__file__).parent
-ASSETS = PACKAGE / "assets"
-# configs/ and autoencoders/ stand at the top of a checkout and travel inside the package in a wheel.
-ROOT = PACKAGE.parent if (PACKAGE.parent / "configs").is_dir() else PACKAGE / "_root"
 
 
 @dataclass
@@ -284,86 +278,6 @@ class FitAutoencoderConfig:
         _need("zoom", self.zoom, all(z >= 1 for z in self.zoom.values()), "at least 1")
 
 
-Schema = TypeVar("Schema")
-
-
-def load(schema: type[Schema], path: str | Path | None = None, overrides: list[str] | None = None) -> Schema:
-    """YAML at `path` (with one level of `base:`) + `key=value` overrides -> a filled `schema`.
-
-    Raises InputError naming the file, the key and the nearest right key, a wrong type, or a missing required value."""
-    merged = OmegaConf.structured(schema)
-    for source, layer in [*_layers(path), *_dotlist(overrides or [])]:
-        _check_keys(layer, merged, source)
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as err:
-            raise InputError(f"{source}: {str(err).splitlines()[0]}") from err
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise InputError(f"{path or 'config'}: no value for {', '.join(missing)}: give it as {missing[0]}=...")
-    loaded: Any = OmegaConf.to_object(merged)
-    if hasattr(loaded, "check"):
-        loaded.check()
-    return loaded
-
-
-def _need(name: str, value: Any, right: bool, what: str) -> None:
-    if not right:
-        raise InputError(f"{name}={value}: {what}")
-
-
-def _layers(path: str | Path | None) -> list[tuple[str, DictConfig]]:
-    if path is None:
-        return []
-    if not Path(path).exists() and (ROOT / path).is_file():
-        path = ROOT / path  # configs/... of the checkout or the wheel, from any folder
-    top = read_yaml(path)
-    if "base" not in top:
-        return [(str(path), top)]
-    base_path = Path(path).parent / str(top.pop("base"))
-    base = read_yaml(base_path)
-    if "base" in base:
-        raise InputError(f"{base_path}: base: goes one level deep, and {path} already uses it as its base")
-    return [(str(base_path), base), (str(path), top)]
-
-
-def read_yaml(path: str | Path) -> DictConfig:
-    """A YAML mapping, or InputError naming the file."""
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError as err:
-        near = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))
-        raise InputError(f"config {str(path)!r} not found; {choices(path, near)}") from err
-    except Exception as err:  # yaml's errors have no common, importable base here
-        raise InputError(f"{path}: not a readable YAML file: {str(err).splitlines()[0]}") from err
-    if not isinstance(loaded, DictConfig):
-        raise InputError(f"{path}: expected a YAML mapping of keys to values")
-    return loaded
-
-
-def _dotlist(overrides: list[str]) -> list[tuple[str, DictConfig]]:
-    for item in overrides:
-        if "=" not in item or item.startswith("="):
-            raise InputError(f"override {item!r}: write it as key=value, for example steps=1000")
-        if item.endswith("="):
-            raise InputError(f"override {item!r}: nothing stands after the = (null means no value)")
-    return [(item, OmegaConf.from_dotlist([item])) for item in overrides]
-
-
-def _check_keys(given: DictConfig, schema: DictConfig, source: str, prefix: str = "") -> None:
-    for key in given:
-        if key not in schema.keys():  # `in schema` is False for a key whose value is still missing
-            known = [prefix + str(k) for k in schema]
-            raise InputError(f"{source}: unknown key {prefix + str(key)!r}; {choices(prefix + str(key), known)}")
-        inner, value = schema._get_node(key), given._get_node(key)
-        if (
-            isinstance(inner, DictConfig)
-            and isinstance(value, DictConfig)
-            and dataclasses.is_dataclass(OmegaConf.get_type(inner))
-        ):
-            _check_keys(value, inner, source, prefix + str(key) + ".")
-
-
 def model_config(model: Any) -> ModelConfig:
     """`TrainConfig.model`: a name under configs/model/, a YAML path, or the mapping itself -> ModelConfig."""
     if isinstance(model, str):
@@ -374,47 +288,13 @@ def model_config(model: Any) -> ModelConfig:
         return load(ModelConfig, path)
     merged = OmegaConf.structured(ModelConfig)
     layer = OmegaConf.create(model)
-    _check_keys(layer, merged, "model", "model.")
+    check_keys(layer, merged, "model", "model.")
     try:
         return OmegaConf.to_object(OmegaConf.merge(merged, layer))  # type: ignore[return-value]
     except OmegaConfBaseException as err:
         raise InputError(f"model: {str(err).splitlines()[0]}") from err
 
 
-def from_mapping(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:
-    """A config that was written down as a mapping; InputError naming `where` when it is not one of this version."""
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))  # type: ignore[return-value]
-    except OmegaConfBaseException as err:
-        raise InputError(f"{where}: not of this version of ldm_sg: {str(err).splitlines()[0]}") from err
-
-
-def to_yaml(config: Any) -> str:
-    """The resolved, complete config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config) if dataclasses.is_dataclass(config) else config)
-
-
-def claim(folder: Path, config: Any, free: tuple[str, ...] = ()) -> None:
-    """Make `folder` the home of `config` (config.yaml), or check that it already is; keys in `free` may change.
-
-    Raises InputError naming the first key whose value differs: a folder never mixes two configs."""
-    path = folder / "config.yaml"
-    wanted = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(wanted, dict)
-    if path.is_file():
-        there = OmegaConf.to_container(read_yaml(path))
-        assert isinstance(there, dict)
-        for key in sorted({*wanted, *there} - set(free)):
-            if there.get(key) != wanted.get(key):
-                raise InputError(
-                    f"{folder} belongs to another config: there {key} is {there.get(key)!r}, now {wanted.get(key)!r}; "
-                    "choose another out= or remove the folder"
-                )
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and has no config.yaml: choose another out=")
-    if path.is_file() and path.read_text() == to_yaml(config):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_yaml(config))
-    temporary.replace(path)
+def _need(name: str, value: Any, right: bool, what: str) -> None:
+    if not right:
+        raise InputError(f"{name}={value}: {what}")

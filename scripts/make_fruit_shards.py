@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from ldm_sg.config import ASSETS
+from ldm_sg.configfile import ASSETS
 from ldm_sg.data.images import crop_resize, decode
 from ldm_sg.data.shards import ShardWriter
 

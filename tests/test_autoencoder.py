@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ldm_sg.autoencoder import load_autoencoder, measure_normalisation
 from ldm_sg.autoencoder.kinds import KINDS
 from ldm_sg.autoencoder.manifest import DIFFUSERS_KINDS, read, sha256
-from ldm_sg.config import ASSETS, ROOT
+from ldm_sg.configfile import ASSETS, ROOT
 from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
 from ldm_sg.data.shards import expand, image_batches
 from ldm_sg.errors import InputError

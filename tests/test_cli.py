@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from ldm_sg import config as configs
 from ldm_sg.cli import app
-from ldm_sg.config import ROOT, AnnotateConfig, TrainConfig, load, model_config
+from ldm_sg.config import AnnotateConfig, TrainConfig, model_config
+from ldm_sg.configfile import ROOT, load
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.models.unet import make_unet
 from ldm_sg.pipeline import noise_scheduler

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from ldm_sg.autoencoder import load_autoencoder
-from ldm_sg.config import ROOT, FitAutoencoderConfig, load
+from ldm_sg.config import FitAutoencoderConfig
+from ldm_sg.configfile import ROOT, load
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.errors import InputError
 from ldm_sg.training import autoencoder as training
@@ -183,5 +184,6 @@ def test_every_config_builds(path):
         "lpips_weights=a",
     ]
     config = load(FitAutoencoderConfig, path, given if path.stem == "demo" else None)
+    config.check()
     net = training.make_net(config)
     assert sum(p.numel() for p in net.parameters()) * 2 < 4e6

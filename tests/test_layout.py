@@ -162,7 +162,7 @@ def test_what_a_mask_run_refuses(mask_run: Path, tmp_path: Path) -> None:
         code, output = invoke("sample", mask_run, "--mask", tmp_path / name, "--out", tmp_path / "s")
         assert code == 2 and message in output, (name, output)
     (tmp_path / "text.png").write_text("no image")
-    for name, message in (("text.png", "not a readable PNG"), ("none.png", "No such file")):
+    for name, message in (("text.png", "cannot be read as PNG"), ("none.png", "No such file")):
         code, output = invoke("sample", mask_run, "--mask", tmp_path / name, "--out", tmp_path / "s")
         assert code == 2 and message in output
     code, output = invoke("sample", mask_run, "--box", "1,1,5,5", "--out", tmp_path / "s")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, features
 
-from ldm_sg.config import ASSETS
+from ldm_sg.configfile import ASSETS
 from ldm_sg.data.pool import decoder_pool
 from ldm_sg.data.shards import Sample, ShardWriter, expand, image_batches, read_shard
 from ldm_sg.errors import InputError

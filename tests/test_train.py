@@ -16,7 +16,8 @@ import torch
 from conftest import TINY, write_annotation_set
 from safetensors.torch import load_file
 
-from ldm_sg.config import GuidanceConfig, ObjectiveConfig, TrainConfig, load, to_yaml
+from ldm_sg.config import GuidanceConfig, ObjectiveConfig, TrainConfig
+from ldm_sg.configfile import load, to_yaml
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
 from ldm_sg.training.callbacks import ema_update

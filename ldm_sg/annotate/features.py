@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_sg.config import ASSETS, FeaturesConfig, read_yaml
+from ldm_sg.config import FeaturesConfig
+from ldm_sg.configfile import ASSETS, read_yaml
 from ldm_sg.data.latents import file_sha256
 from ldm_sg.errors import InputError, choices
 from ldm_sg.hardware import use_bf16

@@ -17,7 +17,8 @@ from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.oracle import Oracle
 from ldm_sg.annotate.segments import Segments
 from ldm_sg.annotate.stage import write_text
-from ldm_sg.config import AnnotatorConfig, FeaturesConfig, from_mapping
+from ldm_sg.config import AnnotatorConfig, FeaturesConfig
+from ldm_sg.configfile import from_mapping
 from ldm_sg.data.latents import file_sha256, set_hash
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, choices

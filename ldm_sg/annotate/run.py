@@ -21,7 +21,8 @@ from ldm_sg.annotate.kinds import load_f, make_annotator, save_annotator
 from ldm_sg.annotate.stage import ShardMeta, Stage, stages, write_text
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
 from ldm_sg.autoencoder import Autoencoder
-from ldm_sg.config import AnnotateConfig, AnnotatorConfig, to_yaml
+from ldm_sg.config import AnnotateConfig, AnnotatorConfig
+from ldm_sg.configfile import to_yaml
 from ldm_sg.data.latents import file_sha256, set_hash
 from ldm_sg.data.shards import ShardWriter, expand
 from ldm_sg.data.signals import files_of, npy

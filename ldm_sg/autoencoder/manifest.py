@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ldm_sg.config import ROOT
+from ldm_sg.configfile import ROOT
 from ldm_sg.errors import InputError, choices
 
 KEYS = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm_sg.config import read_yaml
+from ldm_sg.configfile import read_yaml
 from ldm_sg.errors import InputError
 from ldm_sg.report import charts, html
 from ldm_sg.report.annotation import BOXES, MASKS, WALL

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ldm_sg.config import ASSETS, ROOT, AnnotateConfig, TrainConfig, load
+from ldm_sg.config import AnnotateConfig, TrainConfig
+from ldm_sg.configfile import ASSETS, ROOT, load
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError, choices
 from ldm_sg.report import grids

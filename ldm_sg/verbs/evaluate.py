@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_sg import config
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.kinds import LoadedAnnotator, load_annotator
 from ldm_sg.config import FeaturesConfig
+from ldm_sg.configfile import load
 from ldm_sg.data.images import to_float, to_uint8
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
@@ -241,7 +241,7 @@ def load_network(features: str, device: torch.device) -> Inception | FeatureExtr
     if Path(features).suffix in (".safetensors", ".pth", ".pt"):
         return load_inception(features).to(device)
     if Path(features).suffix in (".yaml", ".yml"):
-        return load_extractor(config.load(FeaturesConfig, features), device)
+        return load_extractor(load(FeaturesConfig, features), device)
     return load_extractor(FeaturesConfig(model=features), device)
 
 

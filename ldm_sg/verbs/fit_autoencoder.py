@@ -12,7 +12,8 @@ from tqdm import tqdm
 from ldm_sg.autoencoder import Autoencoder, measure_normalisation
 from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.kinds import KL, plain_config
-from ldm_sg.config import FitAutoencoderConfig, claim
+from ldm_sg.config import FitAutoencoderConfig
+from ldm_sg.configfile import claim
 from ldm_sg.data.images import to_float, to_uint8
 from ldm_sg.data.shards import expand, image_batches
 from ldm_sg.errors import InputError

@@ -158,7 +158,7 @@ def _read_mask(path: Path, pipe: SelfGuidedPipeline) -> np.ndarray:
                 )
             mask = np.array(crop_resize_index(image, pipe.image_size))
     except (OSError, SyntaxError) as err:
-        raise InputError(f"--mask {path}: {getattr(err, 'strerror', None) or 'not a readable PNG'}") from err
+        raise InputError(f"--mask {path}: {getattr(err, 'strerror', None) or 'cannot be read as PNG'}") from err
     ids = np.unique(mask[mask != VOID])
     if not len(ids):
         raise InputError(f"--mask {path}: all of it is {VOID}, which means no class")

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from ldm_sg import build
-from ldm_sg.config import TrainConfig, claim
+from ldm_sg.config import TrainConfig
+from ldm_sg.configfile import claim
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
 from ldm_sg.hardware import pick_device, use_bf16
