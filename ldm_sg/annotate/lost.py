@@ -6,12 +6,14 @@ counts, which that code leaves to the sort."""
 
 import itertools
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
-from torch.nn import functional as F
 
 IMAGES = 8  # compared at once: on a CPU their keys stay in its cache
-TILE = 256  # patches compared at once: bounds memory, and up to 256 ones add up exactly in bf16
+TILE = 128  # patches compared at once: bounds memory, and up to 256 ones add up exactly in bf16
+SIDES = np.stack([np.zeros((3, 3)), ndimage.generate_binary_structure(2, 1), np.zeros((3, 3))])  # each image for itself
 
 
 def lost(keys: Tensor, k_patches: int = 100) -> tuple[Tensor, Tensor]:
@@ -48,12 +50,13 @@ def typical_key(here: Tensor, place: float) -> Tensor:
 def _vote(keys: Tensor, k_patches: int) -> tuple[Tensor, Tensor]:
     """Keys [B, N, D] -> the seed [B], and each patch's summed similarity to the expanded seeds [B, N]."""
     order = degrees(keys).argsort(dim=1, stable=True)  # [B, N] lowest first: an object has few friends
-    keys = keys.float()
-    seed = keys[torch.arange(len(keys), device=keys.device), order[:, 0]]  # [B, D]
-    lowest = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :k_patches], True)  # [B, N]
-    voters = lowest & (seed[:, None] @ keys.mT)[:, 0].gt(0)  # [B, N]
-    total = voters[:, None].float() @ keys  # [B, 1, D]: the sum of similarities is the similarity to the sum
-    return order[:, 0], (total @ keys.mT)[:, 0]
+    votes = []
+    for image, lowest in zip(keys, order[:, :k_patches]):  # one by one: a few products of a vector each
+        image = image.float()
+        friends = image[lowest]  # [k_patches, D], the seed first
+        voters = (friends @ friends[0]).gt(0)
+        votes.append(image @ (voters.float() @ friends))  # the sum of similarities is the similarity to the sum
+    return order[:, 0], torch.stack(votes)
 
 
 def degrees(keys: Tensor) -> Tensor:
@@ -77,19 +80,9 @@ def degrees(keys: Tensor) -> Tensor:
 def connected(mask: Tensor, seed: Tensor) -> Tensor:
     """The 4-connected component of `mask` [B, h, w] bool that holds patch `seed` [B] (counted by rows), of the same
     shape; empty where the seed is outside the mask."""
-    part = torch.zeros_like(mask).flatten(1).scatter(1, seed[:, None], True).view_as(mask) & mask
-    mask, part = (F.pad(x, (0, 1, 0, 1)) for x in (mask, part))  # keeps rows and images apart when all are one line
-    grid = part.shape
-    mask, part = mask.flatten(), part.flatten()
-    while True:
-        grown = part.clone()
-        for step in (1, grid[2]):  # a column, a row
-            grown[step:] |= part[:-step]
-            grown[:-step] |= part[step:]
-        grown &= mask
-        if torch.equal(grown, part):
-            return part.view(grid)[:, :-1, :-1]
-        part = grown
+    labels = torch.from_numpy(ndimage.label(mask.cpu().numpy(), SIDES)[0]).to(mask.device)  # [B, h, w], 0 outside
+    own = labels.flatten(1).gather(1, seed[:, None])  # [B, 1]
+    return (labels == own[:, :, None]) & mask
 
 
 def bounds(part: Tensor) -> Tensor:
