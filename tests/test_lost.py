@@ -12,10 +12,11 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from ldm_sg.annotate.features import load_extractor
-from ldm_sg.annotate.lost import connected, correct_localisation, iou, lost, to_relative
+from ldm_sg.annotate.lost import connected, correct_localisation, lost, to_relative
 from ldm_sg.config import FeaturesConfig
 from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
 from ldm_sg.errors import InputError
+from ldm_sg.guidance.spatial import iou
 
 PEDESTRIANS = SHARED / "data" / "pennfudan_256"
 DINO = SHARED / "weights" / "dinov2_small" / "model.safetensors"

@@ -11,6 +11,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from ldm_sg.guidance.spatial import iou
+
 IMAGES = 8  # compared at once: on a CPU their keys stay in its cache
 TILE = 128  # patches compared at once: bounds memory, and up to 256 ones add up exactly in bf16
 SIDES = np.stack([np.zeros((3, 3)), ndimage.generate_binary_structure(2, 1), np.zeros((3, 3))])  # each image for itself
@@ -98,14 +100,6 @@ def to_relative(boxes: Tensor, grid: float) -> Tensor:
     """Boxes [..., 4] in patches -> in units of the square image, clipped to [0, 1]. The image spans `grid` patches
     (`FeatureExtractor.grid`), a fraction where the last row and column are partly padding."""
     return (boxes / grid).clamp(0, 1)
-
-
-def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Boxes [N, 4] and [M, 4] (x0, y0, x1, y1, any unit) -> intersection over union [N, M]; 0 for two empty boxes."""
-    sides = torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])  # [N, M, 2]
-    both = sides.clamp(min=0).prod(2)
-    areas = [(box[:, 2:] - box[:, :2]).prod(1) for box in (a, b)]
-    return torch.nan_to_num(both / (areas[0][:, None] + areas[1] - both))
 
 
 def correct_localisation(box: Tensor, truth: Tensor) -> bool:

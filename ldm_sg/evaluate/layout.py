@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
+from ldm_sg.guidance.spatial import iou
 
 VOID = -1.0  # a cell of which at least half belongs to no class
 
@@ -44,10 +45,7 @@ def faithfulness(asked: Tensor, samples: Tensor, real: Tensor, rebuilt: Tensor, 
 def box_figures(asked: Tensor, found: Tensor) -> dict[str, float]:
     """Boxes [N, M * 4] and [N, M' * 4] -> the mean over images of the IoU of the first asked box with the best found one."""
     asked, found = asked.view(len(asked), -1, 4)[:, :1], found.view(len(found), -1, 4)  # [N, 1, 4], [N, M', 4]
-    sides = torch.minimum(asked[..., 2:], found[..., 2:]) - torch.maximum(asked[..., :2], found[..., :2])
-    both = sides.clamp(min=0).prod(2)
-    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(2) for boxes in (asked, found)]
-    return {"iou": float((both / (areas[0] + areas[1] - both).clamp(min=1e-9)).amax(1).mean())}
+    return {"iou": float(iou(asked, found).amax(2).mean())}
 
 
 def mask_figures(asked: Tensor, found: Tensor) -> dict[str, float]:

@@ -23,6 +23,15 @@ def box_coverage(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
     return (along(y0, y1, grid[0])[..., None] * along(x0, x1, grid[1])[..., None, :]).amax(1, keepdim=True)
 
 
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Boxes [..., N, 4] and [..., M, 4] (x0, y0, x1, y1, any unit) -> intersection over union [..., N, M]; 0 for two
+    empty boxes."""
+    sides = torch.minimum(a[..., None, 2:], b[..., None, :, 2:]) - torch.maximum(a[..., None, :2], b[..., None, :, :2])
+    both = sides.clamp(min=0).prod(-1)  # [..., N, M]
+    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b)]
+    return torch.nan_to_num(both / (areas[0][..., None] + areas[1][..., None, :] - both))
+
+
 def mask_coverage(masks: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
     """Index masks uint8 [B, H, W], H and W multiples of the grid's h and w -> [B, classes, h, w]: which share of each cell
     belongs to which class. The classes of a cell add up to one, less what is VOID in it."""
