@@ -1,4 +1,4 @@
-"""A tiny annotation set, written as `annotate` writes it: four clusters of flat colours, 16x16 latents of 2x2 pixels."""
+"""One thread; shared files; photos of one colour; a tiny annotation set, written as `annotate` writes it: four clusters of flat colours, 16x16 latents of 2x2 pixels."""
 
 import io
 import os
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the hub fails at once instead of waiting
 os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses; the nets are tiny, threads would only wait for each other
@@ -32,6 +33,21 @@ def npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
+
+
+def photo(value: int, side: tuple[int, int] = (16, 16), kind: str = "PNG") -> bytes:
+    """An image file of one colour."""
+    out = io.BytesIO()
+    Image.new("RGB", side, (value, 255 - value, 40)).save(out, kind)
+    return out.getvalue()
+
+
+def folder_of(path: Path, n: int = 8) -> Path:
+    """n photos."""
+    path.mkdir(parents=True)
+    for i in range(n):
+        (path / f"{i:03d}.png").write_bytes(photo(i * 20))
+    return path
 
 
 def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], labels: int) -> Path:
@@ -64,6 +80,12 @@ def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], label
     }
     (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of reference images are remembered for one test only."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

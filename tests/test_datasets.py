@@ -1,81 +1,18 @@
-"""pack of images with boxes and masks: Pascal VOC, COCO, and plain files; every kind of bad input."""
+"""pack of Pascal VOC and COCO, and every kind of bad input in them."""
 
-import io
 import json
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
-from PIL import Image
+from packing import by_key, classes, halves, index_png, mask_of, meta, pictures, reasons, run, write
 
-from ldm_sg.cli import app
 from ldm_sg.data import cocostuff
 from ldm_sg.data import pack as module
 from ldm_sg.data.datasets import VOC_CLASSES
-from ldm_sg.data.shards import Sample, ShardWriter, read_shard
 from ldm_sg.data.sources import make_key
 from ldm_sg.errors import InputError
-from ldm_sg.verbs.pack import pack
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-
-
-def run(src, dst, **options):
-    return pack(src, dst, **{"size": 8, "workers": 0, "format": "png", "max_skipped": 0, **options})
-
-
-def samples(dst: Path) -> dict[str, Sample]:
-    refuse = lambda *entry: pytest.fail(str(entry))  # noqa: E731
-    return {sample.key: sample for shard in sorted(dst.glob("*.tar")) for sample in read_shard(str(shard), refuse)}
-
-
-def meta(dst: Path, name: str) -> dict:
-    return samples(dst)[make_key(name)].meta
-
-
-def mask_of(sample: Sample) -> np.ndarray:
-    with Image.open(io.BytesIO(sample.mask)) as image:
-        assert image.mode == "L"
-        return np.asarray(image)
-
-
-def reasons(dst: Path) -> dict[str, str]:
-    lines = [json.loads(line) for line in (dst / "skipped.jsonl").read_text().splitlines()]
-    return {line["source"]: line["reason"] for line in lines}
-
-
-def classes(dst: Path) -> dict:
-    return json.loads((dst / "classes.json").read_text())
-
-
-def pictures(folder: Path, *names: str, size: tuple[int, int] = (32, 16)) -> Path:
-    """32 x 16: the square that is packed is x 8 to 24; at 8 pixels two become one."""
-    for i, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, (40 * i, 90, 200)).save(folder / name)
-    return folder
-
-
-def index_png(path: Path, indices: np.ndarray, palette: bool = False) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mask = Image.fromarray(indices.astype(np.uint8))
-    if palette:
-        mask = Image.frombytes("P", mask.size, mask.tobytes())
-        mask.putpalette([v for i in range(256) for v in (i, 255 - i, 7)])
-    mask.save(path)
-
-
-def halves(left: int, right: int) -> np.ndarray:
-    """A mask 32 x 16: `left` up to x = 16, `right` from there."""
-    return np.where(np.arange(32) < 16, left, right) * np.ones((16, 1), int)
-
-
-def write(path: Path, content) -> Path:
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
 
 # Pascal VOC
 
@@ -126,7 +63,7 @@ def test_voc(voc, tmp_path, capsys):
     assert meta(dst, "b.jpg") == {"labels": [], "boxes": []}
     assert meta(dst, "c.jpg") == {"labels": [dog], "boxes": [[0, 0, 8, 8, dog]]}
     assert meta(dst, "d.jpg") == {"labels": [aeroplane], "boxes": [[0.5, 0, 1, 0.5, aeroplane]]}
-    got = samples(dst)
+    got = by_key(dst)
     for name in ("a.jpg", "c.jpg"):
         assert np.array_equal(mask_of(got[make_key(name)]), halves(15, 255)[:8, 12:20])
     assert got[make_key("b.jpg")].mask is None and all(sample.cls is None for sample in got.values())
@@ -139,7 +76,7 @@ def test_voc(voc, tmp_path, capsys):
 )
 def test_voc_splits(voc, tmp_path, split, stems):
     run(voc, tmp_path / "dst", split=split)
-    assert set(samples(tmp_path / "dst")) == {make_key(f"{stem}.jpg") for stem in stems}
+    assert set(by_key(tmp_path / "dst")) == {make_key(f"{stem}.jpg") for stem in stems}
 
 
 def test_voc_split_that_is_wrong(voc, tmp_path):
@@ -300,7 +237,7 @@ def test_coco_stuff_maps(coco, tmp_path, capsys):
     run(tmp_path / "images", dst, annotations=coco, masks=tmp_path / "maps", merge="cocostuff27")
     assert "3 masks" in capsys.readouterr().out
     names = np.array([*cocostuff.NAMES, *[""] * 228, "ignored"])
-    got = names[mask_of(samples(dst)[make_key("001.jpg")])]
+    got = names[mask_of(by_key(dst)[make_key("001.jpg")])]
     assert got.tolist() == np.vectorize({**wanted, 255: "ignored"}.get)(indices).tolist()
     assert classes(dst)["mask_classes"] == list(cocostuff.NAMES) and len(classes(dst)["mask_classes"]) == 27
     index_png(tmp_path / "maps" / "002.png", halves(0, 182))
@@ -314,132 +251,7 @@ def test_the_merge_is_a_whole_table():
     assert all(coarse < 12 for coarse in cocostuff.TABLE[:91]) and all(c >= 12 for c in cocostuff.TABLE[91:182])
 
 
-# plain files
-
-
-def test_plain_boxes(tmp_path, capsys):
-    src = pictures(tmp_path / "src", "a.png", "b/a.png", "b/c.png", "d.png")
-    boxes = {
-        "a": [[10, 2, 16, 12, "pear"], {"label": "fig", "xyxy": [20.5, 0, 32, 8]}],  # a stem
-        "b/c.png": [[8, 0, 24, 16, "fig"], [0, 0, 8, 16, "pear"]],
-        "b/a.png": [],
-        "gone.png": [[0, 0, 1, 1, "grape"]],
-    }
-    path, dst = write(tmp_path / "boxes.json", boxes), tmp_path / "dst"
-    run(src, dst, annotations=path, shard_size=3, workers=1)
-    out = capsys.readouterr().out
-    assert "3 classes, 4 boxes, 2 images without boxes, 1 names in the annotations match no image, 0 skipped" in out
-    assert classes(dst) == {"classes": ["fig", "grape", "pear"]}
-    assert meta(dst, "a.png") == {"labels": [0, 2], "boxes": [[1, 1, 4, 6, 2], [6.25, 0, 8, 4, 0]]}
-    assert meta(dst, "b/c.png") == {"labels": [0], "boxes": [[0, 0, 8, 8, 0]]}
-    assert meta(dst, "b/a.png") == meta(dst, "d.png") == {"labels": [], "boxes": []}
-
-
-@pytest.mark.parametrize(("label", "want"), [([], 0), ([3], 3)])
-def test_labels_that_are_numbers_or_missing(tmp_path, label, want):
-    src = pictures(tmp_path / "src", "a.png")
-    run(src, tmp_path / "dst", annotations=write(tmp_path / "b.json", {"a.png": [[8, 0, 24, 16, *label]]}))
-    assert meta(tmp_path / "dst", "a.png") == {"labels": [want], "boxes": [[0, 0, 8, 8, want]]}
-    assert not (tmp_path / "dst" / "classes.json").exists()
-
-
-def test_boxes_without_area_are_left_out_and_counted(tmp_path, capsys):
-    src, dst = pictures(tmp_path / "src", "a.png"), tmp_path / "dst"
-    nan, inf = float("nan"), float("inf")
-    odd = [
-        [nan, 0, 16, 16, 1],
-        [9, 0, nan, 16, 1],
-        [40, 0, 50, 9, 1],
-        [9, -9, 12, 0, 1],
-        [12, 3, 12, 9, 2],
-        [14, 3, 12, 9, 2],
-    ]
-    good = [
-        [-50, 4, 16, 99, 3],
-        [8, 0, inf, 16, 3],
-        [0, 0, 8, 8, 4],
-    ]  # clipped twice; cropped away, which is not counted
-    path = write(tmp_path / "b.json", {"a": odd + good})
-    for _ in range(2):
-        assert run(src, dst, annotations=path).empty_boxes == 6
-        assert "9 boxes, 6 boxes without area in their image left out, 0 skipped" in capsys.readouterr().out
-    assert meta(dst, "a.png") == {"labels": [3], "boxes": [[0, 2, 4, 8, 3], [0, 0, 8, 8, 3]]}
-    assert yaml.safe_load((dst / "pack.yaml").read_text())["done"]["empty_boxes"] == 6
-
-
-def test_shards_with_any_json_are_packed_again(tmp_path):
-    src = pictures(tmp_path / "src", "a.png") / "a.png"
-    with ShardWriter(tmp_path / "0.tar") as shard:
-        shard.write("a", {"png": src.read_bytes(), "json": b'["no boxes"]'})
-        shard.write("b", {"png": src.read_bytes(), "json": b'{"boxes": [[9, 0, 9, 9, 1], [8, 0, 24, 16, 2]]}'})
-    assert run(tmp_path / "0.tar", tmp_path / "dst").empty_boxes == 1
-    assert [sample.meta for sample in samples(tmp_path / "dst").values()] == [
-        ["no boxes"],
-        {"boxes": [[0, 0, 8, 8, 2]]},
-    ]
-
-
-def test_masks_and_the_void_index(tmp_path):
-    src = pictures(tmp_path / "src", "a.jpg", "b/c.jpg")
-    index_png(tmp_path / "masks" / "a.png", halves(3, 11))
-    index_png(tmp_path / "masks" / "b" / "c.png", halves(11, 255), palette=True)
-    run(src, tmp_path / "dst", masks=tmp_path / "masks", ignore_index=11)
-    got = samples(tmp_path / "dst")
-    assert np.array_equal(mask_of(got[make_key("a.jpg")]), halves(3, 255)[:8, 12:20])
-    assert np.array_equal(mask_of(got[make_key("b/c.jpg")]), halves(255, 255)[:8, 12:20])
-    assert all(sample.meta is None for sample in got.values())
-    run(src, tmp_path / "kept", masks=tmp_path / "masks")
-    assert set(np.unique(mask_of(samples(tmp_path / "kept")[make_key("a.jpg")]))) == {3, 11}
-
-
-def test_bad_masks(tmp_path, capsys):
-    src, masks = pictures(tmp_path / "src", *(f"{c}.jpg" for c in "abcde")), tmp_path / "masks"
-    index_png(masks / "a.png", halves(1, 2))
-    index_png(masks / "b.png", halves(1, 2)[:, :20])
-    Image.new("RGB", (32, 16)).save(masks / "c.png")
-    write(masks / "d.png", "no PNG")
-    index_png(masks / "z.png", halves(1, 2))
-    with pytest.raises(InputError, match="more than max_skipped"):
-        run(src, tmp_path / "dst", masks=masks)
-    assert run(src, tmp_path / "dst", masks=masks, max_skipped=0.8).images == 1
-    assert "1 masks match no image" in capsys.readouterr().out
-    got = reasons(tmp_path / "dst")
-    for name, word in {
-        "b": "20 x 16, the image 32 x 16",
-        "c": "mode RGB",
-        "d": "decoded",
-        "e": "no mask e.png",
-    }.items():
-        assert word in got[f"{name}.jpg"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "not found; did you mean '.*/boxes.jsn'|not found"),
-        ("{'a': 1}", "not JSON .*; expected COCO's instances"),
-        ("[" * 100_000, "not JSON"),
-        (b"\xff\xfe\x00".decode("latin1"), "not JSON"),
-        ("[1, 2]", "a list; expected COCO's instances"),
-        ({"a": 3}, '"a" has no list of boxes; expected COCO'),
-        ({"a": [[1, 2, 3]]}, r'box 0 of "a" is \[1, 2, 3\]: expected \[x0, y0, x1, y1, label\]'),
-        ({"a": [[1, 2, 3, "4"]]}, 'box 0 of "a"'),
-        ({"a": [[1, 2, 3, 4, -1]]}, 'box 0 of "a"'),
-        ({"a": [[1, 2, 3, 4, None]]}, 'box 0 of "a"'),
-        ({"a": [[1, 2, 3, 4], {"bbox": [1, 2, 3, 4]}]}, 'box 1 of "a"'),
-        ({"a": [[10**400, 2, 3, 4]]}, "a coordinate of hundreds of digits"),
-        ({"a": [[1, 2, 3, 4, "cat"], [1, 2, 3, 4, 5]]}, "some labels are names"),
-        ({"x": [], "y": [[1, 2, 3, 4]]}, "it names 2 images, none of them in .*src, for example 'x'"),
-        ({}, "it names 0 images"),
-    ],
-)
-def test_annotations_that_are_wrong(tmp_path, content, message):
-    src, path = pictures(tmp_path / "src", "a.jpg"), tmp_path / "boxes.json"
-    if content is not None:
-        write(path, content)
-    with pytest.raises(InputError, match=message) as caught:
-        run(src, tmp_path / "dst", annotations=path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 and not (tmp_path / "dst").exists()
+# both
 
 
 def test_flags_that_do_not_belong(voc, coco, tmp_path):
@@ -477,24 +289,6 @@ def test_flags_that_do_not_belong(voc, coco, tmp_path):
     assert run(src, dst, masks=tmp_path / "maps", max_skipped=0.7).images == 1
 
 
-def test_the_command_line_says_it_in_one_line(tmp_path):
-    from typer.testing import CliRunner
-
-    src = pictures(tmp_path / "src", "a.jpg")
-    result = CliRunner().invoke(
-        app, ["pack", str(src), str(tmp_path / "dst"), "--annotations", str(tmp_path / "x.json")]
-    )
-    assert result.exit_code == 2 and result.stderr.startswith("ldm-sg: --annotations ")
-    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "dst").exists()
-    path = write(tmp_path / "x.json", {"a": [[8, 0, 24, 16]]})
-    options = ["--annotations", str(path), "--size", "8", "--workers", "0"]
-    result = CliRunner().invoke(app, ["pack", str(src), str(tmp_path / "dst"), *options])
-    assert result.exit_code == 0 and "1 images of 8 x 8 in 1 shards, 1 boxes, 0 skipped" in result.stdout
-
-
-# again, and changed
-
-
 def test_a_second_run_does_nothing_and_a_changed_source_is_another(voc, coco, tmp_path, monkeypatch):
     images, maps = tmp_path / "images", tmp_path / "maps"
     for i in (1, 2, 3):
@@ -521,35 +315,3 @@ def test_a_second_run_does_nothing_and_a_changed_source_is_another(voc, coco, tm
     for source, dst, options in ((images, "coco", beside), (voc, "voc", {})):
         with other:
             run(source, tmp_path / dst, **options)
-
-
-# shared sets
-
-
-def shared(name: str) -> Path:
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"needs the shared {name}")
-    return SHARED / name
-
-
-@pytest.mark.parametrize(
-    ("name", "images", "boxes", "empty", "names"),
-    [("pennfudan_256", 170, 423, 0, None), ("bccd_240", 364, 4888, 2, ["Platelets", "RBC", "WBC"])],
-)
-def test_shared_boxes(tmp_path, capsys, name, images, boxes, empty, names):
-    src, dst = shared(name), tmp_path / "dst"
-    summary = run(src / "images", dst, annotations=src / "boxes.json", size=32)
-    assert (summary.images, summary.skipped, summary.empty_boxes) == (images, 0, empty)
-    assert f" {boxes} boxes" in capsys.readouterr().out and (names is None) == (not (dst / "classes.json").exists())
-    assert names is None or classes(dst) == {"classes": names}
-    metas = [sample.meta for sample in samples(dst).values()]
-    kept = np.array([box for m in metas for box in m["boxes"]])
-    assert 0.6 * boxes < len(kept) <= boxes and kept[:, :4].min() >= 0 and kept[:, :4].max() <= 32
-    assert (kept[:, :2] < kept[:, 2:4]).all()
-
-
-def test_shared_masks(tmp_path):
-    src, dst = shared("camvid_256"), tmp_path / "dst"
-    summary = run(src / "train", dst, masks=src / "train_masks", ignore_index=11, size=32)
-    assert (summary.images, summary.skipped) == (367, 0)
-    assert set(np.unique([mask_of(sample) for sample in samples(dst).values()])) == {*range(11), 255}

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from conftest import SHARED
+from packing import run, samples, skips
 from PIL import Image
 
 from ldm_sg.data import pack as module
 from ldm_sg.data.images import crop_resize, decode
-from ldm_sg.data.shards import Sample, ShardWriter, read_shard
+from ldm_sg.data.shards import ShardWriter
 from ldm_sg.data.sources import make_key
 from ldm_sg.errors import InputError
 from ldm_sg.verbs.pack import pack
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def picture(seed: int, width: int = 24, height: int = 16) -> Image.Image:
@@ -39,19 +39,6 @@ def folder_of(root: Path, names: list[str]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         picture(i).save(root / name, "PNG")
     return root
-
-
-def samples(dst: Path) -> list[Sample]:
-    refuse = lambda *entry: pytest.fail(str(entry))  # noqa: E731
-    return [sample for shard in sorted(dst.glob("*.tar")) for sample in read_shard(str(shard), refuse)]
-
-
-def run(src, dst, **options):
-    return pack(src, dst, **{"size": 8, "shard_size": 4, "workers": 0, "format": "png", "max_skipped": 0, **options})
-
-
-def skips(dst: Path) -> list[dict]:
-    return [json.loads(line) for line in (dst / "skipped.jsonl").read_text().splitlines()]
 
 
 def test_flat_folder(tmp_path, capsys):
@@ -398,7 +385,7 @@ def _position(dst: Path, name: str) -> int:
 
 
 def test_photos_at_256(tmp_path):
-    source = SHARED / "church_224" / "val"
+    source = SHARED / "data" / "church_224" / "val"
     if not source.is_dir():
         pytest.skip("needs the shared church photos")
     summary = pack(source, tmp_path / "dst", workers=1)

@@ -1,0 +1,241 @@
+"""Figures of an evaluation against torch-fidelity and closed forms, Inception, cluster consistency."""
+
+import pickle
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from safetensors.torch import save_file
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from ldm_sg.data.images import to_float
+from ldm_sg.errors import InputError
+from ldm_sg.evaluate import metrics
+from ldm_sg.evaluate.consistency import chance, check_ids, consistency, landing
+from ldm_sg.evaluate.figures import parse_metrics
+from ldm_sg.evaluate.inception import load_inception
+from ldm_sg.verbs.evaluate import evaluate
+
+INCEPTION = SHARED / "weights" / "inception_fid" / "model.safetensors"
+
+
+def features(n: int, d: int = 16, seed: int = 0, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(n, d, generator=generator) @ torch.randn(d, d, generator=generator) / d**0.5 + shift
+
+
+@pytest.mark.parametrize("n, d", [(300, 24), (50, 24), (20, 24), (40, 1)])
+def test_frechet_distance_is_torch_fidelitys(n: int, d: int) -> None:
+    a, b = features(n, d), features(n + 7, d, seed=1, shift=0.3)
+    stats = [fid_features_to_statistics(x.double()) for x in (a, b)]
+    for s in stats:
+        s["sigma"] = np.atleast_2d(s["sigma"])
+    expected = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
+    # theirs takes eigenvalues of a product that is not symmetric: fewer digits where covariances are singular
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6, abs=1e-5)
+    assert metrics.frechet_distance(a, b) == pytest.approx(metrics.frechet_distance(b, a), rel=1e-9)
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    """Features made to have mean m and covariance diag(s) exactly: |m1 - m2|^2 + sum (sqrt s1 - sqrt s2)^2."""
+
+    def exact(mean: torch.Tensor, var: torch.Tensor, seed: int) -> torch.Tensor:
+        x = features(100, 4, seed).double()
+        x = x - x.mean(0)
+        x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / 99)).T
+        return x * var.sqrt() + mean
+
+    m1, m2 = torch.tensor([1.0, -2.0, 0.5, 100.0]).double(), torch.tensor([0.0, 0.0, 0.0, 101.0]).double()
+    s1, s2 = torch.tensor([1.0, 4.0, 9.0, 0.25]).double(), torch.tensor([4.0, 4.0, 1.0, 1.0]).double()
+    expected = (m1 - m2).square().sum() + (s1.sqrt() - s2.sqrt()).square().sum()
+    assert metrics.frechet_distance(exact(m1, s1, 0), exact(m2, s2, 1)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_frechet_distance_to_itself_is_zero_even_far_from_the_origin() -> None:
+    a = features(60, 80, shift=1e3)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_kernel_distance_is_torch_fidelitys_and_the_formulas() -> None:
+    a, b = features(60), features(60, seed=1, shift=0.2)
+    expected = kid_features_to_metric(
+        a.double(), b.double(), kid_subsets=20, kid_subset_size=30, rng_seed=3, verbose=False
+    )
+    ours = metrics.kernel_distance(a, b, subsets=20, subset_size=30, seed=3)
+    assert ours["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
+    assert ours["kid_std"] == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-9)
+    x, y = a.double(), b.double()
+    k_xx, k_yy, k_xy = ((p @ q.T / 16 + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+    n = len(x)
+    off = (k_xx.sum() - k_xx.trace() + k_yy.sum() - k_yy.trace()) / (n * (n - 1))
+    assert metrics.kernel_distance(a, b)["kid"] == pytest.approx(float(off - 2 * k_xy.mean()), rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased() -> None:
+    values = [metrics.kernel_distance(features(40, 4, s)[:20], features(40, 4, s)[20:])["kid"] for s in range(60)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / 60**0.5 and min(values) < 0
+
+
+@pytest.mark.parametrize("block", [metrics.BLOCK, 1, 1000])
+def test_manifolds_are_the_papers(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Precision and recall as torch-fidelity's, density and coverage from the definitions, whatever the block size."""
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    fake, real = features(70, 4, seed=1, shift=0.4), features(90, 4)
+    ours = metrics.manifold(fake, real, k=5)
+    theirs = prc_features_to_metric(fake, real, prc_neighborhood=5, verbose=False)
+    assert ours["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
+    assert ours["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
+    between = torch.cdist(fake.double(), real.double())  # [N, M]
+    radius = torch.cdist(real.double(), real.double()).kthvalue(6, dim=1).values  # itself is the first
+    inside = between <= radius
+    assert ours["density"] == pytest.approx(float(inside.sum()) / (5 * 70))
+    assert ours["coverage"] == pytest.approx(float(inside.any(0).float().mean()))
+    assert 0 < ours["coverage"] < 1
+
+
+def test_manifolds_of_equal_and_of_disjoint_sets() -> None:
+    same = metrics.manifold(features(600, 4)[:300], features(600, 4)[300:])
+    assert all(abs(value - 1) < 0.15 for value in same.values()), same
+    assert set(metrics.manifold(features(50), features(50, seed=1, shift=1e3)).values()) == {0.0}
+
+
+def test_inception_score_of_known_predictions() -> None:
+    """Certain predictions spread evenly over 7 classes: exp(log 7)."""
+    logits = 100 * torch.nn.functional.one_hot(torch.arange(700) % 7, 7).float()
+    score = metrics.inception_score(logits, splits=1)
+    assert score["is"] == pytest.approx(7, rel=1e-6)
+    with pytest.raises(InputError, match="fc"):
+        metrics.inception_score(torch.zeros(100, 1008))
+
+
+@pytest.mark.parametrize(
+    "compute, least", [(metrics.frechet_distance, 2), (metrics.kernel_distance, 2), (metrics.manifold, 6)]
+)
+def test_too_few_unlike_or_broken_features_are_refused(compute, least: int) -> None:
+    with pytest.raises(InputError, match=f"samples: {least - 1} images are too few"):
+        compute(features(least - 1), features(20))
+    with pytest.raises(InputError, match="reference: 0 images"):
+        compute(features(20), features(0))
+    with pytest.raises(InputError, match="features of 16 numbers, the reference of 8"):
+        compute(features(20, 16), features(20, 8))
+    with pytest.raises(InputError, match="not finite"):
+        compute(features(20).index_fill(0, torch.tensor([3]), torch.nan), features(20))
+
+
+@pytest.mark.parametrize(
+    "text, wrong", [("fd,prcd", "did you mean 'prdc'"), ("", "name at least one"), (" , ", "name")]
+)
+def test_unknown_metrics_are_refused(text: str, wrong: str) -> None:
+    with pytest.raises(InputError, match=wrong):
+        parse_metrics(text)
+    assert parse_metrics(" fd, kid,fd") == ["fd", "kid"]
+
+
+# ---- Inception
+
+
+@pytest.fixture(scope="module")
+def inception():
+    if not INCEPTION.is_file():
+        pytest.skip("../shared/weights/inception_fid is not here")
+    return load_inception(INCEPTION)
+
+
+def test_inception_reads_images_as_torch_fidelity_does(inception) -> None:
+    pixels = torch.randint(0, 256, (1, 3, 40, 40), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    found = inception(to_float(pixels))
+    assert torch.equal(found, inception.net(pixels)[0])
+    assert found.shape == (1, 2048) and len(inception.manifest["sha256"]) == 64
+    assert not inception.classifies  # these weights have an empty last layer
+
+
+class Trap:
+    def __reduce__(self):
+        return (Path.touch, (Path("trap-was-run"),))
+
+
+def test_weights_with_code_or_of_another_network_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trap.pth").write_bytes(pickle.dumps(Trap(), protocol=2))
+    torch.save(Trap(), tmp_path / "trap2.pth")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.pth").write_text("not weights")
+    (tmp_path / "text.safetensors").write_text("not weights")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name in (
+        "trap.pth",
+        "trap2.pth",
+        "other.safetensors",
+        "text.pth",
+        "text.safetensors",
+        "list.pth",
+        "nothing.pth",
+    ):
+        with pytest.raises(InputError, match=name):
+            load_inception(tmp_path / name)
+    assert not (tmp_path / "trap-was-run").exists()
+
+
+def test_without_network_the_message_names_the_file_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    with pytest.raises(InputError, match=r"weights-inception-2015-12-05-6726825d\.pth.*inception:FILE"):
+        load_inception()
+
+
+@pytest.mark.slow
+def test_inception_distances_of_real_photos(inception, tmp_path: Path) -> None:
+    """../shared/README.md: 500 imagenette training images against others about 59, against churches about 182."""
+    nette, church = (SHARED / "data" / name / "train" for name in ("imagenette10_224", "church_224"))
+    if not (nette.is_dir() and church.is_dir()):
+        pytest.skip("../shared/data is not here")
+    weights, files = f"inception:{INCEPTION}", [p for p in sorted(nette.rglob("*")) if p.is_file()]
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    sets = {"a": [files[i] for i in order[:500]], "b": [files[i] for i in order[500:1000]]}
+    sets["church"] = sorted(church.iterdir())[:500]
+    for name, chosen in sets.items():
+        (tmp_path / name).mkdir()
+        for i, path in enumerate(chosen):
+            (tmp_path / name / f"{i}.jpg").symlink_to(path)
+    for name, expected in (("church", 182), ("b", 59)):  # the features of `a`, the reference, are remembered
+        result = evaluate(tmp_path / name, tmp_path / "a", "fd", features=weights, device="cpu")
+        assert result["metrics"]["fd"] == pytest.approx(expected, rel=0.05)
+
+
+# ---- consistency
+
+
+class Line:
+    """f over features [N, 1]: clusters at 0, 1, 2, 3."""
+
+    k = 4
+
+    def nearest(self, features: torch.Tensor, n: int) -> torch.Tensor:
+        return (features - torch.arange(4.0)).abs().argsort(1)[:, :n]
+
+
+def test_consistency_counts_hits_ceiling_and_chance() -> None:
+    asked, samples = torch.tensor([0, 1, 2, 3]), torch.tensor([[0.1], [1.1], [3.1], [0.2]])
+    signals = torch.tensor([0, 0, 1, 2])
+    found = consistency(asked, samples, signals, torch.tensor([[0.0], [3.0]]), torch.tensor([[0.2], [1.9]]), Line())
+    assert found["consistency"] == 0.5 and found["consistency_top3"] == 0.75
+    assert found["consistency_real"] == 0.5 and found["consistency_top3_real"] == 1.0
+    assert found["consistency_chance"] == pytest.approx(0.5**2 + 2 * 0.25**2)
+    # the three nearest of 0.0 are 0, 1, 2 (all of p), of 3.0 are 3, 2, 1 (a half of it)
+    assert found["consistency_top3_chance"] == pytest.approx(0.75)
+    assert landing(torch.tensor([1]), torch.tensor([[1]])) == (1.0, 1.0)  # an annotator of one cluster
+    assert chance(torch.tensor([0]), torch.tensor([[0]]), 1) == (1.0, 1.0)
+
+
+def test_ids_that_the_annotator_lacks_are_refused() -> None:
+    with pytest.raises(InputError, match="cluster 9 was asked for; the annotator has clusters 0 to 3"):
+        check_ids(torch.tensor([1, 9]), 4, "x")
+    with pytest.raises(InputError, match="multi-hot"):
+        check_ids(torch.zeros(2, 4), 4, "x")
