@@ -91,7 +91,10 @@ def pack(
     ] = None,
     ignore_index: Annotated[int | None, typer.Option(help="Index of the masks that becomes 255, ignore.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="Of a VOC folder: a list in ImageSets/, as train or Segmentation/train.")
+        str | None,
+        typer.Option(
+            help="Of a VOC folder: a list in ImageSets/, as train or Segmentation/train. Else: a file of image names."
+        ),
     ] = None,
 ) -> None:
     """Images -> webdataset shards: centre crop, antialiased resize; boxes and masks go with them."""

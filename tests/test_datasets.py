@@ -223,6 +223,24 @@ def test_coco_without_its_lists(coco, tmp_path):
         run(tmp_path / "images", tmp_path / "dst", annotations=write(coco, content))
 
 
+def test_a_list_takes_some_images_of_a_folder(coco, tmp_path, capsys):
+    """As COCO_20K is chosen from COCO's training images."""
+    pictures(tmp_path / "images", "my photo.jpg")
+    names = write(tmp_path / "some.txt", "001\nmy photo.jpg\n\nimages/003.jpg\n004\n")
+    beside = {"annotations": coco, "split": str(names)}
+    run(tmp_path / "images", tmp_path / "dst", **beside, max_skipped=0.3)
+    assert set(by_key(tmp_path / "dst")) == {make_key(name) for name in ("001.jpg", "my photo.jpg", "003.jpg")}
+    out = capsys.readouterr().out
+    assert "1 skipped" in out and "match no image" not in out
+    assert reasons(tmp_path / "dst") == {"004": f"in the list of --split {names}, but not in images/"}
+    run(tmp_path / "images", tmp_path / "all", annotations=coco)
+    for name in ("001.jpg", "003.jpg", "my photo.jpg"):
+        assert meta(tmp_path / "dst", name) == meta(tmp_path / "all", name)
+    write(names, "001\n")
+    with pytest.raises(InputError, match="another source, or its source has changed"):
+        run(tmp_path / "images", tmp_path / "dst", **beside)
+
+
 def test_coco_stuff_maps(coco, tmp_path, capsys):
     """Chosen classes of COCO-Stuff's hierarchy, by their number in the pixel maps."""
     wanted = {  # number - 1 in COCO-Stuff's list of labels
@@ -261,7 +279,17 @@ def test_flags_that_do_not_belong(voc, coco, tmp_path):
     write(tmp_path / "list.txt", "images/001.jpg\n")
     run(src, tmp_path / "packed")
     for source, options, message in (
-        (src, {"split": "train"}, "--split belongs to a Pascal VOC folder .with JPEGImages"),
+        (
+            src,
+            {"split": "train"},
+            "--split belongs to an image folder with --annotations or --masks, or to a Pascal VOC folder .with JPEGImages",
+        ),
+        (
+            src,
+            {**paths, "split": "train"},
+            "--split train: cannot be read: No such file or directory; for an image folder",
+        ),
+        (src, {**paths, "split": str(write(tmp_path / "nobody.txt", "x\n"))}, "none of its 1 images is in .*images"),
         (src, {"merge": "cocostuff27"}, "--merge belongs to an image folder with --masks; there is no --masks"),
         (src, {"annotations": coco, "ignore_index": 3}, "--ignore-index belongs to an image folder with --masks"),
         (src, {**paths, "merge": "cocostuff"}, "--merge 'cocostuff': did you mean 'cocostuff27'"),
@@ -281,7 +309,7 @@ def test_flags_that_do_not_belong(voc, coco, tmp_path):
             {"masks": tmp_path / "maps"},
             "holds shards: boxes and masks are read beside an image folder",
         ),
-        (f"{tmp_path}/packed/*.tar", {"split": "train"}, "--split belongs to a Pascal VOC folder"),
+        (f"{tmp_path}/packed/*.tar", {"split": "train"}, "--split belongs to an image folder with --annotations"),
     ):
         with pytest.raises(InputError, match=message):
             run(source, dst, **options)

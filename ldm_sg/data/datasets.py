@@ -26,7 +26,7 @@ _BELONGS = {
     "masks": "an image folder",
     "merge": "an image folder with --masks",
     "ignore_index": f"an image folder with --masks, or to {_VOC}",
-    "split": _VOC,
+    "split": f"an image folder with --annotations or --masks, or to {_VOC}",
 }
 
 
@@ -63,9 +63,11 @@ def open_dataset(root: Path, beside: Beside) -> Source | None:
     if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
         beside.allow(f"{root} is a Pascal VOC folder, which has its own", "split", "ignore_index")
         return DatasetSource.open_voc(root, beside)
-    beside.allow(f"{root} is none", "annotations", "masks", "merge", "ignore_index")
+    beside.allow(f"{root} is none", "annotations", "masks", "merge", "ignore_index", "split")
     if beside.masks is None:
-        beside.allow("there is no --masks here", "annotations")
+        beside.allow("there is no --masks here", "annotations", "split")
+    if beside.annotations is None and beside.masks is None:
+        beside.allow("there is neither here")
     return DatasetSource.open_folder(root, beside) if beside.annotations or beside.masks else None
 
 
@@ -91,13 +93,31 @@ class DatasetSource(ItemSource):
         )
 
     @classmethod
-    def open_folder(cls, root: Path, beside: Beside) -> "DatasetSource":
-        """Any image folder; what is beside it goes by the images' relative paths, with or without the suffix."""
-        folder = open_images(root)
-        source = cls(folder.identity, folder.total, [], folder.ignored, root=root, names=folder.names)
+    def of(cls, folder: FolderSource, beside: Beside, chosen: list[str] | None) -> "DatasetSource":
+        """The folder's images, or those `chosen` by `--split`, with or without the suffix; what it names in vain cannot be
+        packed."""
+        names, lost = folder.names, []
+        if chosen is not None:
+            wanted = set(chosen)
+            names = [name for name in names if not wanted.isdisjoint((name, _stem(name)))]
+            lost = sorted(wanted.difference(names, map(_stem, names)))
+            if not names:
+                raise InputError(f"--split {beside.split}: none of its {len(wanted)} images is in {folder.root}")
+        names = [*names, *lost]
+        identity = folder.identity | {"images": len(names), "digest": digest(names)}
+        source = cls(identity, len(names), [], folder.ignored, root=folder.root, names=names)
+        source.problems = dict.fromkeys(lost, f"in the list of --split {beside.split}, but not in {folder.root.name}/")
         source.table = beside.table()
+        return source
+
+    @classmethod
+    def open_folder(cls, root: Path, beside: Beside) -> "DatasetSource":
+        """Any image folder; what is beside it, and a list of some of its images, goes by the images' relative paths, with
+        or without the suffix. Such a list may name the folder too, as COCO_20K's does (train2014/NAME.jpg)."""
+        chosen = None if beside.split is None else read_names(Path(beside.split).expanduser(), f"{root.name}/")
+        source = cls.of(open_images(root), beside, chosen)
         if beside.annotations is not None:
-            source.add_boxes(beside.annotations.expanduser())
+            source.add_boxes(beside.annotations.expanduser(), beside)
         if beside.masks is not None:
             source.add_masks(beside.masks.expanduser(), beside, required=True)
         return source
@@ -109,28 +129,14 @@ class DatasetSource(ItemSource):
         folder, masks = open_images(root / "JPEGImages"), root / "SegmentationClass"
         if beside.ignore_index is not None and not masks.is_dir():
             raise InputError(f"--ignore-index belongs to masks; there is no {masks}")
-        names, xmls = folder.names, {_stem(name): name for name in walk_files(root / "Annotations", ".xml")}
-        path: Path | None = None
-        lost: list[str] = []
-        if beside.split is not None:
-            path = find_split(root, beside.split)
-            chosen = set(read_split(path))
-            names = [name for name in folder.names if _stem(name) in chosen]
-            lost = sorted(chosen.difference(map(_stem, names)))
-            if not names:
-                raise InputError(
-                    f"--split {beside.split}: none of its {len(chosen)} images is in {root / 'JPEGImages'}"
-                )
-            xmls = {stem: name for stem, name in xmls.items() if stem in chosen}
-        if not xmls.keys() & set(map(_stem, names)):
-            raise InputError(f"{root}: none of the {len(names)} images has an XML of its name in Annotations/")
-        names = [*names, *lost]
-        source = cls({"kind": "voc"}, len(names), [], folder.ignored, root=root / "JPEGImages", names=names)
-        source.identity |= {"images": len(names), "digest": digest(names)}
-        source.identity["split"] = f"{path.parent.name}/{path.stem}" if path else None
-        source.problems = dict.fromkeys(lost, f"in the list of --split {beside.split}, but not in JPEGImages/")
-        source.table = beside.table()
-        source._add_voc_boxes(root / "Annotations", xmls)
+        path = None if beside.split is None else find_split(root, beside.split)
+        source = cls.of(folder, beside, None if path is None else read_split(path))
+        source.identity |= {"kind": "voc", "split": f"{path.parent.name}/{path.stem}" if path else None}
+        stems = set(map(_stem, source.names))
+        xmls = {_stem(name): name for name in walk_files(root / "Annotations", ".xml")}
+        if not xmls.keys() & stems:
+            raise InputError(f"{root}: none of the {len(stems)} images has an XML of its name in Annotations/")
+        source._add_voc_boxes(root / "Annotations", xmls, beside)
         segmentation = path is not None and path.parent.name == "Segmentation"
         if masks.is_dir() or segmentation:
             source.add_masks(masks, beside, required=segmentation)
@@ -138,7 +144,7 @@ class DatasetSource(ItemSource):
                 source.mask_classes = ["background", *VOC_CLASSES]
         return source
 
-    def add_boxes(self, path: Path) -> None:
+    def add_boxes(self, path: Path, beside: Beside) -> None:
         """Gives the images the boxes of a JSON; InputError when it is of none of them."""
         read = read_json(path)
         keys = {name: name if name in read.images else _stem(name) for name in self.names}
@@ -151,9 +157,10 @@ class DatasetSource(ItemSource):
         with path.open("rb") as file:
             self.identity["annotations"] = hashlib.file_digest(file, "sha256").hexdigest()
         self._set_boxes(Annotations(boxes, read.classes, read.crowds))
-        self._note(len(read.images.keys() - set(keys.values())), "names in the annotations match no image")
+        if beside.split is None:
+            self._note(len(read.images.keys() - set(keys.values())), "names in the annotations match no image")
 
-    def _add_voc_boxes(self, folder: Path, xmls: dict[str, str]) -> None:
+    def _add_voc_boxes(self, folder: Path, xmls: dict[str, str], beside: Beside) -> None:
         content = hashlib.sha256()
         objects, sizes = {}, {}
         for name in self.names:
@@ -179,13 +186,14 @@ class DatasetSource(ItemSource):
             for name, found in objects.items()
         }
         self._set_boxes(Annotations(boxes, classes))
-        self._note(len(xmls.keys() - set(map(_stem, self.names))), "XMLs match no image")
+        if beside.split is None:
+            self._note(len(xmls.keys() - set(map(_stem, self.names))), "XMLs match no image")
 
     def _set_boxes(self, read: Annotations) -> None:
         self.boxes, self.classes = read.images, read.classes
         self.notes.append(f"{sum(len(boxes.flat) for boxes in read.images.values()) // 5} boxes")
         self._note(read.crowds, "crowd boxes left out")
-        filled = sum(len(boxes.flat) > 0 for boxes in read.images.values())
+        filled = sum(len(boxes.flat) > 0 for name, boxes in read.images.items() if name not in self.problems)
         self._note(len(self.names) - len(self.problems) - filled, "images without boxes")
 
     def add_masks(self, folder: Path, beside: Beside, required: bool) -> None:
@@ -208,7 +216,8 @@ class DatasetSource(ItemSource):
         if beside.merge is not None:
             self.mask_classes = list(MERGES[beside.merge][0])
         self._note(len(self.masks), "masks")
-        self._note(len(pngs) - len(self.masks) if required else 0, "masks match no image")
+        if required and beside.split is None:
+            self._note(len(pngs) - len(self.masks), "masks match no image")
 
     def _note(self, count: int, what: str) -> None:
         if count > 0:
@@ -242,6 +251,17 @@ def read_split(path: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     rows = [line.split() for line in lines if line.strip()]
     return [row[0] for row in rows if row[1:] != ["-1"]]
+
+
+def read_names(path: Path, prefix: str) -> list[str]:
+    """The images of a list for an image folder, one a line, less the prefix; InputError where it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError as err:
+        raise InputError(
+            f"--split {path}: cannot be read: {err.strerror or err}; for an image folder it is a text file of image names"
+        ) from err
+    return [line.strip().removeprefix(prefix) for line in lines if line.strip()]
 
 
 def walk_files(folder: Path, suffix: str) -> Iterable[str]:

@@ -33,7 +33,8 @@ def pack(
 
     Beside an image folder: annotations, a JSON of boxes (COCO's instances, crowds left out, or {"FILE NAME": [[x0, y0,
     x1, y1, label], ...]}); masks, a folder of index PNGs called like the images; merge, "cocostuff27" for COCO-Stuff's
-    pixel maps; ignore_index, the masks' index that becomes 255. split: of a VOC folder, a list in ImageSets/."""
+    pixel maps; ignore_index, the masks' index that becomes 255; split, a text file that names the images to take, one a
+    line. Of a VOC folder, split is a list in ImageSets/."""
     if format not in FORMATS:
         raise InputError(f"format {format!r}; {choices(format, FORMATS)}")
     for name, value, low, high in (
