@@ -11,7 +11,7 @@ net="channels: 48, multipliers: [1, 2, 4], blocks: 1, attention: [4], heads: 4"
 for name in ${NAMES:-boxes masks}; do
   if [ "$name" = boxes ]; then
     data="$shared/data/pennfudan_256/images --annotations $shared/data/pennfudan_256/boxes.json"
-    config=voc256-boxes model="{$net}" steps=6000
+    config=voc256-boxes model="{$net}" steps=10000
     f="features.size=448 annotator.k=8 annotator.centre=true annotator.centre_place=0.5 annotator.keys_flips=true"
     f="$f annotator.k_patches=5"
   else
