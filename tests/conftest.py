@@ -1,4 +1,5 @@
-"""One thread; shared files; photos of one colour; a tiny annotation set, written as `annotate` writes it: four clusters of flat colours, 16x16 latents of 2x2 pixels."""
+"""What all tests share: one thread, photos of one colour, and a tiny annotation set as `annotate` writes it (four clusters
+of flat colours, 16x16 latents of 2x2 pixels)."""
 
 import io
 import os

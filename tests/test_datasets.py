@@ -146,6 +146,7 @@ def test_voc_pieces_that_do_not_fit(voc, tmp_path, capsys):
     assert "1 XMLs match no image" in capsys.readouterr().out
     assert reasons(tmp_path / "dst") == {"a.jpg": "its boxes are of 16 x 32 pixels, the image has 32 x 16"}
     run(voc, tmp_path / "seg", split="Segmentation/all", max_skipped=0.8)
+    assert "1 XMLs match no image" in capsys.readouterr().out  # d's belongs to an image that the list leaves out
     got = reasons(tmp_path / "seg")
     assert set(got) == {"a.jpg", "b.jpg", "x"} and "not in JPEGImages" in got["x"] and "no mask b.png" in got["b.jpg"]
     for path in voc.glob("Annotations/[abcd].xml"):

@@ -4,7 +4,7 @@ plain one) and a folder of index PNGs. Boxes are read here, once; an item carrie
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,7 +63,6 @@ def open_dataset(root: Path, beside: Beside) -> Source | None:
     if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
         beside.allow(f"{root} is a Pascal VOC folder, which has its own", "split", "ignore_index")
         return DatasetSource.open_voc(root, beside)
-    beside.allow(f"{root} is none", "annotations", "masks", "merge", "ignore_index", "split")
     if beside.masks is None:
         beside.allow("there is no --masks here", "annotations", "split")
     if beside.annotations is None and beside.masks is None:
@@ -79,6 +78,7 @@ class DatasetSource(ItemSource):
     masks: dict[str, str] = field(default_factory=dict)  # image -> path of its mask
     table: tuple[int, ...] = ()
     problems: dict[str, str] = field(default_factory=dict)  # image -> why it cannot be packed
+    others: set[str] = field(default_factory=set)  # images that `--split` leaves out, with and without the suffix
 
     def _item(self, index: int) -> Item:
         name = self.names[index]
@@ -96,28 +96,32 @@ class DatasetSource(ItemSource):
     def of(cls, folder: FolderSource, beside: Beside, chosen: list[str] | None) -> "DatasetSource":
         """The folder's images, or those `chosen` by `--split`, with or without the suffix; what it names in vain cannot be
         packed."""
-        names, lost = folder.names, []
+        names, lost, others = folder.names, [], set()
         if chosen is not None:
             wanted = set(chosen)
-            names = [name for name in names if not wanted.isdisjoint((name, _stem(name)))]
+            names = [name for name in folder.names if not wanted.isdisjoint((name, _stem(name)))]
             lost = sorted(wanted.difference(names, map(_stem, names)))
+            left = set(folder.names).difference(names)
+            others = left.union(map(_stem, left))
             if not names:
                 raise InputError(f"--split {beside.split}: none of its {len(wanted)} images is in {folder.root}")
         names = [*names, *lost]
         identity = folder.identity | {"images": len(names), "digest": digest(names)}
         source = cls(identity, len(names), [], folder.ignored, root=folder.root, names=names)
         source.problems = dict.fromkeys(lost, f"in the list of --split {beside.split}, but not in {folder.root.name}/")
-        source.table = beside.table()
+        source.others, source.table = others, beside.table()
         return source
 
     @classmethod
     def open_folder(cls, root: Path, beside: Beside) -> "DatasetSource":
         """Any image folder; what is beside it, and a list of some of its images, goes by the images' relative paths, with
         or without the suffix. Such a list may name the folder too, as COCO_20K's does (train2014/NAME.jpg)."""
-        chosen = None if beside.split is None else read_names(Path(beside.split).expanduser(), f"{root.name}/")
+        chosen = None
+        if beside.split is not None:
+            chosen = [line.removeprefix(f"{root.name}/") for line in read_lines(Path(beside.split).expanduser())]
         source = cls.of(open_images(root), beside, chosen)
         if beside.annotations is not None:
-            source.add_boxes(beside.annotations.expanduser(), beside)
+            source.add_boxes(beside.annotations.expanduser())
         if beside.masks is not None:
             source.add_masks(beside.masks.expanduser(), beside, required=True)
         return source
@@ -132,11 +136,11 @@ class DatasetSource(ItemSource):
         path = None if beside.split is None else find_split(root, beside.split)
         source = cls.of(folder, beside, None if path is None else read_split(path))
         source.identity |= {"kind": "voc", "split": f"{path.parent.name}/{path.stem}" if path else None}
-        stems = set(map(_stem, source.names))
+        stems = {_stem(name) for name in source.names if name not in source.problems}
         xmls = {_stem(name): name for name in walk_files(root / "Annotations", ".xml")}
         if not xmls.keys() & stems:
             raise InputError(f"{root}: none of the {len(stems)} images has an XML of its name in Annotations/")
-        source._add_voc_boxes(root / "Annotations", xmls, beside)
+        source._add_voc_boxes(root / "Annotations", xmls)
         segmentation = path is not None and path.parent.name == "Segmentation"
         if masks.is_dir() or segmentation:
             source.add_masks(masks, beside, required=segmentation)
@@ -144,7 +148,7 @@ class DatasetSource(ItemSource):
                 source.mask_classes = ["background", *VOC_CLASSES]
         return source
 
-    def add_boxes(self, path: Path, beside: Beside) -> None:
+    def add_boxes(self, path: Path) -> None:
         """Gives the images the boxes of a JSON; InputError when it is of none of them."""
         read = read_json(path)
         keys = {name: name if name in read.images else _stem(name) for name in self.names}
@@ -157,10 +161,9 @@ class DatasetSource(ItemSource):
         with path.open("rb") as file:
             self.identity["annotations"] = hashlib.file_digest(file, "sha256").hexdigest()
         self._set_boxes(Annotations(boxes, read.classes, read.crowds))
-        if beside.split is None:
-            self._note(len(read.images.keys() - set(keys.values())), "names in the annotations match no image")
+        self._note_unmatched(read.images.keys(), set(keys.values()), "names in the annotations")
 
-    def _add_voc_boxes(self, folder: Path, xmls: dict[str, str], beside: Beside) -> None:
+    def _add_voc_boxes(self, folder: Path, xmls: dict[str, str]) -> None:
         content = hashlib.sha256()
         objects, sizes = {}, {}
         for name in self.names:
@@ -186,8 +189,7 @@ class DatasetSource(ItemSource):
             for name, found in objects.items()
         }
         self._set_boxes(Annotations(boxes, classes))
-        if beside.split is None:
-            self._note(len(xmls.keys() - set(map(_stem, self.names))), "XMLs match no image")
+        self._note_unmatched(xmls.keys(), set(map(_stem, self.names)), "XMLs")
 
     def _set_boxes(self, read: Annotations) -> None:
         self.boxes, self.classes = read.images, read.classes
@@ -216,12 +218,15 @@ class DatasetSource(ItemSource):
         if beside.merge is not None:
             self.mask_classes = list(MERGES[beside.merge][0])
         self._note(len(self.masks), "masks")
-        if required and beside.split is None:
-            self._note(len(pngs) - len(self.masks), "masks match no image")
+        if required:
+            self._note_unmatched(pngs.keys(), set(map(_stem, self.masks)), "masks")
 
     def _note(self, count: int, what: str) -> None:
         if count > 0:
             self.notes.append(f"{count} {what}")
+
+    def _note_unmatched(self, there: Set[str], used: Set[str], what: str) -> None:
+        self._note(len(there - used - self.others), f"{what} match no image")
 
 
 def open_images(root: Path) -> FolderSource:
@@ -247,21 +252,20 @@ def find_split(root: Path, split: str) -> Path:
 
 
 def read_split(path: Path) -> list[str]:
-    """The images of a list: one a line; in the lists of a class (`cat_train.txt`) those not marked -1."""
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    rows = [line.split() for line in lines if line.strip()]
+    """The images of a VOC list: one a line; in the lists of a class (`cat_train.txt`) those not marked -1."""
+    rows = [line.split() for line in read_lines(path)]
     return [row[0] for row in rows if row[1:] != ["-1"]]
 
 
-def read_names(path: Path, prefix: str) -> list[str]:
-    """The images of a list for an image folder, one a line, less the prefix; InputError where it cannot be read."""
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list of images, less empty ones; InputError where it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError as err:
         raise InputError(
             f"--split {path}: cannot be read: {err.strerror or err}; for an image folder it is a text file of image names"
         ) from err
-    return [line.strip().removeprefix(prefix) for line in lines if line.strip()]
+    return [line.strip() for line in lines if line.strip()]
 
 
 def walk_files(folder: Path, suffix: str) -> Iterable[str]:
