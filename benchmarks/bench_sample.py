@@ -8,8 +8,8 @@ import io
 import time
 from pathlib import Path
 
+from ldm_sg.pipeline import open_pipeline
 from ldm_sg.verbs.evaluate import evaluate
-from ldm_sg.verbs.sample import open_pipeline
 
 SETTINGS = [
     ("ddim", 250),  # the preset `paper`, what the others are compared with

@@ -166,7 +166,7 @@ def sample(
     """Run -> PNGs, grid.png and one JSON line an image."""
     strengths, ends = _numbers("--sweep-w", sweep_w, float), _numbers("--interpolate", interpolate, int)
     corners = _numbers("--box", box, float)
-    from ldm_sg.verbs.sample import SampleOptions, apply_preset
+    from ldm_sg.verbs.request import SampleOptions, apply_preset
     from ldm_sg.verbs.sample import sample as draw
 
     options = SampleOptions(

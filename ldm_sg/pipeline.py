@@ -28,7 +28,7 @@ from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, choices
 from ldm_sg.guidance.compose import Denoiser, cfg
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
-from ldm_sg.hardware import use_bf16
+from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.models.conditioner import Conditioner
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.objective import KINDS, Objective
@@ -295,3 +295,17 @@ def slerp(a: Tensor, b: Tensor, share: float) -> tuple[float, float]:
         float(torch.sin((1 - share) * angle) / torch.sin(angle)),
         float(torch.sin(share * angle) / torch.sin(angle)),
     )
+
+
+def open_pipeline(source: str | Path, device: str = "auto") -> SelfGuidedPipeline:
+    """A run folder or a pipeline folder; InputError when it is neither."""
+    folder = Path(source)
+    for candidate in (folder / "pipeline", folder):
+        if (candidate / "model_index.json").is_file():
+            on = pick_device(device)
+            pipe = SelfGuidedPipeline.from_pretrained(candidate).to(on)
+            pipe.unet.eval()
+            return pipe
+    if not folder.is_dir():
+        raise InputError(f"run {str(source)!r} not found")
+    raise InputError(f"{str(source)!r} has no pipeline/: give the folder of a run that has saved a checkpoint")

@@ -176,7 +176,7 @@ def test_a_run_of_ground_truth_labels_says_what_to_do(
     def oracle(*_):
         raise InputError("annotator.kind=oracle reads ground truth from shards")
 
-    monkeypatch.setattr("ldm_sg.verbs.evaluate.load_annotator", oracle)
+    monkeypatch.setattr("ldm_sg.verbs.judges.load_annotator", oracle)
     with pytest.raises(InputError, match=r"oracle.*--features"):
         evaluate(run, str(run.parent / "real.tar"), "fd", n=4, device="cpu")
 

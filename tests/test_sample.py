@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from ldm_sg.cli import app
 from ldm_sg.config import ObjectiveConfig
 from ldm_sg.errors import InputError
-from ldm_sg.pipeline import SOLVERS, SelfGuidedPipeline
-from ldm_sg.verbs.sample import SampleOptions, open_pipeline, sample
+from ldm_sg.pipeline import SOLVERS, SelfGuidedPipeline, open_pipeline
+from ldm_sg.verbs.request import SampleOptions
+from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 
 
@@ -79,14 +80,15 @@ def test_signals_are_drawn_from_the_training_distribution(run: Path) -> None:
 def test_sweep_interpolation_and_trajectory(run: Path, tmp_path: Path) -> None:
     for flags, count in (
         (["--sweep-w", "0,1,2", "-n", "3"], 9),
+        (["--sweep-w", "0,2", "-n", "2", "--cluster", "1", "--cluster", "3", "--seed", "1"], 8),
         (["--interpolate", "0,3", "-n", "5"], 10),
         (["--trajectory", "-n", "2", "--steps", "12"], 20),
     ):
-        out = tmp_path / flags[0]
+        out = tmp_path / " ".join(flags)
         code, output = invoke("sample", run, *flags, "--out", out)
         assert code == 0, output
         assert len(pictures(out)) == count == len((out / "samples.jsonl").read_text().splitlines())
-    ends = torch.from_numpy(pictures(tmp_path / "--interpolate")[[0, 4]]).float() / 127.5 - 1
+    ends = torch.from_numpy(pictures(tmp_path / "--interpolate 0,3 -n 5")[[0, 4]]).float() / 127.5 - 1
     assert torch.cdist(ends.mean((1, 2)), COLOURS).argmin(1).tolist() == [0, 3]
 
 
@@ -128,6 +130,8 @@ def test_pipeline_round_trips_and_is_found_by_diffusers(run: Path, tmp_path: Pat
         (["--preset", "papr"], "did you mean 'paper'"),
         (["--interpolate", "0,9"], "clusters 0 to 3"),
         (["--interpolate", "0"], "two cluster ids"),
+        (["--interpolate", "0,1", "--like", "photo.png"], "--like out"),
+        (["--vary", "content", "--trajectory"], "give one"),
         (["--sweep-w", "a,b"], "numbers with commas"),
         (["--eta", "1"], "belongs to scheduler ddim"),
         (["--trajectory", "--sweep-w", "1"], "give one"),

@@ -14,6 +14,7 @@ from ldm_sg.config import AnnotateConfig, TrainConfig
 from ldm_sg.configfile import ASSETS, ROOT, load
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError, choices
+from ldm_sg.pipeline import open_pipeline
 from ldm_sg.report import grids
 from ldm_sg.report.annotation import first_images, members
 from ldm_sg.report.run import write_report
@@ -21,7 +22,8 @@ from ldm_sg.report.signals import pictures
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.evaluate import evaluate
 from ldm_sg.verbs.pack import pack
-from ldm_sg.verbs.sample import SampleOptions, open_pipeline, sample
+from ldm_sg.verbs.request import SampleOptions
+from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 
 CONFIGS = ("demo", "demo_masks")

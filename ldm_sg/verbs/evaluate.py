@@ -2,8 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,37 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_sg.annotate.features import FeatureExtractor, load_extractor
-from ldm_sg.annotate.kinds import LoadedAnnotator, load_annotator
-from ldm_sg.config import FeaturesConfig
-from ldm_sg.configfile import load
+from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.annotate.kinds import LoadedAnnotator
 from ldm_sg.data.images import to_float, to_uint8
-from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import figures, layout, sources
 from ldm_sg.evaluate.collect import Network, cached, collect
-from ldm_sg.evaluate.consistency import check_ids, consistency
-from ldm_sg.evaluate.inception import Inception, load_inception
+from ldm_sg.evaluate.consistency import consistency
+from ldm_sg.evaluate.inception import Inception
 from ldm_sg.hardware import pick_device
-from ldm_sg.pipeline import SelfGuidedPipeline
-from ldm_sg.verbs.sample import open_pipeline
+from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
+from ldm_sg.verbs.judged import from_disk, from_run
+from ldm_sg.verbs.judges import layouts, open_judges
 
 MOST_REFERENCE = 50_000  # reference images, spread over the whole set
 CEILING = 1_000  # of them pass through the autoencoder, for the best that consistency can be
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What is judged: drawn from a run as it is read, or images on disk."""
-
-    where: str
-    total: int
-    size: int
-    batches: Callable[[list[str]], Iterator[tuple[Tensor, Tensor]]]  # (skipped) -> positions [B], uint8 [B, 3, H, W]
-    ids: Callable[[], Tensor]  # the cluster each was asked for, by position; InputError where nothing says
-    asked: Signals | None  # the whole signals, where they were drawn from a run
-    sampling: dict[str, Any]  # w, steps, scheduler, seed, as far as they are known
-    out: Path  # where the result goes when nothing else is said
 
 
 def evaluate(
@@ -99,7 +81,7 @@ def evaluate(
         values |= consistency(judges.ids[places], own, _signals(pipe), before, after, judges.annotator.f)
     if judges.annotator and judges.asked is not None and pipe:
         asked = layout.layout(judges.asked[places], pipe.latent_shape[1:])
-        judge = _layouts(judges.annotator, pipe)
+        judge = layouts(judges.annotator, pipe)
         ceiling = _ceiling(real, pipe, judges.annotator, judge, "layout", batch_size, on)
         values |= layout.faithfulness(asked, found["layout"], *ceiling, pipe.spec.spatial)
     result = {
@@ -124,125 +106,11 @@ def evaluate(
     return result
 
 
-@dataclass(frozen=True)
-class Judges:
-    """The network whose features are compared; for consistency the ids asked for, for layout the whole signals, and for
-    both the run's own g and f."""
-
-    network: Inception | FeatureExtractor
-    ids: Tensor | None
-    asked: Signals | None
-    annotator: LoadedAnnotator | None
-
-    def networks(self, pipe: SelfGuidedPipeline | None) -> dict[str, Network]:
-        """What each sample passes through: `main`, `own` where consistency needs another one, `layout`."""
-        networks: dict[str, Network] = {"main": self.network}
-        if self.annotator is None or pipe is None:
-            return networks
-        if self.ids is not None and self.annotator.extractor is not self.network:
-            networks["own"] = self.annotator.extractor
-        if self.asked is not None:
-            networks["layout"] = _layouts(self.annotator, pipe)
-        return networks
-
-    def describe(self, run: Path | None) -> dict[str, Any] | None:
-        if self.annotator is None:
-            return None
-        return {"run": str(run), "k": self.annotator.f.k, "g": self.annotator.extractor.manifest}
-
-
-def _layouts(annotator: LoadedAnnotator, pipe: SelfGuidedPipeline) -> Network:
-    return lambda images: layout.layout(annotator(images), pipe.latent_shape[1:])
-
-
-def open_judges(
-    wanted: list[str], features: str | None, samples: Samples, pipe: SelfGuidedPipeline | None, on: torch.device
-) -> Judges:
-    """Everything that judges, checked before the first sample is drawn."""
-    ids = samples.ids() if "consistency" in wanted else None
-    if "layout" in wanted:
-        if samples.asked is None:
-            raise InputError(f"{samples.where}: the metric layout draws its samples itself: give a run")
-        layout.check(samples.asked, samples.where)
-    asked = samples.asked if "layout" in wanted else None
-    needed = features is None or ids is not None or asked is not None
-    annotator = _annotator(pipe, samples.where, on) if needed else None
-    if features is not None:
-        network = load_network(features, on)
-    else:
-        assert annotator is not None
-        network = annotator.extractor
-    figures.check_network(wanted, network)
-    if ids is not None and annotator is not None:
-        check_ids(ids, annotator.f.k, samples.where)
-    return Judges(network, ids, asked, annotator)
-
-
 def _own_metrics(pipe: SelfGuidedPipeline | None) -> list[str]:
     if pipe is None:
         return []
     ids = pipe.spec.num_labels > 0 and not pipe.spec.multi_hot
     return ["consistency"] * ids + ["layout"] * (pipe.spec.spatial is not None)
-
-
-def from_run(
-    pipe: SelfGuidedPipeline,
-    folder: Path,
-    n: int,
-    size: int | None,
-    batch_size: int,
-    settings: dict[str, Any],
-    features: str | None,
-) -> Samples:
-    """n samples drawn as they are read; image i and its signal depend on (seed, i) only."""
-    own = pipe.image_size
-    if size not in (None, own):
-        raise InputError(f"size={size}: the samples of {folder} have {own} pixels, and so the reference")
-    drawn = pipe.draw(n, settings["seed"])
-
-    def batches(_: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, n, batch_size):
-            places = torch.arange(start, min(start + batch_size, n))
-            yield places, pipe(drawn[places], first_index=start, **settings)
-
-    def ids() -> Tensor:
-        if drawn.k is None or drawn.k.ndim != 1:
-            raise InputError(f"{folder}: cluster consistency is for runs with one cluster id an image; try layout")
-        return drawn.k
-
-    name = "w{w:g}_{scheduler}{steps}_seed{seed}".format(**settings)
-    network = Path(features.replace(":", "-")).stem if features else "own"
-    made = settings | {"signals": "drawn from the training distribution"}
-    inside = (folder / "model_index.json").is_file()  # a pipeline folder, which training replaces, of a run
-    home, prefix = (folder.parent, f"{folder.name}_") if inside else (folder, "")
-    file = home / "evaluations" / f"{prefix}{name}_n{n}_{network}.json"
-    return Samples(str(folder), n, own, batches, ids, drawn, made, file)
-
-
-def from_disk(images: sources.ImageSet, n: int, size: int | None, batch_size: int) -> Samples:
-    """At most n images, spread over the set."""
-    total, own = sources.count(images), size or sources.first_size(images)
-
-    def batches(skipped: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        return sources.batches(images, own, batch_size, n, lambda name, reason: skipped.append(f"{name}: {reason}"))
-
-    folder = Path(images.where)
-    out = (folder if folder.is_dir() else Path()) / "evaluation.json"
-    return Samples(
-        images.where, n if total is None else min(n, total), own, batches, images.ids, None, images.sampling(), out
-    )
-
-
-def load_network(features: str, device: torch.device) -> Inception | FeatureExtractor:
-    """`inception`, `inception:FILE`, a file of Inception weights, a YAML of FeaturesConfig, or any g by its name."""
-    name, _, file = features.partition(":")
-    if name == "inception":
-        return load_inception(file or None).to(device)
-    if Path(features).suffix in (".safetensors", ".pth", ".pt"):
-        return load_inception(features).to(device)
-    if Path(features).suffix in (".yaml", ".yml"):
-        return load_extractor(load(FeaturesConfig, features), device)
-    return load_extractor(FeaturesConfig(model=features), device)
 
 
 def _is_run(folder: Path) -> bool:
@@ -259,18 +127,6 @@ def _run_of(source: Path, run: str | Path | None, needed: bool) -> Path | None:
     if not needed:
         return None
     return Path(run) if run is not None else next(filter(_is_run, source.resolve().parents), None)
-
-
-def _annotator(pipe: SelfGuidedPipeline | None, where: str, device: torch.device) -> LoadedAnnotator:
-    if pipe is None:
-        raise InputError(
-            f"{where} belongs to no run, so there is no g of its own: name a feature network (--features inception, for "
-            "example) and leave consistency out, or judge the images from inside their run's folder"
-        )
-    try:
-        return load_annotator(pipe.annotator_folder, device)
-    except InputError as err:
-        raise InputError(f"{err}; name a feature network (--features) and leave consistency out") from err
 
 
 def _signals(pipe: SelfGuidedPipeline) -> Tensor:

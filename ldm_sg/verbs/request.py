@@ -1,0 +1,167 @@
+"""What a person asks of `sample`: the options, checked, and the signals that they mean."""
+
+import io
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm_sg.annotate.kinds import load_annotator
+from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, to_float, to_tensor
+from ldm_sg.data.signals import PackedMasks, Signals
+from ldm_sg.errors import InputError, choices
+from ldm_sg.guidance.spatial import VOID
+from ldm_sg.pipeline import SelfGuidedPipeline
+
+VARY = ("layout", "content")
+PRESETS = {"paper": {"scheduler": "ddim", "steps": 250, "eta": 0.0, "w": 2.0}}
+
+
+@dataclass
+class SampleOptions:
+    """What a person asks for; `settings()` is what decides the pixels."""
+
+    cluster: list[int] = field(default_factory=list)
+    box: list[float] = field(default_factory=list)  # x0, y0, x1, y1 in pixels of the image that is made
+    mask: str | None = None  # file of an index mask
+    like: str | None = None  # file of an image to imitate
+    vary: str | None = None  # layout (other signals, the same noise) or content (one signal, other noise)
+    n: int = 16
+    w: float = 2.0
+    steps: int = 25
+    scheduler: str = "dpmpp_2m"
+    eta: float = 0.0
+    seed: int = 0
+    batch_size: int = 64
+    sweep_w: list[float] = field(default_factory=list)
+    interpolate: list[int] = field(default_factory=list)
+    trajectory: bool = False
+    precision: str = "fp32"
+    device: str = "auto"
+
+    def settings(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k not in ("batch_size", "device")}
+
+    def name(self) -> str:
+        """The folder of these samples, where none is named."""
+        what = "_".join(
+            [f"c{'-'.join(map(str, self.cluster))}"] * bool(self.cluster)
+            + [f"box{'-'.join(f'{c:g}' for c in self.box)}"] * bool(self.box)
+            + [f"{flag}-{Path(file).stem}" for flag, file in (("mask", self.mask), ("like", self.like)) if file]
+            + [f"vary-{self.vary}"] * bool(self.vary)
+            + ["sweep"] * bool(self.sweep_w)
+            + [f"interpolate{'-'.join(map(str, self.interpolate))}"] * bool(self.interpolate)
+            + ["trajectory"] * self.trajectory
+        )
+        strength = "-".join(f"{w:g}" for w in self.sweep_w) or f"{self.w:g}"
+        return f"{what or 'drawn'}_n{self.n}_w{strength}_{self.scheduler}{self.steps}_seed{self.seed}"
+
+    def check(self) -> None:
+        """InputError where values or their combination mean nothing."""
+        for name in ("n", "batch_size", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: at least 1")
+        for w in (self.w, *self.sweep_w):
+            if not math.isfinite(w):
+                raise InputError(f"w={w}: a finite number")
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"eta={self.eta}: a share between 0 and 1")
+        modes = [bool(self.sweep_w), bool(self.interpolate), self.trajectory]
+        if sum(modes) > 1:
+            raise InputError("--sweep-w, --interpolate and --trajectory draw different pictures: give one")
+        if self.interpolate and len(self.interpolate) != 2:
+            raise InputError(f"--interpolate takes two cluster ids, for example 3,17; got {self.interpolate}")
+        if self.interpolate and (self.cluster or self.box or self.mask or self.like):
+            raise InputError("--interpolate names its own clusters: leave --cluster, --box, --mask and --like out")
+        if self.box and len(self.box) != 4:
+            raise InputError(f"--box takes x0,y0,x1,y1 in pixels, got {self.box}")
+        if self.like and (self.cluster or self.box or self.mask):
+            raise InputError("--like takes the whole signal from the image: leave --cluster, --box and --mask out")
+        if self.vary not in (None, *VARY):
+            raise InputError(f"--vary {self.vary!r}; {choices(self.vary, VARY)}")
+        if self.vary and (self.interpolate or self.trajectory):
+            raise InputError("--vary, --interpolate and --trajectory draw different pictures: give one")
+        if self.vary == "layout" and (self.box or self.mask or self.like):
+            raise InputError("--vary layout draws other boxes or masks: leave --box, --mask and --like out")
+
+
+def apply_preset(options: SampleOptions, preset: str | None) -> SampleOptions:
+    """The preset's settings over `options`."""
+    if preset is None:
+        return options
+    if preset not in PRESETS:
+        raise InputError(f"preset {preset!r}; {choices(preset, PRESETS)}")
+    return SampleOptions(**{**asdict(options), **PRESETS[preset]})
+
+
+def signals(pipe: SelfGuidedPipeline, options: SampleOptions) -> Signals:
+    """What is asked for: n samples of each cluster, of a box or mask, of an image's own signal, or n signals drawn from the
+    training distribution. Parts that are not asked for are drawn."""
+    if options.like:
+        return _like(pipe, options.like)[torch.zeros(options.n, dtype=torch.long)]
+    ids = [k for k in options.cluster for _ in range(options.n)] or None
+    drawn = pipe.draw(len(ids) if ids else options.n, options.seed, clusters=ids)
+    if options.vary == "content":
+        drawn = drawn[torch.zeros(len(drawn), dtype=torch.long)]
+    if options.box:
+        _need_spatial(pipe, "box")
+        drawn = drawn.replace(box=_box(options.box, pipe.image_size).expand(len(drawn), 1, 4))
+    if options.mask:
+        _need_spatial(pipe, "mask")
+        mask = _read_mask(Path(options.mask), pipe)
+        drawn = drawn.replace(mask=PackedMasks.of([mask] * len(drawn)))
+    return drawn
+
+
+def _need_spatial(pipe: SelfGuidedPipeline, part: str) -> None:
+    if pipe.spec.spatial != part:
+        without = {None: "boxes or masks", "box": "masks", "mask": "boxes"}[pipe.spec.spatial]
+        raise InputError(f"--{part}: this run was trained without {without}; it accepts {pipe.accepts()}")
+
+
+def _box(corners: list[float], size: int) -> Tensor:
+    """x0, y0, x1, y1 in pixels -> [1, 1, 4] as shares of the sides."""
+    x0, y0, x1, y1 = corners
+    if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
+        raise InputError(
+            f"--box {x0:g},{y0:g},{x1:g},{y1:g}: needs 0 <= x0 < x1 <= {size} and the same of y, in pixels"
+        )
+    return torch.tensor(corners).view(1, 1, 4) / size
+
+
+def _read_mask(path: Path, pipe: SelfGuidedPipeline) -> np.ndarray:
+    """An index image of any size -> uint8 [S, S] of the run's mask size; InputError for ids that the run does not have."""
+    try:
+        with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as image:
+            if image.mode not in ("P", "L"):
+                raise InputError(
+                    f"--mask {path}: mode {image.mode}; an index image is needed: an 8-bit greyscale or palette PNG"
+                )
+            mask = np.array(crop_resize_index(image, pipe.image_size))
+    except (OSError, SyntaxError) as err:
+        raise InputError(f"--mask {path}: {getattr(err, 'strerror', None) or 'cannot be read as PNG'}") from err
+    ids = np.unique(mask[mask != VOID])
+    if not len(ids):
+        raise InputError(f"--mask {path}: all of it is {VOID}, which means no class")
+    if ids[-1] >= pipe.spec.num_labels:
+        raise InputError(
+            f"--mask {path}: class {ids[-1]} in it; this run has 0 to {pipe.spec.num_labels - 1} ({VOID} = none)"
+        )
+    return mask
+
+
+def _like(pipe: SelfGuidedPipeline, file: str) -> Signals:
+    """The signal of an image file, by the run's own g and f."""
+    annotator = load_annotator(pipe.annotator_folder, pipe.device)
+    try:
+        image = crop_resize(decode(Path(file).read_bytes()), pipe.image_size, pipe.source_size)
+    except OSError as err:
+        raise InputError(f"--like {file}: cannot be read: {err.strerror or err}") from err
+    except BadImage as err:
+        raise InputError(f"--like {file}: {err.reason}") from err
+    return annotator(to_float(to_tensor(image)[None].to(pipe.device)))
