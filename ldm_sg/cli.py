@@ -256,7 +256,7 @@ def distill(config: Config, overrides: Overrides = None, dry_run: DryRun = False
 
 def _numbers(flag: str, text: str | None, kind: type) -> list:
     try:
-        return [kind(part) for part in text.split(",")] if text else []
+        return [kind(part) for part in text.split(",")] if text is not None else []
     except ValueError as err:
         raise InputError(f"{flag} {text!r}: write numbers with commas between, for example 0,1,2,3") from err
 

@@ -100,9 +100,11 @@ class AnnotateConfig:
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be, before anything heavy is imported."""
-        for name in ("k", "niter", "sample", "k_patches", "neighbours"):
+        for name in ("k", "niter", "restarts", "sample", "k_patches", "neighbours"):
             value = getattr(self.annotator, name)
             _need(f"annotator.{name}", value, value >= 1, "at least 1")
+        seed = self.annotator.seed
+        _need("annotator.seed", seed, 0 <= seed < 2**31, "from 0 to 2147483647")
         place = self.annotator.centre_place
         _need("annotator.centre_place", place, 0 <= place <= 1, "a share between 0 and 1")
         _need("annotator.centre_place", place, self.annotator.centre or not place, "belongs to annotator.centre=true")

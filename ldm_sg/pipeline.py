@@ -20,6 +20,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils.logging import disable_progress_bar
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm_sg.autoencoder import Autoencoder, load_autoencoder
@@ -298,12 +299,17 @@ def slerp(a: Tensor, b: Tensor, share: float) -> tuple[float, float]:
 
 
 def open_pipeline(source: str | Path, device: str = "auto") -> SelfGuidedPipeline:
-    """A run folder or a pipeline folder; InputError when it is neither."""
+    """A run folder or a pipeline folder; InputError when it is neither, or cannot be read."""
     folder = Path(source)
     for candidate in (folder / "pipeline", folder):
         if (candidate / "model_index.json").is_file():
             on = pick_device(device)
-            pipe = SelfGuidedPipeline.from_pretrained(candidate).to(on)
+            try:
+                pipe = SelfGuidedPipeline.from_pretrained(candidate).to(on)
+            except InputError:
+                raise
+            except (OSError, ValueError, KeyError, SafetensorError) as err:
+                raise InputError(f"{candidate} is damaged or not complete: {' '.join(str(err).split())}") from err
             pipe.unet.eval()
             return pipe
     if not folder.is_dir():

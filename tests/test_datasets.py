@@ -227,7 +227,7 @@ def test_coco_without_its_lists(coco, tmp_path):
 def test_a_list_takes_some_images_of_a_folder(coco, tmp_path, capsys):
     """As COCO_20K is chosen from COCO's training images."""
     pictures(tmp_path / "images", "my photo.jpg")
-    names = write(tmp_path / "some.txt", "001\nmy photo.jpg\n\nimages/003.jpg\n004\n")
+    names = write(tmp_path / "some.txt", "\ufeff001\nmy photo.jpg\n\nimages/003.jpg\n004\n")
     beside = {"annotations": coco, "split": str(names)}
     run(tmp_path / "images", tmp_path / "dst", **beside, max_skipped=0.3)
     assert set(by_key(tmp_path / "dst")) == {make_key(name) for name in ("001.jpg", "my photo.jpg", "003.jpg")}
@@ -290,7 +290,12 @@ def test_flags_that_do_not_belong(voc, coco, tmp_path):
             {**paths, "split": "train"},
             "--split train: cannot be read: No such file or directory; for an image folder",
         ),
-        (src, {**paths, "split": str(write(tmp_path / "nobody.txt", "x\n"))}, "none of its 1 images is in .*images"),
+        (
+            src,
+            {**paths, "split": str(write(tmp_path / "nobody.txt", "x\n"))},
+            "none of its 1 images is in .*images: 'x', for example; there",
+        ),
+        (src, {**paths, "split": str(write(tmp_path / "blank.txt", "\n"))}, "the list is empty"),
         (src, {"merge": "cocostuff27"}, "--merge belongs to an image folder with --masks; there is no --masks"),
         (src, {"annotations": coco, "ignore_index": 3}, "--ignore-index belongs to an image folder with --masks"),
         (src, {**paths, "merge": "cocostuff"}, "--merge 'cocostuff': did you mean 'cocostuff27'"),

@@ -88,6 +88,10 @@ def test_a_perfect_generator_reaches_the_ceiling(run: Path, monkeypatch: pytest.
     free = evaluate(run, str(run.parent / "real.tar"), "fd,consistency", n=60, w=0, batch_size=16, device="cpu")[
         "metrics"
     ]
+    kept = json.loads(file.read_text())
+    other = evaluate(run, str(run.parent / "real.tar"), "fd", n=60, batch_size=16, device="cpu")
+    assert kept == json.loads(file.read_text()) and "consistency" not in other["metrics"]
+    assert json.loads(file.with_stem(f"{file.stem}_2").read_text()) == other
     assert abs(free["consistency"] - 0.25) < 0.2
     assert free["fd"] < 0.1 * untrained(run)["metrics"]["fd"]
 
@@ -156,6 +160,9 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
         ((plain, real, "consistency"), {"features": "tiny"}, "asked for"),
         ((plain, real, "fd"), {"features": "resnet9000"}, "resnet9000"),
         ((plain, real, "fd"), {"run": tmp_path / "norun"}, "norun"),
+        ((plain, real, "fd"), {"features": "tiny", "steps": 3}, "for drawing from a run"),
+        ((plain, real, "fd"), {"features": "tiny", "size": -3}, "size=-3: from 1 to 8,192"),
+        ((plain, real, "fd"), {"features": "tiny", "size": 0}, "size=0: from 1"),
         ((run, real, "fd"), {"run": run}, "is a run itself"),
         ((plain, real, "fd"), {"features": "no.safetensors"}, "no such file"),
         ((run, real), {"out": plain}, "cannot be written"),
@@ -165,7 +172,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
     before = sorted(run.rglob("*"))
     for args, extra, wrong in cases:
         with pytest.raises(InputError, match=wrong) as caught:
-            evaluate(*args, **{"device": "cpu", "n": 8, "steps": 2, **extra})
+            evaluate(*args, **{"device": "cpu", "n": 8, **extra})
         assert "\n" not in str(caught.value), caught.value
     assert sorted(p for p in run.rglob("*") if p.is_file()) == [p for p in before if p.is_file()]
 

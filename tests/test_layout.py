@@ -134,6 +134,15 @@ def test_drawn_signals_have_the_class_asked_for(mask_run: Path) -> None:
         pipe.draw(1, clusters=[3])
 
 
+def test_a_mask_that_changed_is_another_request(tmp_path: Path) -> None:
+    names = []
+    for label in (0, 1):
+        Image.fromarray(np.full((8, 8), label, np.uint8)).save(tmp_path / "m.png")
+        options = SampleOptions(mask=str(tmp_path / "m.png"))
+        names.append((options.name(), options.settings()["sha256"]))
+    assert names[0][0] != names[1][0] and names[0][1] != names[1][1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -163,6 +172,13 @@ def test_what_a_mask_run_refuses(mask_run: Path, tmp_path: Path) -> None:
         Image.fromarray(pixels).save(tmp_path / name)
         code, output = invoke("sample", mask_run, "--mask", tmp_path / name, "--out", tmp_path / "s")
         assert code == 2 and message in output, (name, output)
+    Image.new("L", (12000, 12000)).save(tmp_path / "large.png")
+    Image.new("1", (15000, 15000)).save(tmp_path / "larger.png")
+    for name in ("large.png", "larger.png"):
+        code, output = invoke("sample", mask_run, "--mask", tmp_path / name, "--out", tmp_path / "s")
+        assert code == 2 and "more than 134,217,728" in output, output
+    code, output = invoke("sample", mask_run, "--mask", tmp_path / "beyond.png", "--cluster", "1")
+    assert code == 2 and "leave --cluster out" in output
     (tmp_path / "text.png").write_text("no image")
     for name, message in (("text.png", "cannot be read as PNG"), ("none.png", "No such file")):
         code, output = invoke("sample", mask_run, "--mask", tmp_path / name, "--out", tmp_path / "s")

@@ -97,7 +97,7 @@ def test_bad_masks(tmp_path, capsys):
     Image.new("RGB", (32, 16)).save(masks / "c.png")
     write(masks / "d.png", "no PNG")
     index_png(masks / "z.png", halves(1, 2))
-    with pytest.raises(InputError, match="more than max_skipped"):
+    with pytest.raises(InputError, match=r"more than max_skipped.*the first: [bcde]\.jpg: .*mask"):
         run(src, tmp_path / "dst", masks=masks)
     assert run(src, tmp_path / "dst", masks=masks, max_skipped=0.8).images == 1
     assert "1 masks match no image" in capsys.readouterr().out
@@ -125,6 +125,8 @@ def test_bad_masks(tmp_path, capsys):
         ({"a": [[1, 2, 3, 4, -1]]}, 'box 0 of "a"'),
         ({"a": [[1, 2, 3, 4, None]]}, 'box 0 of "a"'),
         ({"a": [[1, 2, 3, 4], {"bbox": [1, 2, 3, 4]}]}, 'box 1 of "a"'),
+        ({"a": [{"xyxy": [1, 2, 3, 4], "lable": "cat"}]}, 'box 0 of "a"'),
+        ('{"a": [[1, 2, 3, 4]], "a": [[5, 6, 7, 8]]}', "'a' is in one mapping twice"),
         ({"a": [[10**400, 2, 3, 4]]}, "a coordinate of hundreds of digits"),
         ({"a": [[1, 2, 3, 4, "cat"], [1, 2, 3, 4, 5]]}, "some labels are names"),
         ({"x": [], "y": [[1, 2, 3, 4]]}, "it names 2 images, none of them in .*src, for example 'x'"),

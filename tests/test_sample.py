@@ -1,6 +1,7 @@
 """Sampling through the command that a user types."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,15 @@ def test_pipeline_round_trips_and_is_found_by_diffusers(run: Path, tmp_path: Pat
         (["--steps", "2000"], "1000 noise levels"),
         (["-n", "0"], "n=0: at least 1"),
         (["--w", "nan"], "w=nan"),
+        (["--w", "1e30"], "at most 1000"),
+        (["--sweep-w", "0,1", "--w", "3"], "leave --w 3 out"),
+        (["--sweep-w", ""], "numbers with commas"),
+        (["--box", ""], "numbers with commas"),
+        (["--like", ""], "--like '': a file is needed"),
+        (["--preset", "paper", "--steps", "3"], "steps=3: preset paper means steps=250"),
+        (["--precision", "fp8"], "precision='fp8'"),
+        (["--vary", "layout"], "trained without boxes or masks"),
+        (["--vary", "content", "--cluster", "1", "--cluster", "2"], "give one --cluster"),
         (["--sweep-w", "0,inf"], "w=inf"),
         (["--preset", "papr"], "did you mean 'paper'"),
         (["--interpolate", "0,9"], "clusters 0 to 3"),
@@ -150,3 +160,42 @@ def test_missing_runs_and_foreign_folders(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     code, output = invoke("sample", run, "-n", "1", "--out", tmp_path)
     assert code == 2 and "holds no samples" in output and (tmp_path / "mine.txt").read_text() == "precious"
+    for folder in (tmp_path, run):
+        before = sorted(folder.rglob("*"))
+        code, output = invoke("sample", run, "-n", "1", "--out", folder, "--overwrite")
+        assert code == 2 and "holds no samples" in output and sorted(folder.rglob("*")) == before
+    code, output = invoke("sample", run, "-n", "1", "--out", tmp_path / "mine.txt", "--overwrite")
+    assert code == 2 and "is a file" in output
+
+
+def test_what_lies_beside_samples_stays(run: Path, tmp_path: Path) -> None:
+    command = ("sample", run, "-n", "1", "--steps", "2", "--out", tmp_path)
+    assert invoke(*command)[0] == 0
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("precious")
+    (tmp_path / "evaluation.json").write_text("{}")
+    assert invoke(*command)[0] == 0 and (tmp_path / "evaluation.json").is_file()
+    assert invoke(*command, "--seed", "1", "--overwrite")[0] == 0
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "precious"
+    assert not (tmp_path / "evaluation.json").exists()  # the figures were of other samples
+
+
+def test_eta_moves_interpolated_images_too(run: Path, tmp_path: Path) -> None:
+    flags = ("--interpolate", "0,3", "-n", "2", "--scheduler", "ddim", "--steps", "5", "--eta")
+    for eta in ("0", "1"):
+        assert invoke("sample", run, *flags, eta, "--out", tmp_path / eta)[0] == 0
+    assert not np.array_equal(pictures(tmp_path / "0"), pictures(tmp_path / "1"))
+
+
+@pytest.mark.parametrize(
+    "name", ["unet/diffusion_pytorch_model.safetensors", "guidance.json", "signals.safetensors", "model_index.json"]
+)
+@pytest.mark.parametrize("content", [None, b"{"])
+def test_damaged_pipelines_are_told(name: str, content: bytes | None, run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run / "pipeline", tmp_path / "pipeline"))
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    code, output = invoke("sample", tmp_path, "-n", "1", "--out", tmp_path / "s")
+    wanted = "has no pipeline/" if (name, content) == ("model_index.json", None) else "damaged or not complete"
+    assert code == 2 and wanted in output and output.count("\n") == 1, output

@@ -250,6 +250,37 @@ def test_boxes_with_their_clusters_and_corloc(tmp_path: Path) -> None:
     assert (latents.folder / "boxes.png").is_file() and (latents.folder / "clusters.png").is_file()
 
 
+def test_boxes_go_on_after_a_k_too_large_but_not_with_another_extraction(tmp_path: Path) -> None:
+    source = shards(tmp_path / "source")
+    cfg = boxes_config(tmp_path, source, centre=True, k_patches=5)
+    cfg.annotator.k = 13
+    with pytest.raises(InputError, match="only 12 images"):
+        annotate(cfg)
+    cfg.annotator.k, cfg.annotator.k_patches = 3, 4
+    with pytest.raises(InputError, match="k_patches is 5 there and 4 here"):
+        annotate(cfg)
+    cfg.annotator.k_patches = 5
+    box = LatentSet(annotate(cfg)).signals.box
+    cfg.out = str(tmp_path / "fresh")
+    assert torch.equal(box, LatentSet(annotate(cfg)).signals.box)
+
+
+def test_a_refused_truth_is_not_read_as_another(tmp_path: Path) -> None:
+    cfg = config(tmp_path, shards(tmp_path / "source", boxes=False), kind="oracle", truth="boxes")
+    with pytest.raises(InputError, match="no image of these shards has boxes"):
+        annotate(cfg)
+    cfg.annotator.truth = "masks"
+    with pytest.raises(InputError, match="truth is 'boxes' there and 'masks' here"):
+        annotate(cfg)
+
+
+def test_shuffling_what_has_no_ids_is_refused_at_once(tmp_path: Path) -> None:
+    cfg = config(tmp_path, shards(tmp_path / "source"), kind="segments", k=3, shuffle=0.5)
+    with pytest.raises(InputError, match="gives no ids"):
+        annotate(cfg)
+    assert not Path(cfg.out).exists()
+
+
 @pytest.mark.parametrize("keys_flips", [True, False])
 def test_boxes_of_averaged_keys_commute_with_a_mirror(keys_flips: bool, tmp_path: Path) -> None:
     source = shards(tmp_path / "source")

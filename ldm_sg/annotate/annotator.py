@@ -58,6 +58,9 @@ class Annotator(ABC):
     kind: ClassVar[str]
     reads_g: ClassVar[bool] = True  # needs g at all
     reads_truth: ClassVar[bool] = False  # looks at labels, boxes and masks of the shards, where there are any
+    gives_ids: ClassVar[bool] = True  # one cluster id an image, which `annotator.shuffle` can shuffle
+    # settings that only `fit` and what follows it read: another value needs no second look at the images
+    late: ClassVar[frozenset[str]] = frozenset({"k", "niter", "restarts", "seed", "sample", "shuffle", "neighbours"})
 
     def __init__(self, cfg: AnnotatorConfig):
         self.cfg, self.k = cfg, cfg.k

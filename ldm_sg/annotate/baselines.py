@@ -48,6 +48,7 @@ class Features(Annotator):
     """The signal is g's own vector, L2-normalised."""
 
     kind = "features"
+    gives_ids = False
     dim = 0
 
     def fit(self, study: Study) -> None:

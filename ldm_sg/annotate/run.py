@@ -35,7 +35,9 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     until then stays, and the same command goes on from there."""
     annotator = make_annotator(cfg.annotator)
     out, shards = Path(cfg.out), expand(cfg.shards)
-    claim(out, cfg, shards)
+    if cfg.annotator.shuffle and not annotator.gives_ids:
+        raise no_ids(cfg.annotator)
+    claim(out, cfg, shards, annotator.late)
     if (out / "manifest.yaml").is_file():
         return out
     for leftover in out.rglob("*.tmp-*"):  # of a run that was killed
@@ -46,11 +48,13 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
     extractor = load_extractor(cfg.features, device) if annotator.reads_g else None
     study = Study(cfg, shards, all_stages, size, extractor, [])
-    if not all(stage.done for stage in all_stages):
+    fitted = (out / "annotator" / "annotator.yaml").is_file()
+    if not fitted:
         annotator.prepare(study)
+    if not all(stage.done for stage in all_stages):
         extract(cfg, shards, all_stages, size, extractor, autoencoder, annotator)
     summary = summarise(all_stages, cfg.max_skipped, cfg.shards)
-    if not (out / "annotator" / "annotator.yaml").is_file():
+    if not fitted:
         annotator.fit(replace(study, counts=summary.counts))
         save_annotator(out / "annotator", annotator, extractor)
     annotator, _ = load_f(out / "annotator")
@@ -63,11 +67,11 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     return out
 
 
-def claim(out: Path, cfg: AnnotateConfig, shards: list[str]) -> None:
+def claim(out: Path, cfg: AnnotateConfig, shards: list[str], late: frozenset[str]) -> None:
     """Write OUT/config.yaml, or check that the one there is ours: InputError naming the first key that differs.
 
-    As long as no shard is done the folder binds nobody, and until f is fitted its settings stay free: features are kept
-    when k was too large."""
+    As long as no shard is done the folder binds nobody, and until f is fitted its `late` settings stay free: features are
+    kept when k was too large."""
     wanted = flat(yaml.safe_load(to_yaml(cfg)))
     for free in ("out", "shards", "workers", "device", "max_skipped", "features.batch_size"):
         wanted.pop(free)
@@ -81,14 +85,15 @@ def claim(out: Path, cfg: AnnotateConfig, shards: list[str]) -> None:
     if finished or any((out / "work").glob("*.json")):
         fitted = (out / "annotator" / "annotator.yaml").is_file()
         for key, value in wanted.items():
-            free = key.startswith("annotator.") and key != "annotator.kind" and not fitted
+            free = not fitted and key.removeprefix("annotator.") in late
             if found.get(key) != value and not free:
                 raise InputError(
                     f"out={str(out)!r} belongs to another config: {key} {difference(found.get(key), value)}; "
                     "choose another out="
                 )
-    else:
-        shutil.rmtree(out / "autoencoder", ignore_errors=True)  # its mean and std may be those of other images
+    else:  # what was learnt before the first shard was done may be of other images or settings
+        for folder in ("autoencoder", "annotator", "work"):
+            shutil.rmtree(out / folder, ignore_errors=True)
     write_text(path, yaml.safe_dump(wanted, sort_keys=False))
 
 
@@ -139,6 +144,10 @@ def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summa
     return Summary(counts, urls, classes[classes >= 0], skipped, shape)
 
 
+def no_ids(cfg: AnnotatorConfig) -> InputError:
+    return InputError(f"annotator.shuffle={cfg.shuffle}: annotator.kind={cfg.kind} gives no ids that could be shuffled")
+
+
 def corrupted_ids(all_stages: list[Stage], annotator: Annotator) -> np.ndarray | None:
     """The ids of all images after `annotator.shuffle`; None where nothing is shuffled."""
     cfg = annotator.cfg
@@ -146,9 +155,7 @@ def corrupted_ids(all_stages: list[Stage], annotator: Annotator) -> np.ndarray |
         return None
     parts = [annotator.signals(stage) for stage in all_stages if stage.read_meta().keys]
     if not all("k" in part and np.ndim(part["k"]) == 1 for part in parts):
-        raise InputError(
-            f"annotator.shuffle={cfg.shuffle}: annotator.kind={cfg.kind} gives no ids that could be shuffled"
-        )
+        raise no_ids(cfg)
     return corrupted(np.concatenate([part["k"] for part in parts]), cfg.shuffle, cfg.seed)
 
 

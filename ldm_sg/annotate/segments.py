@@ -27,6 +27,8 @@ class Segments(Annotator):
 
     kind = "segments"
     reads_truth = True
+    gives_ids = False
+    late = frozenset()
 
     def __init__(self, cfg: AnnotatorConfig):
         super().__init__(cfg)

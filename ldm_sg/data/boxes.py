@@ -49,7 +49,7 @@ def read_json(path: Path) -> Annotations:
     """COCO's instances or a plain JSON; InputError, naming what is expected, where it is neither."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            content = json.load(file, object_hook=_without_outline)
+            content = json.load(file, object_pairs_hook=_without_outline)
     except FileNotFoundError:
         near = [str(p) for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
         raise InputError(
@@ -69,8 +69,13 @@ def read_json(path: Path) -> Annotations:
         raise InputError(f"--annotations {path}: {err}") from err
 
 
-def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
-    """COCO's outlines are nine tenths of its JSON and are not wanted: each is dropped as soon as it is read."""
+def _without_outline(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """COCO's outlines are nine tenths of its JSON and are not wanted: each is dropped as soon as it is read. A name that
+    comes twice would lose what it had first."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is in one mapping twice")
     entry.pop("segmentation", None)
     return entry
 
@@ -155,8 +160,10 @@ def _plain_box(name: str, number: int, entry: Any) -> tuple[Any, ...]:
             pass
         case [x0, y0, x1, y1, label]:
             pass
-        case {"xyxy": [x0, y0, x1, y1], **rest}:
-            label = rest.get("label", 0)
+        case {"xyxy": [x0, y0, x1, y1], "label": label}:
+            pass
+        case {"xyxy": [x0, y0, x1, y1], **rest} if not rest:
+            pass
         case _:
             raise ValueError(f"box {number} of {_short(name)} is {_short(entry)}: {_PLAIN}")
     numbers = all(type(value) in (int, float) for value in (x0, y0, x1, y1))

@@ -104,7 +104,12 @@ class DatasetSource(ItemSource):
             left = set(folder.names).difference(names)
             others = left.union(map(_stem, left))
             if not names:
-                raise InputError(f"--split {beside.split}: none of its {len(wanted)} images is in {folder.root}")
+                names = (
+                    f"{min(wanted)!r}, for example; there it is {folder.names[0]!r}" if wanted else "the list is empty"
+                )
+                raise InputError(
+                    f"--split {beside.split}: none of its {len(wanted)} images is in {folder.root}: {names}"
+                )
         names = [*names, *lost]
         identity = folder.identity | {"images": len(names), "digest": digest(names)}
         source = cls(identity, len(names), [], folder.ignored, root=folder.root, names=names)
@@ -260,7 +265,7 @@ def read_split(path: Path) -> list[str]:
 def read_lines(path: Path) -> list[str]:
     """The lines of a list of images, less empty ones; InputError where it cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as err:
         raise InputError(
             f"--split {path}: cannot be read: {err.strerror or err}; for an image folder it is a text file of image names"

@@ -100,7 +100,12 @@ def _check(total: Summary, dst: Path, max_skipped: float) -> None:
     seen = total.images + total.skipped
     if total.skipped > max_skipped * seen or not total.images:
         share = f"{total.skipped} of {seen} images could not be used ({total.skipped / max(1, seen):.1%})"
-        raise InputError(f"{share}, more than max_skipped={max_skipped:g} allows; reasons are in {dst / _LOGS[1]}")
+        first = next(iter(_read_lines(dst / _LOGS[1])), {})
+        raise InputError(
+            f"{share}, more than max_skipped={max_skipped:g} allows; the first: {first.get('source')}: {first.get('reason')}; "
+            f"all are in {dst / _LOGS[1]}; mend them and pack into another "
+            "folder, or allow more"
+        )
 
 
 def _chunks(shards: Iterable[tuple[str, Iterator[Item]]]) -> Iterator[tuple[str, list[Item]]]:

@@ -1,5 +1,6 @@
 """Features -> the figures asked for; how a result reads and is written."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -96,6 +97,20 @@ def prepare(file: Path) -> Path:
     if file.is_dir() or not os.access(file.parent, os.W_OK):
         raise InputError(f"--out {str(file)!r} cannot be written there: give another --out FILE.json")
     return file
+
+
+def free(file: Path, reference: str, wanted: list[str]) -> Path:
+    """`file`, or the first of NAME_2, NAME_3 ... that does not hold the figures of another reference or choice."""
+    names = itertools.chain([file], (file.with_stem(f"{file.stem}_{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists() or _is_of(name, reference, wanted))
+
+
+def _is_of(file: Path, reference: str, wanted: list[str]) -> bool:
+    try:
+        there = json.loads(file.read_text())
+        return (there["reference"], there["chosen"]) == (reference, wanted)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write(file: Path, result: dict[str, Any]) -> None:

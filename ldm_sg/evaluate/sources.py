@@ -71,6 +71,8 @@ def open_images(where: str) -> ImageSet:
         raise InputError(
             f"{where}: a run or a pipeline folder, not images (and it has no complete pipeline to sample from)"
         )
+    if (folder / "manifest.yaml").is_file() and (folder / "shards").is_dir():
+        raise InputError(f"{where}: an annotation set holds latents, not images: name the source shards it was made of")
     if (folder / RECORDS).is_file():
         records = _records(folder)
         return ImageSet(where, tuple(str(folder / record["file"]) for record in records), False, records)
@@ -79,8 +81,6 @@ def open_images(where: str) -> ImageSet:
         return ImageSet(where, tuple(files), in_shards=False)
     if any(folder.glob("*.tar")):
         return ImageSet(where, tuple(expand(where)), in_shards=True)
-    if (folder / "manifest.yaml").is_file() and (folder / "shards").is_dir():
-        raise InputError(f"{where}: an annotation set holds latents, not images: name the source shards it was made of")
     raise InputError(f"{where}: no images in this folder ({', '.join(sorted(SUFFIXES))}, or .tar shards of them)")
 
 

@@ -82,6 +82,7 @@ class GuidanceSpec:
     def from_dict(cls, fields: dict[str, Any], where: str) -> "GuidanceSpec":
         """What `to_dict` gave; InputError naming `where` it was found when another version wrote it."""
         try:
-            return cls(**fields)
-        except TypeError as err:
+            rest = dict(fields)
+            return cls(rest.pop("kind"), **rest)
+        except (KeyError, TypeError) as err:
             raise InputError(f"{where}: its guidance spec is of another version of ldm_sg: make it again") from err

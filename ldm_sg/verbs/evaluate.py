@@ -23,6 +23,7 @@ from ldm_sg.verbs.judged import from_disk, from_run
 from ldm_sg.verbs.judges import layouts, open_judges
 
 MOST_REFERENCE = 50_000  # reference images, spread over the whole set
+MOST_SIZE = 8192  # pixels
 CEILING = 1_000  # of them pass through the autoencoder, for the best that consistency can be
 
 
@@ -53,6 +54,8 @@ def evaluate(
     run that holds them. Up to 50,000 reference images are used."""
     started = time.perf_counter()
     wanted = figures.parse_metrics(metrics) if metrics is not None else None
+    if size is not None and not 1 <= size <= MOST_SIZE:
+        raise InputError(f"size={size}: from 1 to {MOST_SIZE:,} pixels")
     if n < 1 or batch_size < 1 or not math.isfinite(w):
         raise InputError(f"n={n}, batch_size={batch_size}, w={w}: counts of at least 1 and a finite strength")
     real, on = sources.open_images(str(reference)), pick_device(device)
@@ -64,9 +67,11 @@ def evaluate(
         samples = from_run(pipe, home, n, size, batch_size, settings, features)
     else:
         samples = from_disk(sources.open_images(str(source)), n, size, batch_size)
+        if (w, steps, scheduler, precision) != (2.0, 25, "dpmpp_2m", "auto"):
+            raise InputError(f"w, steps, scheduler and precision are for drawing from a run; {source} holds images")
     figures.check_enough(wanted, samples.total, samples.where)
     figures.check_enough(wanted, sources.count(real), str(reference))
-    file = figures.prepare(Path(out) if out else samples.out)
+    file = figures.prepare(Path(out) if out is not None else figures.free(samples.out, str(reference), wanted))
     judges = open_judges(wanted, features, samples, pipe, on)
 
     skipped: list[str] = []
@@ -87,6 +92,7 @@ def evaluate(
     result = {
         "source": str(source),
         "reference": str(reference),
+        "chosen": wanted,
         "metrics": values,
         "samples": len(places),
         "reference_images": len(real_features),

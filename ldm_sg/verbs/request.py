@@ -1,7 +1,7 @@
 """What a person asks of `sample`: the options, checked, and the signals that they mean."""
 
+import hashlib
 import io
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_sg.annotate.kinds import load_annotator
-from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, to_float, to_tensor
+from ldm_sg.data.images import MAX_PIXELS, BadImage, crop_resize, crop_resize_index, decode, to_float, to_tensor
 from ldm_sg.data.signals import PackedMasks, Signals
 from ldm_sg.errors import InputError, choices
 from ldm_sg.guidance.spatial import VOID
 from ldm_sg.pipeline import SelfGuidedPipeline
 
+MOST_W = 1000  # beyond it all is saturated, and float32 overflows
 VARY = ("layout", "content")
 PRESETS = {"paper": {"scheduler": "ddim", "steps": 250, "eta": 0.0, "w": 2.0}}
 
@@ -45,14 +46,20 @@ class SampleOptions:
     device: str = "auto"
 
     def settings(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k not in ("batch_size", "device")}
+        """What decides the pixels: files by their content too."""
+        values = {k: v for k, v in asdict(self).items() if k not in ("batch_size", "device")}
+        return values | {"sha256": [_digest(file) for file in (self.mask, self.like) if file]}
 
     def name(self) -> str:
         """The folder of these samples, where none is named."""
         what = "_".join(
-            [f"c{'-'.join(map(str, self.cluster))}"] * bool(self.cluster)
+            [f"c{'-'.join(map(str, self.cluster))}"[:40]] * bool(self.cluster)
             + [f"box{'-'.join(f'{c:g}' for c in self.box)}"] * bool(self.box)
-            + [f"{flag}-{Path(file).stem}" for flag, file in (("mask", self.mask), ("like", self.like)) if file]
+            + [
+                f"{flag}-{Path(file).stem[:40]}-{_digest(file)[:6]}"
+                for flag, file in (("mask", self.mask), ("like", self.like))
+                if file
+            ]
             + [f"vary-{self.vary}"] * bool(self.vary)
             + ["sweep"] * bool(self.sweep_w)
             + [f"interpolate{'-'.join(map(str, self.interpolate))}"] * bool(self.interpolate)
@@ -67,8 +74,13 @@ class SampleOptions:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: at least 1")
         for w in (self.w, *self.sweep_w):
-            if not math.isfinite(w):
-                raise InputError(f"w={w}: a finite number")
+            if not abs(w) <= MOST_W:
+                raise InputError(f"w={w}: a finite number, at most {MOST_W}")
+        if self.sweep_w and self.w != SampleOptions.w:
+            raise InputError(f"--sweep-w names its own strengths: leave --w {self.w:g} out")
+        for flag, file in (("mask", self.mask), ("like", self.like)):
+            if file == "":
+                raise InputError(f"--{flag} '': a file is needed")
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta={self.eta}: a share between 0 and 1")
         modes = [bool(self.sweep_w), bool(self.interpolate), self.trajectory]
@@ -84,18 +96,33 @@ class SampleOptions:
             raise InputError("--like takes the whole signal from the image: leave --cluster, --box and --mask out")
         if self.vary not in (None, *VARY):
             raise InputError(f"--vary {self.vary!r}; {choices(self.vary, VARY)}")
+        if self.mask and self.cluster:
+            raise InputError("--mask says which classes are where: leave --cluster out")
+        if self.vary == "content" and len(self.cluster) > 1:
+            raise InputError(f"--vary content varies one signal: give one --cluster, not {self.cluster}")
         if self.vary and (self.interpolate or self.trajectory):
             raise InputError("--vary, --interpolate and --trajectory draw different pictures: give one")
         if self.vary == "layout" and (self.box or self.mask or self.like):
             raise InputError("--vary layout draws other boxes or masks: leave --box, --mask and --like out")
 
 
+def _digest(file: str) -> str:
+    """sha256 of a file's content; empty where it cannot be read, which is told when it is."""
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
 def apply_preset(options: SampleOptions, preset: str | None) -> SampleOptions:
-    """The preset's settings over `options`."""
+    """`options` with the preset's settings; InputError where another value was asked for."""
     if preset is None:
         return options
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r}; {choices(preset, PRESETS)}")
+    for name, value in PRESETS[preset].items():
+        if getattr(options, name) not in (value, getattr(SampleOptions, name)):
+            raise InputError(f"{name}={getattr(options, name)}: preset {preset} means {name}={value}; leave one out")
     return SampleOptions(**{**asdict(options), **PRESETS[preset]})
 
 
@@ -106,6 +133,8 @@ def signals(pipe: SelfGuidedPipeline, options: SampleOptions) -> Signals:
         return _like(pipe, options.like)[torch.zeros(options.n, dtype=torch.long)]
     ids = [k for k in options.cluster for _ in range(options.n)] or None
     drawn = pipe.draw(len(ids) if ids else options.n, options.seed, clusters=ids)
+    if options.vary == "layout" and pipe.spec.spatial is None:
+        raise InputError(f"--vary layout: this run was trained without boxes or masks; it accepts {pipe.accepts()}")
     if options.vary == "content":
         drawn = drawn[torch.zeros(len(drawn), dtype=torch.long)]
     if options.box:
@@ -142,7 +171,11 @@ def _read_mask(path: Path, pipe: SelfGuidedPipeline) -> np.ndarray:
                 raise InputError(
                     f"--mask {path}: mode {image.mode}; an index image is needed: an 8-bit greyscale or palette PNG"
                 )
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(f"--mask {path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             mask = np.array(crop_resize_index(image, pipe.image_size))
+    except Image.DecompressionBombError as err:
+        raise InputError(f"--mask {path}: more than {MAX_PIXELS:,} pixels") from err
     except (OSError, SyntaxError) as err:
         raise InputError(f"--mask {path}: {getattr(err, 'strerror', None) or 'cannot be read as PNG'}") from err
     ids = np.unique(mask[mask != VOID])

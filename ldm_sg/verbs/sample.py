@@ -3,7 +3,9 @@
 import itertools
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,13 @@ from tqdm import tqdm
 from ldm_sg.data.signals import Signals, png
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance
+from ldm_sg.hardware import use_bf16
 from ldm_sg.pipeline import SelfGuidedPipeline, image_generator, make_solver, open_pipeline, slerp, step_arguments
 from ldm_sg.report.grids import best_scale, grid, labelled_rows
 from ldm_sg.report.signals import pictures
 from ldm_sg.verbs.request import SampleOptions, signals
+
+MOST_SHOWN = 400  # images in a grid
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,18 @@ class Batch:
 def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: bool = False) -> Path:
     """Writes NNNNNN.png, grid.png, samples.jsonl and settings.json into `out`; returns it."""
     options.check()
-    folder = Path(out) if out else Path(run) / "samples" / options.name()
+    folder = Path(out) if out is not None else Path(run) / "samples" / options.name()
     _refuse_foreign(folder, options, overwrite)
     pipe = open_pipeline(run, options.device)
-    make_solver(options.scheduler, pipe.scheduler, options.steps, pipe.device)  # refused before anything is drawn
+    use_bf16(options.precision, pipe.device)  # refused before anything is drawn
+    make_solver(options.scheduler, pipe.scheduler, options.steps, pipe.device)
     step_arguments(options.scheduler, [], options.eta)
     batches, columns, captions = plan(pipe, options)
     building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     building.mkdir(parents=True)
     try:
         _write(building, batches, columns, captions, options)
+        _keep_foreign(folder, building)
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
     finally:
@@ -105,7 +112,7 @@ def _interpolate(pipe: SelfGuidedPipeline, options: SampleOptions) -> Iterator[B
         a, b = slerp(ends[0], ends[1], share)
         arc.append(a * ends[0] + b * ends[1])
     for noise in (ends[0].expand(options.n, -1, -1, -1), torch.stack(arc)):
-        images = pipe(Guidance.from_k(k), options.w, options.steps, options.scheduler, options.seed, 0, noise=noise,
+        images = pipe(Guidance.from_k(k), options.w, options.steps, options.scheduler, options.seed, 0, options.eta, noise,
                       precision=options.precision)  # fmt: skip
         yield Batch(images, [_record(options, k=[first, last], share=s, w=options.w) for s in shares])
 
@@ -146,11 +153,13 @@ def _write(folder: Path, batches: Iterator[Batch], columns: int, captions: list[
                     (folder / record["mask"]).write_bytes(png(batch.asked.mask[i]))
                 lines.write(json.dumps({"file": name, **record}) + "\n")
                 count += 1
-            room = max(0, 400 - sum(map(len, shown)))
+            room = max(0, MOST_SHOWN - sum(map(len, shown)))
             shown.append(batch.images[:room])
             layout = None if batch.asked is None else pictures(batch.asked, batch.images.shape[-1])
             if layout is not None:
                 layouts.append(layout[:room])
+    if count > MOST_SHOWN:
+        print(f"note: grid.png shows the first {MOST_SHOWN} of {count:,} images", file=sys.stderr)
     _grid(torch.cat(shown), torch.cat(layouts) if layouts else None, columns, captions).save(folder / "grid.png")
     (folder / "settings.json").write_text(json.dumps(options.settings(), indent=2) + "\n")
 
@@ -170,7 +179,7 @@ def _grid(images: Tensor, layouts: Tensor | None, columns: int, captions: list[s
 
 
 def _refuse_foreign(folder: Path, options: SampleOptions, overwrite: bool) -> None:
-    if not folder.exists() or overwrite:
+    if not folder.exists():
         return
     if not folder.is_dir():
         raise InputError(f"--out {str(folder)!r} is a file")
@@ -180,5 +189,16 @@ def _refuse_foreign(folder: Path, options: SampleOptions, overwrite: bool) -> No
         if not any(folder.iterdir()):
             return
         raise InputError(f"--out {str(folder)!r} is not empty and holds no samples: choose another folder") from err
-    if there != options.settings():
+    if there != options.settings() and not overwrite:
         raise InputError(f"--out {str(folder)!r} holds samples of other settings: choose another, or add --overwrite")
+
+
+def _keep_foreign(folder: Path, building: Path) -> None:
+    """What others put beside the samples goes along; figures of them only while the settings are the same."""
+    if not folder.is_dir():
+        return
+    mine = re.compile(r"\d{6,}\.png|grid\.png|samples\.jsonl|settings\.json|masks")
+    settings = [(place / "settings.json").read_bytes() for place in (folder, building) if any(place.iterdir())]
+    for file in folder.iterdir():
+        if not mine.fullmatch(file.name) and (file.name != "evaluation.json" or len(set(settings)) == 1):
+            (shutil.copytree if file.is_dir() else shutil.copy2)(file, building / file.name)
