@@ -295,7 +295,11 @@ def test_flags_that_do_not_belong(voc, coco, tmp_path):
             {**paths, "split": str(write(tmp_path / "nobody.txt", "x\n"))},
             "none of its 1 images is in .*images: 'x', for example; there",
         ),
-        (src, {**paths, "split": str(write(tmp_path / "blank.txt", "\n"))}, "the list is empty"),
+        (
+            src,
+            {**paths, "split": str(write(tmp_path / "blank.txt", "\n"))},
+            "none of its 0 images is in .*: it is empty",
+        ),
         (src, {"merge": "cocostuff27"}, "--merge belongs to an image folder with --masks; there is no --masks"),
         (src, {"annotations": coco, "ignore_index": 3}, "--ignore-index belongs to an image folder with --masks"),
         (src, {**paths, "merge": "cocostuff"}, "--merge 'cocostuff': did you mean 'cocostuff27'"),

@@ -110,6 +110,15 @@ def test_samples_follow_a_drawn_mask(mask_run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "s" / "grid.png").is_file()
 
 
+def test_a_trajectory_shows_and_records_what_was_asked(mask_run: Path, tmp_path: Path) -> None:
+    flags = ("--trajectory", "-n", "2", "--steps", "4", "--seed", "3", "--out", tmp_path / "s")
+    assert invoke("sample", mask_run, *flags)[0] == 0
+    records = [json.loads(line) for line in (tmp_path / "s" / "samples.jsonl").read_text().splitlines()]
+    masks = [np.asarray(Image.open(tmp_path / "s" / record["mask"])) for record in records]
+    assert len(masks) == 8 and np.array_equal(masks[0], masks[3]) and not np.array_equal(masks[0], masks[4])
+    assert [record["index"] for record in records] == [0] * 4 + [1] * 4
+
+
 def test_samples_follow_a_drawn_box_and_its_label(box_run: Path, tmp_path: Path) -> None:
     code, output = invoke("sample", box_run, "--box", "8,1,15,8", "--cluster", "1", "-n", "6", "--out", tmp_path / "s")
     assert code == 0, output

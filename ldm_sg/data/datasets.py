@@ -104,11 +104,9 @@ class DatasetSource(ItemSource):
             left = set(folder.names).difference(names)
             others = left.union(map(_stem, left))
             if not names:
-                names = (
-                    f"{min(wanted)!r}, for example; there it is {folder.names[0]!r}" if wanted else "the list is empty"
-                )
+                said = f"{min(wanted)!r}, for example; there it is {folder.names[0]!r}" if wanted else "it is empty"
                 raise InputError(
-                    f"--split {beside.split}: none of its {len(wanted)} images is in {folder.root}: {names}"
+                    f"--split {beside.split}: none of its {len(wanted)} images is in {folder.root}: {said}"
                 )
         names = [*names, *lost]
         identity = folder.identity | {"images": len(names), "digest": digest(names)}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Formats that are pixels and nothing else: Pillow would also run Ghostscript on an EPS that is called .jpg.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+MAX_SIDE = 8192  # pixels of a square that images are cropped to
 MAX_PIXELS = 2**27  # 134 megapixels, 0.4 GB as RGB: more than cameras make; beyond it a header is taken for an attack
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {  # EXIF orientation -> what brings the image upright

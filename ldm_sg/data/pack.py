@@ -103,8 +103,7 @@ def _check(total: Summary, dst: Path, max_skipped: float) -> None:
         first = next(iter(_read_lines(dst / _LOGS[1])), {})
         raise InputError(
             f"{share}, more than max_skipped={max_skipped:g} allows; the first: {first.get('source')}: {first.get('reason')}; "
-            f"all are in {dst / _LOGS[1]}; mend them and pack into another "
-            "folder, or allow more"
+            f"all are in {dst / _LOGS[1]}; mend them and pack into another folder, or allow more"
         )
 
 

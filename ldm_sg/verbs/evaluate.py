@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.kinds import LoadedAnnotator
-from ldm_sg.data.images import to_float, to_uint8
+from ldm_sg.data.images import MAX_SIDE, to_float, to_uint8
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import figures, layout, sources
 from ldm_sg.evaluate.collect import Network, cached, collect
@@ -23,7 +23,6 @@ from ldm_sg.verbs.judged import from_disk, from_run
 from ldm_sg.verbs.judges import layouts, open_judges
 
 MOST_REFERENCE = 50_000  # reference images, spread over the whole set
-MOST_SIZE = 8192  # pixels
 CEILING = 1_000  # of them pass through the autoencoder, for the best that consistency can be
 
 
@@ -54,8 +53,8 @@ def evaluate(
     run that holds them. Up to 50,000 reference images are used."""
     started = time.perf_counter()
     wanted = figures.parse_metrics(metrics) if metrics is not None else None
-    if size is not None and not 1 <= size <= MOST_SIZE:
-        raise InputError(f"size={size}: from 1 to {MOST_SIZE:,} pixels")
+    if size is not None and not 1 <= size <= MAX_SIDE:
+        raise InputError(f"size={size}: from 1 to {MAX_SIDE:,} pixels")
     if n < 1 or batch_size < 1 or not math.isfinite(w):
         raise InputError(f"n={n}, batch_size={batch_size}, w={w}: counts of at least 1 and a finite strength")
     real, on = sources.open_images(str(reference)), pick_device(device)

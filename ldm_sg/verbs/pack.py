@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from ldm_sg.data.datasets import Beside
+from ldm_sg.data.images import MAX_SIDE
 from ldm_sg.data.pack import FORMATS, Form, Summary, pack_source
 from ldm_sg.data.sources import open_source
 from ldm_sg.errors import InputError, choices
@@ -38,7 +39,7 @@ def pack(
     if format not in FORMATS:
         raise InputError(f"format {format!r}; {choices(format, FORMATS)}")
     for name, value, low, high in (
-        ("size", size, 8, 8192),
+        ("size", size, 8, MAX_SIDE),
         ("shard_size", shard_size, 1, 1_000_000),
         ("quality", quality, 1, 100),
         ("workers", workers, -1, 1024),

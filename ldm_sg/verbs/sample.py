@@ -131,7 +131,8 @@ def _trajectory(pipe: SelfGuidedPipeline, options: SampleOptions) -> Iterator[Ba
         )  # fmt: skip
         frames = [pipe.decode(seen[step]) for step in shown[:-1]] + [final]
         said = chosen.describe(i)
-        yield Batch(torch.cat(frames), [_record(options, **said, index=i, step=s, w=options.w) for s in shown])
+        records = [_record(options, **said, index=i, step=s, w=options.w) for s in shown]
+        yield Batch(torch.cat(frames), records, chosen[torch.full((len(frames),), i)])
 
 
 def _record(options: SampleOptions, **what: Any) -> dict[str, Any]:
