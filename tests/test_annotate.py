@@ -111,6 +111,15 @@ def test_signals_are_what_the_saved_annotator_says_of_the_images(finished, tmp_p
     assert torch.allclose(annotator.features(images), torch.from_numpy(stored).float(), atol=2e-2)
 
 
+@pytest.mark.parametrize("name", ["annotator.yaml", "centroids.safetensors"])
+def test_a_damaged_annotator_is_told(name, finished, tmp_path):
+    folder = Path(shutil.copytree(finished[1] / "annotator", tmp_path / "annotator"))
+    (folder / name).write_text("{")
+    with pytest.raises(InputError, match="is damaged") as caught:
+        load_annotator(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_manifest_tells_what_made_it(finished):
     _, out = finished
     manifest = yaml.safe_load((out / "manifest.yaml").read_text())

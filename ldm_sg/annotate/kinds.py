@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm_sg.annotate.annotator import Annotator
@@ -69,13 +70,19 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
     path = folder / "annotator.yaml"
     if not path.is_file():
         raise InputError(f"{folder}: no annotator.yaml there; give the annotator/ folder of an annotation set or a run")
-    settings = yaml.safe_load(path.read_text())
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise InputError(f"{path} is damaged: {' '.join(str(err).split())}") from err
     if not isinstance(settings, dict) or not {"kind", "state", "config", "features"} <= set(settings):
         raise InputError(f"{path}: not of this version of ldm_sg: make the annotation set again")
     annotator = make_annotator(from_mapping(AnnotatorConfig, settings["config"], str(path)))
     for name, value in settings["state"].items():
         setattr(annotator, name, value)
-    annotator.restore(folder)
+    try:
+        annotator.restore(folder)
+    except (OSError, SafetensorError) as err:
+        raise InputError(f"{folder} is damaged or not complete: {' '.join(str(err).split())}") from err
     return annotator, settings
 
 
