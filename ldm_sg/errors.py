@@ -8,6 +8,11 @@ class InputError(ValueError):
     """Wrong input: the message names the value, where it is, and what would be right."""
 
 
+def one_line(err: Exception) -> str:
+    """What an exception says, for a message of ours."""
+    return " ".join(str(err).split()) or type(err).__name__
+
+
 def choices(value: object, allowed: Iterable[object]) -> str:
     """'; did you mean X?' when something allowed is close to `value`, otherwise the list of what is allowed."""
     names = sorted(str(a) for a in allowed)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ldm_sg.autoencoder import Autoencoder, load_autoencoder
 from ldm_sg.config import ObjectiveConfig
 from ldm_sg.data.signals import Signals
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, choices, one_line
 from ldm_sg.guidance.compose import Denoiser, cfg
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.hardware import pick_device, use_bf16
@@ -309,7 +309,7 @@ def open_pipeline(source: str | Path, device: str = "auto") -> SelfGuidedPipelin
             except InputError:
                 raise
             except (OSError, ValueError, KeyError, SafetensorError) as err:
-                raise InputError(f"{candidate} is damaged or not complete: {' '.join(str(err).split())}") from err
+                raise InputError(f"{candidate} is damaged or not complete: {one_line(err)}") from err
             pipe.unet.eval()
             return pipe
     if not folder.is_dir():

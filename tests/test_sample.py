@@ -173,11 +173,13 @@ def test_what_lies_beside_samples_stays(run: Path, tmp_path: Path) -> None:
     assert invoke(*command)[0] == 0
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("precious")
-    (tmp_path / "evaluation.json").write_text("{}")
+    for name in ("evaluation.json", "evaluation_2.json"):
+        (tmp_path / name).write_text("{}")
     assert invoke(*command)[0] == 0 and (tmp_path / "evaluation.json").is_file()
     assert invoke(*command, "--seed", "1", "--overwrite")[0] == 0
     assert (tmp_path / "notes" / "mine.txt").read_text() == "precious"
     assert not (tmp_path / "evaluation.json").exists()  # the figures were of other samples
+    assert not (tmp_path / "evaluation_2.json").exists()
 
 
 def test_eta_moves_interpolated_images_too(run: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ldm_sg.config import FeaturesConfig
 from ldm_sg.configfile import ASSETS, read_yaml
 from ldm_sg.data.latents import file_sha256
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, choices, one_line
 from ldm_sg.hardware import use_bf16
 
 EXTRACTORS = ASSETS / "extractors"
@@ -293,7 +293,7 @@ def _fetch(cfg: FeaturesConfig, create: Callable[[], nn.Module]) -> nn.Module:
     except Exception as err:  # hub, HTTP, SSL and timm errors have no common base
         raise InputError(
             f"features.model={cfg.model!r}: its weights cannot be had ({type(err).__name__}: "
-            f"{' '.join(str(err).split())[:200]}); give a local copy as features.weights=FILE"
+            f"{one_line(err)[:200]}); give a local copy as features.weights=FILE"
         ) from err
 
 
@@ -352,7 +352,7 @@ def _load_state(tower: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
     try:
         tower.load_state_dict(dict(state))
     except RuntimeError as err:
-        raise InputError(f"{path}: does not fit the model: {' '.join(str(err).split())[:200]}") from err
+        raise InputError(f"{path}: does not fit the model: {one_line(err)[:200]}") from err
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -22,7 +22,7 @@ from ldm_sg.config import AnnotatorConfig, FeaturesConfig
 from ldm_sg.configfile import from_mapping
 from ldm_sg.data.latents import file_sha256, set_hash
 from ldm_sg.data.signals import Signals
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, choices, one_line
 
 KINDS: dict[str, type[Annotator]] = {
     f.kind: f for f in (Clusters, Boxes, Segments, Oracle, Random, Features, Centroids, Neighbours)
@@ -73,7 +73,7 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
     try:
         settings = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise InputError(f"{path} is damaged: {' '.join(str(err).split())}") from err
+        raise InputError(f"{path} is damaged: {one_line(err)}") from err
     if not isinstance(settings, dict) or not {"kind", "state", "config", "features"} <= set(settings):
         raise InputError(f"{path}: not of this version of ldm_sg: make the annotation set again")
     annotator = make_annotator(from_mapping(AnnotatorConfig, settings["config"], str(path)))
@@ -82,7 +82,7 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
     try:
         annotator.restore(folder)
     except (OSError, SafetensorError) as err:
-        raise InputError(f"{folder} is damaged or not complete: {' '.join(str(err).split())}") from err
+        raise InputError(f"{folder} is damaged or not complete: {one_line(err)}") from err
     return annotator, settings
 
 

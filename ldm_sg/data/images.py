@@ -18,6 +18,8 @@ from PIL import (  # noqa: F401  (a format exists once its plugin is imported)
     WebPImagePlugin,
 )
 
+from ldm_sg.errors import one_line
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -67,7 +69,7 @@ def decode(data: bytes, key: str = "") -> Image.Image:
     except (
         Exception
     ) as err:  # damaged files make Pillow raise OSError, ValueError, SyntaxError, struct.error, zlib.error ...
-        raise BadImage(f"cannot be decoded: {' '.join(str(err).split()) or type(err).__name__}", key) from err
+        raise BadImage(f"cannot be decoded: {one_line(err)}", key) from err
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -158,4 +160,4 @@ def decode_index(data: bytes, size: tuple[int, int]) -> Image.Image:
     except BadImage:
         raise
     except Exception as err:  # as in `decode`
-        raise BadImage(f"its mask cannot be decoded: {' '.join(str(err).split()) or type(err).__name__}") from err
+        raise BadImage(f"its mask cannot be decoded: {one_line(err)}") from err

@@ -71,6 +71,11 @@ class GuidanceSpec:
     feature_dim: int = 0  # D of `feature`; 0 = none
 
     @property
+    def one_id(self) -> bool:
+        """k is one id an image."""
+        return self.num_labels > 0 and not self.multi_hot
+
+    @property
     def spatial_channels(self) -> int:
         """S of k_s."""
         return {None: 0, "box": 1, "mask": self.num_labels}[self.spatial]

@@ -21,6 +21,7 @@ from ldm_sg.hardware import pick_device
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.verbs.judged import from_disk, from_run
 from ldm_sg.verbs.judges import layouts, open_judges
+from ldm_sg.verbs.request import SampleOptions
 
 MOST_REFERENCE = 50_000  # reference images, spread over the whole set
 CEILING = 1_000  # of them pass through the autoencoder, for the best that consistency can be
@@ -34,9 +35,9 @@ def evaluate(
     features: str | None = None,
     out: str | Path | None = None,
     size: int | None = None,
-    w: float = 2.0,
-    steps: int = 25,
-    scheduler: str = "dpmpp_2m",
+    w: float = SampleOptions.w,
+    steps: int = SampleOptions.steps,
+    scheduler: str = SampleOptions.scheduler,
     seed: int = 0,
     batch_size: int = 64,
     device: str = "auto",
@@ -66,7 +67,7 @@ def evaluate(
         samples = from_run(pipe, home, n, size, batch_size, settings, features)
     else:
         samples = from_disk(sources.open_images(str(source)), n, size, batch_size)
-        if (w, steps, scheduler, precision) != (2.0, 25, "dpmpp_2m", "auto"):
+        if (w, steps, scheduler, precision) != (SampleOptions.w, SampleOptions.steps, SampleOptions.scheduler, "auto"):
             raise InputError(f"w, steps, scheduler and precision are for drawing from a run; {source} holds images")
     figures.check_enough(wanted, samples.total, samples.where)
     figures.check_enough(wanted, sources.count(real), str(reference))
@@ -114,8 +115,7 @@ def evaluate(
 def _own_metrics(pipe: SelfGuidedPipeline | None) -> list[str]:
     if pipe is None:
         return []
-    ids = pipe.spec.num_labels > 0 and not pipe.spec.multi_hot
-    return ["consistency"] * ids + ["layout"] * (pipe.spec.spatial is not None)
+    return ["consistency"] * pipe.spec.one_id + ["layout"] * (pipe.spec.spatial is not None)
 
 
 def _is_run(folder: Path) -> bool:

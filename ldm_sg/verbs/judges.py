@@ -72,7 +72,7 @@ def open_judges(
         network = annotator.extractor
     figures.check_network(wanted, network)
     if ids is not None and annotator is not None:
-        if annotator.f.spec.multi_hot or not annotator.f.spec.num_labels:
+        if not annotator.f.spec.one_id:
             raise InputError(
                 f"{pipe.annotator_folder if pipe else samples.where}: its annotator gives no cluster ids, so "
                 "consistency cannot be judged by it"

@@ -1,6 +1,5 @@
 """What a person asks of `sample`: the options, checked, and the signals that they mean."""
 
-import hashlib
 import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ldm_sg.annotate.kinds import load_annotator
 from ldm_sg.data.images import MAX_PIXELS, BadImage, crop_resize, crop_resize_index, decode, to_float, to_tensor
+from ldm_sg.data.latents import file_sha256
 from ldm_sg.data.signals import PackedMasks, Signals
 from ldm_sg.errors import InputError, choices
 from ldm_sg.guidance.spatial import VOID
@@ -109,7 +109,7 @@ class SampleOptions:
 def _digest(file: str) -> str:
     """sha256 of a file's content; empty where it cannot be read, which is told when it is."""
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return file_sha256(file)
     except OSError:
         return ""
 

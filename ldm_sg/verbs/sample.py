@@ -196,10 +196,11 @@ def _refuse_foreign(folder: Path, options: SampleOptions, overwrite: bool) -> No
 
 def _keep_foreign(folder: Path, building: Path) -> None:
     """What others put beside the samples goes along; figures of them only while the settings are the same."""
-    if not folder.is_dir():
+    if not folder.is_dir() or not any(folder.iterdir()):
         return
-    mine = re.compile(r"\d{6,}\.png|grid\.png|samples\.jsonl|settings\.json|masks")
-    settings = [(place / "settings.json").read_bytes() for place in (folder, building) if any(place.iterdir())]
+    same = (folder / "settings.json").read_bytes() == (building / "settings.json").read_bytes()
+    mine = r"\d{6,}\.png|grid\.png|samples\.jsonl|settings\.json|masks"
+    replaced = re.compile(mine if same else mine + r"|evaluation(_\d+)?\.json")
     for file in folder.iterdir():
-        if not mine.fullmatch(file.name) and (file.name != "evaluation.json" or len(set(settings)) == 1):
+        if not replaced.fullmatch(file.name):
             (shutil.copytree if file.is_dir() else shutil.copy2)(file, building / file.name)
