@@ -225,11 +225,15 @@ class TrainConfig:
 
 @dataclass
 class FitAutoencoderConfig:
-    """A small KL autoencoder. Its factor is patch * 2 ** (len(widths) - 1)."""
+    """A small KL autoencoder, whose factor is patch * 2 ** (len(widths) - 1), or `init`'s network fitted on."""
 
     shards: Any = "???"  # glob, or mapping name -> glob; the first one's latents are those that come out normalised
     out: str = "???"  # folder of the fit, and of the autoencoder: `autoencoder=OUT` uses it
     name: str | None = None  # None = the folder's name
+    init: str | None = (
+        None  # an autoencoder (kl or tiny) to start from; channels, patch, widths and blocks are then its own
+    )
+    part: str = "all"  # what is fitted: all, or with init its decoder alone (latents stay what they are)
     holdout: dict[str, int] = field(default_factory=dict)  # name -> how many of its last images are not trained on
     val_shards: dict[str, str] = field(default_factory=dict)  # name -> glob of held-out images
     zoom: dict[str, float] = field(default_factory=dict)  # name -> read at zoom * size pixels, for random crops
@@ -246,6 +250,7 @@ class FitAutoencoderConfig:
     lpips_size: int = 64  # smaller images are enlarged to this first
     gan: float = 0.0  # weight of the PatchGAN, relative to the reconstruction's gradient
     gan_start: float = 0.6  # share of the steps after which it begins
+    gan_lr: float = 5e-4  # of its critic, which starts from nothing whatever the autoencoder starts from
     steps: int = 10_000
     batch_size: int = 32
     lr: float = 1e-3
@@ -266,11 +271,13 @@ class FitAutoencoderConfig:
         counts = ("size", "channels", "patch", "blocks", "steps", "batch_size", "log_every", "val_every")
         for name in (*counts, "checkpoint_every"):
             _need(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        decoder = self.part == "decoder" and self.init is not None
+        _need("part", self.part, self.part == "all" or decoder, "all, or with init= decoder")
         fitting = bool(self.widths) and all(w >= 8 and w % 8 == 0 for w in self.widths)
         _need("widths", self.widths, fitting, "one multiple of 8 a level (group norm has 8 groups)")
         factor = self.patch * 2 ** (len(self.widths) - 1)
         what = f"patch and widths make a factor of {factor}; give a multiple of {2 * factor}"
-        _need("size", self.size, self.size % (2 * factor) == 0, what)
+        _need("size", self.size, self.init is not None or self.size % (2 * factor) == 0, what)
         _need("shards", self.shards, isinstance(self.shards, str | dict), "a glob, or a mapping from names to globs")
         names = list(self.shards) if isinstance(self.shards, dict) else ["train"]
         for key in ("holdout", "zoom"):

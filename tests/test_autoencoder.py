@@ -251,8 +251,8 @@ def fruit():
 
 
 def test_shipped_autoencoder_reconstructs_held_out_fruit(fruit):
-    auto = load_autoencoder("demo-kl-f8")
-    assert (ROOT / "autoencoders/demo-kl-f8/model.safetensors").stat().st_size <= 4e6
+    auto = load_autoencoder("demo-f8c16")
+    assert (ROOT / "autoencoders/demo-f8c16/model.safetensors").stat().st_size <= 12e6
     images = to_float(fruit)
     z = auto.encode(images)
     assert z.shape == (100, auto.channels, 8, 8)

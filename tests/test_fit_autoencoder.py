@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 
 from ldm_sg.autoencoder import load_autoencoder
@@ -93,6 +94,39 @@ def test_fit_learns_and_writes_an_autoencoder(config):
     assert fit_autoencoder(config) == out and weights(out) == before
 
 
+@pytest.fixture
+def tiny(tmp_path):
+    """A bare diffusers folder: TAESD's architecture in small, with random weights."""
+    torch.manual_seed(0)
+    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "latent_channels": 4}
+    net = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    net.save_pretrained(tmp_path / "tiny")
+    return str(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("part", ["decoder", "all"])
+def test_a_tiny_autoencoder_is_fitted_on(config, tiny, part):
+    """By its decoder alone: the encoder stays bit for bit, so latents that were stored keep their meaning."""
+    config = dataclasses.replace(config, init=tiny, part=part, half=0, steps=60, log_every=10, gan=0.1, gan_start=0.5)
+    auto = load_autoencoder(fit_autoencoder(config))
+    assert (auto.kind, auto.channels, auto.factor) == ("tiny", 4, 2) and "patch" not in auto.manifest
+    log = rows(config.out)
+    assert float(log[-1]["l1"]) < 0.7 * float(log[0]["l1"])
+    before, after = load_autoencoder(tiny).codec.net.state_dict(), auto.codec.net.state_dict()
+    moved = {key.partition(".")[0] for key in before if not torch.equal(before[key].half(), after[key].half())}
+    assert moved == ({"decoder"} if part == "decoder" else {"encoder", "decoder"})
+
+
+def test_a_kl_autoencoder_is_fitted_on_with_its_patch(config):
+    first = load_autoencoder(fit_autoencoder(config))
+    config = dataclasses.replace(config, init=config.out, part="decoder", out=f"{config.out}-on", widths=[8], steps=5)
+    again = load_autoencoder(fit_autoencoder(config))
+    assert (again.kind, again.factor, again.manifest["patch"]) == ("kl", 4, 2)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(again.encode_raw(images), first.encode_raw(images))
+    assert not torch.equal(again.decode(first.encode(images)), first.decode(first.encode(images)))
+
+
 def test_an_interrupted_fit_resumes_to_the_same_weights(config, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the middle of step 14: the step is finished, saved, and the end is the same as without it."""
     whole = fit_autoencoder(dataclasses.replace(config, out=str(tmp_path / "whole")))
@@ -161,6 +195,10 @@ def test_wrong_input_is_named(config, shard):
         r"holdout\.a=24": {"holdout": {"a": 24}},
         "no file matches": {"shards": {"a": "nowhere/*.tar"}},
         "steps=0": {"steps": 0},
+        "part=decoder: all, or with init= decoder": {"part": "decoder"},
+        "part=encoder": {"part": "encoder", "init": "patch2"},
+        r"init='patch2': only .* kl and tiny": {"init": "patch2"},
+        "needs a multiple of 8": {"init": "demo-f8c16", "size": 20},
         "lpips_weights='nowhere'": {"lpips": 1.0, "lpips_weights": "nowhere"},
     }
     for message, change in cases.items():
@@ -180,10 +218,10 @@ def test_every_config_builds(path):
         "shards.church=a",
         "shards.imagenette=a",
         "shards.clothing=a",
-        "val_shards.church_val=a",
+        *(f"val_shards.{name}=a" for name in ("church_val", "clothing_val", "blood_cells", "road_scenes")),
         "lpips_weights=a",
     ]
     config = load(FitAutoencoderConfig, path, given if path.stem == "demo" else None)
     config.check()
-    net = training.make_net(config)
-    assert sum(p.numel() for p in net.parameters()) * 2 < 4e6
+    if config.init is None:
+        assert sum(p.numel() for p in training.make_net(config).parameters()) * 2 < 12e6

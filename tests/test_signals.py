@@ -335,7 +335,7 @@ def test_shards_without_a_usable_image(kind: str, tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "a.tar") as writer:
         writer.write("000", {"png": b"no image"})
     cfg = boxes_config(tmp_path, str(tmp_path / "a.tar"), centre=True)
-    cfg.size, cfg.annotator.kind, cfg.autoencoder = SIZE, kind, "demo-kl-f8"  # one that need not be measured
+    cfg.size, cfg.annotator.kind, cfg.autoencoder = SIZE, kind, "demo-f8c16"  # one that need not be measured
     with pytest.raises(InputError, match="no usable image"):
         annotate(cfg)
 

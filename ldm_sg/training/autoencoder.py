@@ -1,5 +1,5 @@
-"""Fitting a small KL autoencoder: L1 + LPIPS + PatchGAN + KL, with noise on the latents so that the decoder forgives a
-diffusion net's small errors.
+"""Fitting a small autoencoder, from scratch (KL) or from another one (KL or tiny): L1 + LPIPS + PatchGAN + KL, with noise
+on the latents so that the decoder forgives a diffusion net's small errors.
 
 Everything random in step t is a function of (seed, t), so that a resumed fit is the fit that never stopped."""
 
@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import Tensor, nn
 
+from ldm_sg.autoencoder import load_autoencoder
+from ldm_sg.autoencoder.kinds import KL, Tiny
 from ldm_sg.config import FitAutoencoderConfig
 from ldm_sg.errors import InputError
 
@@ -130,14 +132,30 @@ def make_net(config: FitAutoencoderConfig) -> AutoencoderKL:
     return net
 
 
+def starting_point(config: FitAutoencoderConfig) -> tuple[nn.Module, str, int]:
+    """The network to fit, its kind and its patch: a fresh one, or `config.init`'s. InputError where that cannot be fitted."""
+    if config.init is None:
+        return make_net(config), "kl", config.patch
+    codec = load_autoencoder(config.init).codec
+    if not isinstance(codec, KL | Tiny):
+        raise InputError(f"init={config.init!r}: only autoencoders of kind kl and tiny are fitted")
+    if config.size % codec.factor:
+        raise InputError(f"size={config.size}: init={config.init!r} needs a multiple of {codec.factor}")
+    return codec.net.requires_grad_(True), "kl" if isinstance(codec, KL) else "tiny", getattr(codec, "patch", 1)
+
+
 class Fit:
     """The state of a fit: net, its running average, critic, optimisers. `step()` is one update."""
 
     def __init__(self, config: FitAutoencoderConfig, device: torch.device, bf16: bool) -> None:
         self.config, self.device, self.bf16, self.steps = config, device, bf16, 0
-        self.net = make_net(config).to(device).train()
+        net, self.kind, self.patch = starting_point(config)
+        self.net = net.to(device).train()
+        if config.part == "decoder":
+            self.net.encoder.requires_grad_(False)
         self.average = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        fitted = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(fitted, config.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.perceptual = perceptual_distance(config.lpips_weights).to(device) if config.lpips > 0 else None
         self.critic: nn.Module | None = None
         if config.gan > 0:
@@ -160,7 +178,7 @@ class Fit:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if adversarial:
-            losses["critic"] = self._train_critic(images, fake.detach(), rate / 2)
+            losses["critic"] = self._train_critic(images, fake.detach(), self.config.gan_lr * rate / self.config.lr)
         self.steps += 1
         self._average()
         return {name: float(value.detach()) for name, value in losses.items()}
@@ -168,13 +186,10 @@ class Fit:
     def _reconstruct(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            posterior = self.net.encode(F.pixel_unshuffle(images, c.patch)).latent_dist
-            mean, logvar = posterior.mean.float(), posterior.logvar.float()
-            noise = torch.randn(mean.shape, generator=generator).to(self.device)
-            z = add_noise(mean + noise * (0.5 * logvar).exp(), c.noise, generator)
+            latents, kl = self._encode(images, generator)
+            z = add_noise(latents, c.noise, generator)
             fake = self._decode(z)
-            losses = {"l1": (fake - images).abs().mean()}
-            losses["kl"] = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / images.numel()
+            losses = {"l1": (fake - images).abs().mean(), **kl}
             if c.half > 0:
                 losses["half"] = (self._decode(F.avg_pool2d(z, 2)) - F.avg_pool2d(images, 2)).abs().mean()
             if self.perceptual is not None:
@@ -185,8 +200,22 @@ class Fit:
                 losses["lpips"] = self.perceptual(*pair).float().mean()
         return fake, losses
 
+    def _encode(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents, and where they are a posterior's and fitted its KL; a tiny autoencoder's are not random."""
+        fitted = self.config.part == "all"
+        with torch.set_grad_enabled(fitted):
+            encoded = self.net.encode(F.pixel_unshuffle(images, self.patch))
+        if self.kind == "tiny":
+            return encoded.latents.float(), {}
+        mean, logvar = encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
+        if not fitted:
+            return mean, {}
+        noise = torch.randn(mean.shape, generator=generator).to(self.device)
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / images.numel()
+        return mean + noise * (0.5 * logvar).exp(), {"kl": kl}
+
     def _decode(self, z: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.net.decode(z).sample, self.config.patch).float()
+        return F.pixel_shuffle(self.net.decode(z).sample, self.patch).float()
 
     def _judge(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -194,7 +223,7 @@ class Fit:
 
     def _gan_weight(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
         """VQGAN (Esser et al., 2021), Eq. 7: the ratio of the two gradients at the decoder's last layer."""
-        last = self.net.decoder.conv_out.weight
+        last = self.net.decoder.layers[-1].weight if self.kind == "tiny" else self.net.decoder.conv_out.weight
         ours, theirs = (
             torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
         )

@@ -1,4 +1,4 @@
-"""fit-autoencoder: images -> a small KL autoencoder that `autoencoder=FOLDER` uses."""
+"""fit-autoencoder: images -> a small autoencoder that `autoencoder=FOLDER` uses."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ldm_sg.autoencoder import Autoencoder, measure_normalisation
 from ldm_sg.autoencoder import manifest as manifests
-from ldm_sg.autoencoder.kinds import KL, plain_config
+from ldm_sg.autoencoder.kinds import KINDS, plain_config
 from ldm_sg.config import FitAutoencoderConfig
 from ldm_sg.configfile import claim
 from ldm_sg.data.images import to_float, to_uint8
@@ -104,17 +104,17 @@ def current(fit: Fit, source: Source, out: Path, images: int) -> Autoencoder:
     temporary.replace(out / "model.safetensors")
     manifest = {
         "name": c.name or out.resolve().name,
-        "kind": "kl",
+        "kind": fit.kind,
         "source": {"file": "model.safetensors"},
         "sha256": manifests.sha256(out / "model.safetensors"),
         "licence": c.licence,
-        "patch": c.patch,
+        "patch": fit.patch if fit.kind == "kl" else None,
         "net": plain_config(fit.net),
         "params": sum(p.numel() for p in fit.net.parameters()),
         "data": c.data,
         "recipe": c.recipe,
     }
-    autoencoder = Autoencoder(KL(manifest, out / "model.safetensors"), manifest).to(fit.device)
+    autoencoder = Autoencoder(KINDS[fit.kind](manifest, out / "model.safetensors"), manifest).to(fit.device)
     batches = source.images[:images].split(64)
     measure_normalisation(autoencoder, (_shrink(to_float(batch), c.size) for batch in batches))
     return autoencoder
