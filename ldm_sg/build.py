@@ -12,7 +12,8 @@ from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
 from ldm_sg.models.unet import GuidedUNet, make_unet
 from ldm_sg.objective import Objective
-from ldm_sg.pipeline import SelfGuidedPipeline, noise_scheduler, objective_of
+from ldm_sg.pipeline import SelfGuidedPipeline
+from ldm_sg.sampling.schedules import noise_scheduler, objective_of
 
 
 def view_side(config: TrainConfig, latents: LatentSet) -> int:
@@ -64,7 +65,7 @@ class PipelineWriter:
     """Makes pipelines around a network, sharing everything that training does not change."""
 
     def __init__(self, config: TrainConfig, latents: LatentSet, device: torch.device) -> None:
-        self.scheduler = noise_scheduler(config.objective)
+        self.scheduler, self.drop = noise_scheduler(config.objective), config.guidance.drop
         self.source_size = latents.manifest["size"] if config.crop else None
         side, full = view_side(config, latents), latents.latent_shape[1]
         self.signals = latents.signals if side == full else latents.signals.centre(side / full)
@@ -73,7 +74,7 @@ class PipelineWriter:
 
     def pipeline(self, network: nn.Module) -> SelfGuidedPipeline:
         assert isinstance(network, GuidedUNet)
-        pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler, self.source_size)
+        pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler, self.source_size, self.drop)
         pipe.attach(self.autoencoder, self.signals, self.annotator)
         return pipe
 

@@ -158,36 +158,28 @@ def sample(
     ] = "fp32",
     sweep_w: Annotated[str | None, typer.Option(help="One row a strength: 0,1,2,3")] = None,
     interpolate: Annotated[str | None, typer.Option(help="Walk between two clusters: 3,17")] = None,
+    spacing: Annotated[
+        str, typer.Option(help="Where the solver evaluates: log_snr, trailing, or uniform as the paper's code.")
+    ] = "log_snr",
+    strategy: Annotated[str, typer.Option(help="How w is applied: cfg, cfg_zero or apg.")] = "cfg",
+    rescale: Annotated[float, typer.Option(help="cfg: share of the guided std brought back, 0 to 1.")] = 0.0,
+    interval: Annotated[str | None, typer.Option(help="w is 1 outside these noise levels: 0.2,0.8")] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Rows of predicted images over the steps.")] = False,
     out: Annotated[str | None, typer.Option(help="Folder; default RUN/samples/SETTINGS.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples of other settings in --out.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Run -> PNGs, grid.png and one JSON line an image."""
-    strengths, ends = _numbers("--sweep-w", sweep_w, float), _numbers("--interpolate", interpolate, int)
-    corners = _numbers("--box", box, float)
-    from ldm_sg.verbs.request import SampleOptions, apply_preset
+    from ldm_sg.sampling.request import SampleOptions, apply_preset
     from ldm_sg.verbs.sample import sample as draw
 
     options = SampleOptions(
-        list(cluster or []),
-        corners,
-        mask,
-        like,
-        vary,
-        n,
-        w,
-        steps,
-        scheduler,
-        eta,
-        seed,
-        batch_size,
-        strengths,
-        ends,
-        trajectory,
-        precision,
-        device,
-    )
+        cluster=list(cluster or []), box=_numbers("--box", box, float), mask=mask, like=like, vary=vary, n=n, w=w,
+        steps=steps, scheduler=scheduler, spacing=spacing, eta=eta, strategy=strategy, rescale=rescale,
+        interval=_numbers("--interval", interval, float), seed=seed, batch_size=batch_size,
+        sweep_w=_numbers("--sweep-w", sweep_w, float), interpolate=_numbers("--interpolate", interpolate, int),
+        trajectory=trajectory, precision=precision, device=device,
+    )  # fmt: skip
     print(draw(run, apply_preset(options, preset), out, overwrite) / "grid.png")
 
 

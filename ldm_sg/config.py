@@ -26,6 +26,8 @@ class FeaturesConfig:
 
 
 SEGMENT_METHODS = ("stego", "patch_kmeans")
+KINDS = ("eps", "v", "x0", "flow")  # what a network predicts
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 @dataclass
@@ -171,7 +173,30 @@ class ObjectiveConfig:
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     timesteps: int = 1000
+    zero_snr: bool = False  # v, x0: betas rescaled so that the last time is pure noise (Lin et al., 2023)
+    shift: float = 1.0  # sigma / alpha times this: above 1 more noise, for latents of many channels or pixels
     min_snr: float | None = None  # gamma of min-SNR weighting (Hang et al., 2023); None = no weighting
+
+    def check(self) -> None:
+        """Raises InputError for a value, or a combination of them, that cannot be."""
+        for name, allowed in (("kind", KINDS), ("schedule", SCHEDULES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InputError(f"objective.{name}={value!r}; {choices(value, allowed)}")
+        flow = self.kind == "flow"
+        _need(
+            "objective.min_snr", self.min_snr, self.min_snr is None or 0 < self.min_snr < math.inf, "null, or above 0"
+        )
+        _need(
+            "objective.min_snr", self.min_snr, self.min_snr is None or not flow, "flow has no min-SNR weighting; null"
+        )
+        _need("objective.timesteps", self.timesteps, self.timesteps >= 2, "at least 2")
+        betas = (self.beta_start, self.beta_end)
+        _need("objective.beta_start, beta_end", betas, 0 < betas[0] <= betas[1] < 1, "0 < beta_start <= beta_end < 1")
+        _need("objective.shift", self.shift, 0 < self.shift < math.inf, "a finite number above 0")
+        velocity = self.kind in ("v", "x0")
+        _need("objective.zero_snr", self.zero_snr, velocity or not self.zero_snr, "for kind v or x0: eps says nothing of "
+              "the image at pure noise, and flow has it already")  # fmt: skip
 
 
 @dataclass
@@ -215,11 +240,7 @@ class TrainConfig:
         _need("val_share", self.val_share, 0 <= self.val_share < 1, "a share from 0 to below 1")
         for name, share in (("guidance.drop", self.guidance.drop), ("decay", self.decay)):
             _need(name, share, 0 <= share <= 1, "a share between 0 and 1")
-        snr = self.objective.min_snr
-        _need("objective.min_snr", snr, snr is None or 0 < snr < math.inf, "null, or a finite number above 0")
-        _need("objective.timesteps", self.objective.timesteps, self.objective.timesteps >= 2, "at least 2")
-        betas = (self.objective.beta_start, self.objective.beta_end)
-        _need("objective.beta_start, beta_end", betas, 0 < betas[0] <= betas[1] < 1, "0 < beta_start <= beta_end < 1")
+        self.objective.check()
         model_config(self.model)
 
 

@@ -17,7 +17,7 @@ from ldm_sg.config import AnnotateConfig, TrainConfig, model_config
 from ldm_sg.configfile import ROOT, load
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.models.unet import make_unet
-from ldm_sg.pipeline import noise_scheduler
+from ldm_sg.sampling.schedules import noise_scheduler
 
 SCHEMAS = {
     "annotate": "AnnotateConfig",

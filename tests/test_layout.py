@@ -17,9 +17,9 @@ from ldm_sg.errors import InputError
 from ldm_sg.evaluate.layout import box_figures, faithfulness, mask_figures
 from ldm_sg.guidance.spatial import VOID
 from ldm_sg.pipeline import open_pipeline
+from ldm_sg.sampling.request import SampleOptions, signals
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.evaluate import evaluate
-from ldm_sg.verbs.request import SampleOptions, signals
 from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from ldm_sg.cli import app
 from ldm_sg.config import ObjectiveConfig
 from ldm_sg.errors import InputError
-from ldm_sg.pipeline import SOLVERS, SelfGuidedPipeline, open_pipeline
-from ldm_sg.verbs.request import SampleOptions
+from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
+from ldm_sg.sampling.request import SampleOptions
+from ldm_sg.sampling.solvers import SOLVERS
 from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 

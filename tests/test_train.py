@@ -21,10 +21,10 @@ from ldm_sg.configfile import load, to_yaml
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
 from ldm_sg.pipeline import open_pipeline
+from ldm_sg.sampling.request import SampleOptions, signals
 from ldm_sg.training.callbacks import ema_update
 from ldm_sg.training.data import Steps, mix_seed, split
 from ldm_sg.training.diffusion import lr_factor
-from ldm_sg.verbs.request import SampleOptions, signals
 from ldm_sg.verbs.train import train
 
 

@@ -19,10 +19,10 @@ from ldm_sg.report import grids
 from ldm_sg.report.annotation import first_images, members
 from ldm_sg.report.run import write_report
 from ldm_sg.report.signals import pictures
+from ldm_sg.sampling.request import SampleOptions
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.evaluate import evaluate
 from ldm_sg.verbs.pack import pack
-from ldm_sg.verbs.request import SampleOptions
 from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 

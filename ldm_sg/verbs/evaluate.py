@@ -19,9 +19,9 @@ from ldm_sg.evaluate.consistency import consistency
 from ldm_sg.evaluate.inception import Inception
 from ldm_sg.hardware import pick_device
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
+from ldm_sg.sampling.request import SampleOptions
 from ldm_sg.verbs.judged import from_disk, from_run
 from ldm_sg.verbs.judges import layouts, open_judges
-from ldm_sg.verbs.request import SampleOptions
 
 MOST_REFERENCE = 50_000  # reference images, spread over the whole set
 CEILING = 1_000  # of them pass through the autoencoder, for the best that consistency can be

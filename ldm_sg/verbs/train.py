@@ -82,5 +82,5 @@ def _draw(pipe: SelfGuidedPipeline, path: Path) -> None:
     """The same 40 signals and noises at every call, so that grids of one run can be compared."""
     path.parent.mkdir(exist_ok=True)
     pipe.unet.eval()
-    images = pipe(pipe.draw(40, seed=0), w=2.0, seed=0, precision="auto")
+    images = pipe(pipe.draw(40, seed=0), w=pipe.usual_w, seed=0, precision="auto")
     grid(images, columns=10).save(path)
