@@ -157,6 +157,8 @@ class ModelConfig:
     tokens: str = "vector"  # cross-attention reads: vector (T tokens made of k), concepts (one a present id), none
     num_tokens: int = 8
     token_width: int = 32
+    scale_shift: bool = False  # time and k scale and shift each block's second norm, instead of being added before it
+    residual_updown: bool = False  # halve and double in residual blocks instead of by a convolution; with tokens: none
 
 
 @dataclass

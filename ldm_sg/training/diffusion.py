@@ -2,7 +2,7 @@
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.guidance.compose import Denoiser
@@ -17,7 +17,7 @@ class DiffusionModule(pl.LightningModule):
     """Noise, times and dropped guidance are drawn for the whole global batch from (seed, step) and each rank takes its
     slice: a run is the same on one device or many, interrupted or not."""
 
-    def __init__(self, network: torch.nn.Module, objective: Objective, config: TrainConfig) -> None:
+    def __init__(self, network: nn.Module, objective: Objective, config: TrainConfig) -> None:
         super().__init__()
         self.network, self.objective, self.config = network, objective, config
 
@@ -55,11 +55,18 @@ class DiffusionModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         config = self.config
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), config.lr, weight_decay=config.weight_decay, fused=self.device.type == "cuda"
-        )
+        weights, rest = decayed(self.network)
+        groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, config.lr, fused=self.device.type == "cuda")
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def decayed(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters with weight decay, the weights of linear and convolutional layers, and without: biases, norms, embeddings."""
+    weights = [m.weight for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    ids = {id(p) for p in weights}
+    return weights, [p for p in network.parameters() if id(p) not in ids]
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
