@@ -1,6 +1,7 @@
 """The command line. Torch is imported inside the verbs, so that --help answers at once."""
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,9 @@ class ExitCodes(TyperGroup):
     """0 done, 2 wrong input (one line on stderr), 130 interrupted, 1 a bug (traceback)."""
 
     def invoke(self, ctx: Any) -> Any:
+        # libgomp's threads spin for 300,000 rounds at a barrier, which takes the cores from other jobs; benchmarks/RESULTS.md
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         try:
             return super().invoke(ctx)
         except InputError as err:
@@ -25,7 +29,8 @@ class ExitCodes(TyperGroup):
                 raise
             print(f"ldm-sg: {err.filename or 'while writing'}: {err.strerror}", file=sys.stderr)
             ctx.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as err:
+            print(f"ldm-sg: {err or 'interrupted'}", file=sys.stderr)
             ctx.exit(130)
 
 
@@ -42,6 +47,9 @@ app = typer.Typer(
 Config = Annotated[Path, typer.Argument(help="YAML under configs/, or one of your own.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value pairs that replace the config's; --dry-run shows all keys.")
+]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="Step whose EMA weights the run keeps (keep_every=), or best: by fd. Default: its pipeline.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and build nothing.")]
 
@@ -159,6 +167,7 @@ def sample(
     sweep_w: Annotated[str | None, typer.Option(help="One row a strength: 0,1,2,3")] = None,
     interpolate: Annotated[str | None, typer.Option(help="Walk between two clusters: 3,17")] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Rows of predicted images over the steps.")] = False,
+    checkpoint: Checkpoint = None,
     out: Annotated[str | None, typer.Option(help="Folder; default RUN/samples/SETTINGS.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples of other settings in --out.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
@@ -187,6 +196,7 @@ def sample(
         trajectory,
         precision,
         device,
+        checkpoint,
     )
     print(draw(run, apply_preset(options, preset), out, overwrite) / "grid.png")
 
@@ -215,6 +225,7 @@ def evaluate(
     run: Annotated[
         str | None, typer.Option(help="Run whose g and f judge images on disk; default the one that holds them.")
     ] = None,
+    checkpoint: Checkpoint = None,
     out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
@@ -223,7 +234,7 @@ def evaluate(
 
     judge(source, reference, metrics=metrics, n=n, features=features, out=out, size=size, w=w, steps=steps,
         scheduler=scheduler, seed=seed, batch_size=batch_size, device=device,
-        precision=precision, run=run)  # fmt: skip
+        precision=precision, run=run, checkpoint=checkpoint)  # fmt: skip
 
 
 @app.command(epilog="Examples: ldm-sg demo | ldm-sg demo --config demo_masks")

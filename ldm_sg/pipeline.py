@@ -31,6 +31,7 @@ from ldm_sg.guidance.compose import Denoiser, cfg
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.models.conditioner import Conditioner
+from ldm_sg.models.snapshots import restore
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.objective import KINDS, Objective
 
@@ -122,6 +123,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, conditioner=conditioner, scheduler=scheduler)
         self.register_to_config(source_size=source_size)
         self.set_progress_bar_config(disable=True)
+        self.checkpoint: int | None = None  # step of the snapshot that it was opened at, where it was one
 
     def attach(self, autoencoder: Autoencoder, signals: Signals, annotator: Path) -> None:
         """The parts that diffusers does not know: first stage, the training set's signals, annotator folder."""
@@ -298,14 +300,17 @@ def slerp(a: Tensor, b: Tensor, share: float) -> tuple[float, float]:
     )
 
 
-def open_pipeline(source: str | Path, device: str = "auto") -> SelfGuidedPipeline:
-    """A run folder or a pipeline folder; InputError when it is neither, or cannot be read."""
+def open_pipeline(source: str | Path, device: str = "auto", checkpoint: str | None = None) -> SelfGuidedPipeline:
+    """A run folder or a pipeline folder; InputError when it is neither, or cannot be read. `checkpoint`: a step that the run
+    keeps EMA weights of, or `best`."""
     folder = Path(source)
     for candidate in (folder / "pipeline", folder):
         if (candidate / "model_index.json").is_file():
             on = pick_device(device)
             try:
                 pipe = SelfGuidedPipeline.from_pretrained(candidate).to(on)
+                if checkpoint is not None:
+                    pipe.checkpoint = restore(GuidedUNet(pipe.unet, pipe.conditioner), folder, checkpoint)
             except InputError:
                 raise
             except (OSError, ValueError, KeyError, SafetensorError) as err:

@@ -15,7 +15,7 @@ TRAIN, VAL = 1, 2  # streams of randomness
 
 class DiffusionModule(pl.LightningModule):
     """Noise, times and dropped guidance are drawn for the whole global batch from (seed, step) and each rank takes its
-    slice: a run is the same on one device or many, interrupted or not."""
+    slice, each part of an accumulated batch its own: a run is the same on one device or many, interrupted or not."""
 
     def __init__(self, network: nn.Module, objective: Objective, config: TrainConfig) -> None:
         super().__init__()
@@ -24,19 +24,20 @@ class DiffusionModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.objective = self.objective.to(self.device)
 
-    def _draw(self, x0: Tensor, stream: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise like x0 [b, C, h, w], times [b], keep [b]: this rank's slice of what the global batch gets."""
+    def _draw(self, x0: Tensor, stream: int, index: int, mine: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise like x0 [b, C, h, w], times [b], keep [b]: the slice `mine` of what the global batch gets."""
         generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, stream, index))
-        total, mine = self.config.batch_size, slice(self.trainer.global_rank, None, self.trainer.world_size)
+        total = self.config.batch_size
         noise = torch.randn((total, *x0.shape[1:]), generator=generator, device=self.device)
         t = self.objective.sample_t(total, generator)
         keep = torch.rand(total, generator=generator, device=self.device) >= self.config.guidance.drop
         return noise[mine][: len(x0)], t[mine][: len(x0)], keep[mine][: len(x0)]
 
-    def training_step(self, batch: tuple[int, Tensor, Guidance], batch_idx: int) -> Tensor:
-        step, x0, guidance = batch  # x0 [b, C, h, w]
-        torch.manual_seed(mix_seed(self.config.seed, TRAIN, step, self.trainer.global_rank))  # the network's dropout
-        noise, t, keep = self._draw(x0, TRAIN, step)
+    def training_step(self, batch: tuple[int, int, Tensor, Guidance], batch_idx: int) -> Tensor:
+        step, share, x0, guidance = batch  # x0 [b, C, h, w]
+        torch.manual_seed(mix_seed(self.config.seed, TRAIN, step, share))  # the network's dropout
+        mine = slice(share, None, self.trainer.world_size * self.config.accumulate)
+        noise, t, keep = self._draw(x0, TRAIN, step, mine)
         loss = self._loss(self.network, x0, noise, t, guidance.with_keep(keep)).mean()
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -45,10 +46,10 @@ class DiffusionModule(pl.LightningModule):
         prediction = denoiser(self.objective.add_noise(x0, noise, t), t, guidance)
         return self.objective.loss(prediction, x0, noise, t)  # [b]
 
-    def validation_step(self, batch: tuple[int, Tensor, Guidance], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[int, int, Tensor, Guidance], batch_idx: int) -> None:
         """The same noise and times at every validation, with guidance and with the null."""
-        index, x0, guidance = batch
-        noise, t, _ = self._draw(x0, VAL, index)
+        index, rank, x0, guidance = batch
+        noise, t, _ = self._draw(x0, VAL, index, slice(rank, None, self.trainer.world_size))
         for name, signal in (("guided", guidance), ("null", guidance.null())):
             loss = self._loss(self.network, x0, noise, t, signal).mean()
             self.log(f"val_loss_{name}", loss, batch_size=len(x0), sync_dist=True)

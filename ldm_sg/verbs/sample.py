@@ -43,7 +43,7 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
     options.check()
     folder = Path(out) if out is not None else Path(run) / "samples" / options.name()
     _refuse_foreign(folder, options, overwrite)
-    pipe = open_pipeline(run, options.device)
+    pipe = open_pipeline(run, options.device, options.checkpoint)
     use_bf16(options.precision, pipe.device)  # refused before anything is drawn
     make_solver(options.scheduler, pipe.scheduler, options.steps, pipe.device)
     step_arguments(options.scheduler, [], options.eta)
