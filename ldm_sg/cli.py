@@ -30,7 +30,7 @@ class ExitCodes(TyperGroup):
             print(f"ldm-sg: {err.filename or 'while writing'}: {err.strerror}", file=sys.stderr)
             ctx.exit(2)
         except KeyboardInterrupt as err:
-            print(f"ldm-sg: {err or 'interrupted'}", file=sys.stderr)
+            print(f"ldm-sg: {str(err) or 'interrupted'}", file=sys.stderr)
             ctx.exit(130)
 
 
@@ -49,7 +49,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value pairs that replace the config's; --dry-run shows all keys.")
 ]
 Checkpoint = Annotated[
-    str | None, typer.Option(help="Step whose EMA weights the run keeps (keep_every=), or best: by fd. Default: its pipeline.")
+    str | None,
+    typer.Option(help="Step whose EMA weights the run keeps (keep_every=), or best: by fd. Default: its pipeline."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and build nothing.")]
 

@@ -37,5 +37,8 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 def use_compile(mode: str | bool, device: torch.device) -> bool:
     """auto -> on CUDA only; true is obeyed anywhere, with a word where it costs more than it gives."""
     if mode is True and device.type != "cuda":
-        print(f"note: compile=true on {device.type}: minutes before the first step; auto compiles on CUDA", file=sys.stderr)
+        print(
+            f"note: compile=true on {device.type}: minutes before the first step; auto compiles on CUDA",
+            file=sys.stderr,
+        )
     return device.type == "cuda" if mode == "auto" else bool(mode)

@@ -302,7 +302,9 @@ def test_accumulated_batches_train_what_whole_ones_do(
         one, parts = ([float(row[column]) for row in rows(r) if row[column]] for r in (whole, run))
         assert len(one) == len(parts) == 2 and parts == pytest.approx(one, rel=1e-3)
     one, parts = ([row for row in rows(r) if row["train_loss"]][-1] for r in (whole, run))
-    assert parts["step"] == one["step"] and float(parts["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=1e-3)
+    assert parts["step"] == one["step"] and float(parts["train_loss"]) == pytest.approx(
+        float(one["train_loss"]), rel=1e-3
+    )
 
 
 def test_parts_draw_what_the_whole_batch_draws() -> None:
@@ -391,7 +393,7 @@ def test_leaves_a_report_and_a_training_loss_however_short(colours: Path, tmp_pa
 def test_damaged_annotation_json_is_told(content: str, whole: Path, colours: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("pipeline*"))
     (tmp_path / "run" / "annotation.json").write_text(content)
-    with pytest.raises(InputError, match="annotation.json: damaged"):
+    with pytest.raises(InputError, match=r"annotation\.json: damaged"):
         train(config(colours, tmp_path / "run"))
 
 
@@ -432,3 +434,19 @@ def test_interrupt_before_the_first_step_is_said(colours: Path, tmp_path: Path) 
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the other rank in /proc")
+def test_a_killed_rank_is_one_line(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(to_yaml(config(colours, tmp_path / "run", devices=2, steps=100_000)))
+    (tmp_path / "go.py").write_text("from ldm_sg.cli import main\nif __name__ == '__main__':\n    main()\n")
+    command = [sys.executable, str(tmp_path / "go.py"), "train", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() and process.poll() is None:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    rank = next(c for c in children if b"go.py" in Path(f"/proc/{c}/cmdline").read_bytes())
+    os.kill(int(rank), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "another of its 2 processes has ended" in err.splitlines()[-1]

@@ -110,4 +110,3 @@ def test_only_weights_of_layers_decay(tokens: str) -> None:
         "conditioner.labels", "conditioner.token_labels", "conditioner.token_null", "conditioner.spatial_null",
     }  # fmt: skip
     assert any("to_q.weight" in names[id(p)] for p in weights)
-

@@ -82,7 +82,9 @@ def make_unet(config: ModelConfig, spec: GuidanceSpec, latent_shape: tuple[int, 
     factors = [2**level for level in range(len(widths))]
     cross = config.tokens != "none"
     attention, kind = ("CrossAttn", UNet2DConditionModel) if cross else ("Attn", PlainUNet)
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.residual_updown else ("DownBlock2D", "UpBlock2D")
+    plain = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.residual_updown else ("DownBlock2D", "UpBlock2D")
+    )
     down = [f"{attention}DownBlock2D" if f in config.attention else plain[0] for f in factors]
     up = [f"{attention}UpBlock2D" if f in config.attention else plain[1] for f in reversed(factors)]
     embed_dim = 4 * config.channels

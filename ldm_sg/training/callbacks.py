@@ -174,6 +174,8 @@ class Hooked(EachStep):
 class Progress(EachStep):
     """A tqdm bar on stderr, in steps of the whole run, with loss and images/s."""
 
+    bar: tqdm | None = None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.bar = tqdm(
             total=trainer.max_steps, initial=trainer.global_step, unit="step", desc="train", dynamic_ncols=True,
@@ -181,10 +183,12 @@ class Progress(EachStep):
         )  # fmt: skip
 
     def on_step(self, trainer: pl.Trainer) -> None:
+        assert self.bar is not None
         self.bar.update()
         metrics = trainer.progress_bar_metrics
         if trainer.global_step % 10 == 0 or "images_per_s" not in metrics:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.bar.close()
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -94,7 +94,9 @@ class LatentData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         cfg, rank, world = self.config, self.trainer.global_rank, self.trainer.world_size
-        steps = Steps(self.train_pool, cfg.seed, cfg.batch_size, cfg.steps, self.first_step, rank, world, cfg.accumulate)
+        steps = Steps(
+            self.train_pool, cfg.seed, cfg.batch_size, cfg.steps, self.first_step, rank, world, cfg.accumulate
+        )
         return self._loader(steps, True, cfg.workers)
 
     def val_dataloader(self) -> DataLoader | list:

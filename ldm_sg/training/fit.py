@@ -39,7 +39,6 @@ def fit(
     ema = EMA(config.ema)
     saver = SaveLast(last, config, ema, hooks)
     stopper = StopCleanly(saver)
-    parts = config.accumulate
     metrics = MetricsFile(run / "metrics.csv", config)
     # order matters: EMA averages before anything reads it, and metrics come before a checkpoint ends the step
     callbacks = [ema, metrics, Hooked(hooks, config.sample_every, ema), saver, stopper]
@@ -53,8 +52,8 @@ def fit(
         max_steps=config.steps,
         max_epochs=-1,
         gradient_clip_val=config.clip or None,
-        accumulate_grad_batches=parts,
-        val_check_interval=config.val_every * parts if validate else None,
+        accumulate_grad_batches=config.accumulate,
+        val_check_interval=config.val_every * config.accumulate if validate else None,
         check_val_every_n_epoch=None if validate else 1,
         limit_val_batches=1.0 if validate else 0,
         num_sanity_val_steps=0,
@@ -92,23 +91,18 @@ def check_shares(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def _count(config: TrainConfig, device: torch.device) -> int:
-    if device.type != "cuda" or device.index is not None:
-        return 1
-    return torch.cuda.device_count() if config.devices == -1 else config.devices
-
-
 def _devices(config: TrainConfig, device: torch.device) -> int | list[int]:
-    if device.type == "cpu":
-        return max(1, config.devices)  # more than one: DDP over gloo, for tests and small clusters
-    return [device.index] if device.index is not None else _count(config, device)
+    if device.index is not None:
+        return [device.index]
+    if device.type == "cuda" and config.devices == -1:
+        return torch.cuda.device_count()
+    return max(1, config.devices) if device.type != "mps" else 1  # on CPUs: DDP over gloo, for tests and small clusters
 
 
 def _quiet() -> None:
     for text in (
         ".*does not have many workers.*",
         ".*TensorBoard.*",
-        ".*`LeafSpec`.*",
         ".*tensorboardX.*",
         ".*dataloader is not resumable.*",
         ".*LeafSpec.*",
