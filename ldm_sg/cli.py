@@ -1,6 +1,7 @@
 """The command line. Torch is imported inside the verbs, so that --help answers at once."""
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,9 @@ class ExitCodes(TyperGroup):
     """0 done, 2 wrong input (one line on stderr), 130 interrupted, 1 a bug (traceback)."""
 
     def invoke(self, ctx: Any) -> Any:
+        # libgomp's threads spin for 300,000 rounds at a barrier, which takes the cores from other jobs; benchmarks/RESULTS.md
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         try:
             return super().invoke(ctx)
         except InputError as err:
@@ -25,7 +29,8 @@ class ExitCodes(TyperGroup):
                 raise
             print(f"ldm-sg: {err.filename or 'while writing'}: {err.strerror}", file=sys.stderr)
             ctx.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as err:
+            print(f"ldm-sg: {str(err) or 'interrupted'}", file=sys.stderr)
             ctx.exit(130)
 
 
@@ -42,6 +47,10 @@ app = typer.Typer(
 Config = Annotated[Path, typer.Argument(help="YAML under configs/, or one of your own.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value pairs that replace the config's; --dry-run shows all keys.")
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="Step whose EMA weights the run keeps (keep_every=), or best: by fd. Default: its pipeline."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and build nothing.")]
 
@@ -165,6 +174,7 @@ def sample(
     rescale: Annotated[float, typer.Option(help="cfg: share of the guided std brought back, 0 to 1.")] = 0.0,
     interval: Annotated[str | None, typer.Option(help="w is 1 outside these noise levels: 0.2,0.8")] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Rows of predicted images over the steps.")] = False,
+    checkpoint: Checkpoint = None,
     out: Annotated[str | None, typer.Option(help="Folder; default RUN/samples/SETTINGS.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples of other settings in --out.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
@@ -178,7 +188,7 @@ def sample(
         steps=steps, scheduler=scheduler, spacing=spacing, eta=eta, strategy=strategy, rescale=rescale,
         interval=_numbers("--interval", interval, float), seed=seed, batch_size=batch_size,
         sweep_w=_numbers("--sweep-w", sweep_w, float), interpolate=_numbers("--interpolate", interpolate, int),
-        trajectory=trajectory, precision=precision, device=device,
+        trajectory=trajectory, precision=precision, device=device, checkpoint=checkpoint,
     )  # fmt: skip
     print(draw(run, apply_preset(options, preset), out, overwrite) / "grid.png")
 
@@ -207,6 +217,7 @@ def evaluate(
     run: Annotated[
         str | None, typer.Option(help="Run whose g and f judge images on disk; default the one that holds them.")
     ] = None,
+    checkpoint: Checkpoint = None,
     out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
@@ -215,7 +226,7 @@ def evaluate(
 
     judge(source, reference, metrics=metrics, n=n, features=features, out=out, size=size, w=w, steps=steps,
         scheduler=scheduler, seed=seed, batch_size=batch_size, device=device,
-        precision=precision, run=run)  # fmt: skip
+        precision=precision, run=run, checkpoint=checkpoint)  # fmt: skip
 
 
 @app.command(epilog="Examples: ldm-sg demo | ldm-sg demo --config demo_masks")

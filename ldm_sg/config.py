@@ -159,6 +159,8 @@ class ModelConfig:
     tokens: str = "vector"  # cross-attention reads: vector (T tokens made of k), concepts (one a present id), none
     num_tokens: int = 8
     token_width: int = 32
+    scale_shift: bool = False  # time and k scale and shift each block's second norm, instead of being added before it
+    residual_updown: bool = False  # halve and double in residual blocks instead of by a convolution; with tokens: none
 
 
 @dataclass
@@ -206,6 +208,7 @@ class TrainConfig:
     model: Any = "s"  # a name under configs/model/ or the mapping itself
     steps: int = 100_000
     batch_size: int = 128  # over all devices
+    accumulate: int = 1  # parts that a batch is taken in, one after the other: the same result in less memory
     crop: int | None = None  # pixels: learn from random squares of this side, out of an annotation set of larger images
     lr: float = 1e-4
     weight_decay: float = 0.01
@@ -217,7 +220,7 @@ class TrainConfig:
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     precision: str = "auto"  # auto, fp32, bf16
-    compile: bool = False
+    compile: Any = "auto"  # auto (on CUDA), true, false; its first step takes minutes
     channels_last: bool = False
     init: str | None = None  # run to start from
     device: str = "auto"
@@ -228,12 +231,14 @@ class TrainConfig:
     val_every: int = 1000
     sample_every: int = 2000
     checkpoint_every: int = 1000
+    keep_every: int = 0  # EMA weights of every N-th step stay in checkpoints/, for `--checkpoint STEP`; 0 = none
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be, before anything heavy is imported."""
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
             _need(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup", "val_every", "sample_every", "weight_decay", "clip"):
+        _need("compile", self.compile, self.compile in ("auto", True, False), "auto, true or false")
+        for name in ("warmup", "val_every", "sample_every", "keep_every", "weight_decay", "clip"):
             _need(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
         _need("lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
         _need("ema", self.ema, 0 <= self.ema < 1, "from 0 to below 1")

@@ -20,6 +20,7 @@ from ldm_sg.guidance.compose import Strategy, cfg
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.models.conditioner import Conditioner
+from ldm_sg.models.snapshots import restore
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.sampling import draw, solvers
 from ldm_sg.sampling.schedules import objective_of
@@ -47,6 +48,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, conditioner=conditioner, scheduler=scheduler)
         self.register_to_config(source_size=source_size, drop=drop)
         self.set_progress_bar_config(disable=True)
+        self.checkpoint: int | None = None  # step of the snapshot that it was opened at, where it was one
 
     def attach(self, autoencoder: Autoencoder, signals: Signals, annotator: Path) -> None:
         """The parts that diffusers does not know: first stage, the training set's signals, annotator folder."""
@@ -208,14 +210,17 @@ class SelfGuidedPipeline(DiffusionPipeline):
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def open_pipeline(source: str | Path, device: str = "auto") -> SelfGuidedPipeline:
-    """A run folder or a pipeline folder; InputError when it is neither, or cannot be read."""
+def open_pipeline(source: str | Path, device: str = "auto", checkpoint: str | None = None) -> SelfGuidedPipeline:
+    """A run folder or a pipeline folder; InputError when it is neither, or cannot be read. `checkpoint`: a step that the run
+    keeps EMA weights of, or `best`."""
     folder = Path(source)
     for candidate in (folder / "pipeline", folder):
         if (candidate / "model_index.json").is_file():
             on = pick_device(device)
             try:
                 pipe = SelfGuidedPipeline.from_pretrained(candidate).to(on)
+                if checkpoint is not None:
+                    pipe.checkpoint = restore(GuidedUNet(pipe.unet, pipe.conditioner), folder, checkpoint)
             except InputError:
                 raise
             except (OSError, ValueError, KeyError, SafetensorError) as err:

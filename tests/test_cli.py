@@ -78,6 +78,7 @@ def test_every_injection_changes_the_prediction(tokens: str, inject: str) -> Non
     small = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "heads": 2}
     spec = GuidanceSpec(num_labels=5, spatial="box")
     net = make_unet(model_config({**small, "tokens": tokens, "inject": inject}), spec, (4, 8, 8)).eval()
+    torch.nn.init.normal_(net.unet.conv_out.weight)  # it starts at zero
     x, t, k = torch.randn(3, 4, 8, 8), torch.tensor([5, 50, 500]), torch.tensor([0, 1, 2])
     on = torch.ones(3, dtype=torch.bool)
     guidance = Guidance(keep=on, k=k, spatial=torch.rand(3, 1, 8, 8))
@@ -96,6 +97,7 @@ def test_every_injection_changes_the_prediction(tokens: str, inject: str) -> Non
 def test_concept_tokens_are_masked_and_unordered() -> None:
     small = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "heads": 2, "tokens": "concepts"}
     net = make_unet(model_config(small), GuidanceSpec(num_labels=5, multi_hot=True), (4, 8, 8)).eval()
+    torch.nn.init.normal_(net.unet.conv_out.weight)
     x, t, k = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([[1.0, 0, 1, 0, 0]])
     on = torch.ones(1, dtype=torch.bool)
     with torch.no_grad():

@@ -52,6 +52,7 @@ class SampleOptions:
     trajectory: bool = False
     precision: str = "fp32"
     device: str = "auto"
+    checkpoint: str | None = None  # of the run: a step, or best
 
     def settings(self) -> dict[str, Any]:
         """What decides the pixels: files by their content too."""
@@ -85,6 +86,7 @@ class SampleOptions:
             + ["sweep"] * bool(self.sweep_w)
             + [f"interpolate{'-'.join(map(str, self.interpolate))}"] * bool(self.interpolate)
             + ["trajectory"] * self.trajectory
+            + [f"step-{self.checkpoint}"] * (self.checkpoint is not None)
         )
         strength = "-".join(f"{w:g}" for w in self.sweep_w) or f"{self.w:g}"
         usual = SampleOptions()

@@ -43,6 +43,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     run: str | Path | None = None,
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Prints a table, writes `out` (default RUN/evaluations/SETTINGS.json, or evaluation.json in the folder of images)
     and returns what it wrote.
@@ -51,7 +52,7 @@ def evaluate(
     source: a run or pipeline folder (n samples are drawn, their signals from the training distribution), a folder of
     images or of what `ldm-sg sample` made, or shards. features: the run's own g (default), `inception`,
     `inception:FILE`, any g by name, or a YAML of feature settings. run: whose g and f judge images on disk; default the
-    run that holds them. Up to 50,000 reference images are used."""
+    run that holds them. checkpoint: a step of the run that keeps its weights, or `best`. Up to 50,000 reference images are used."""
     started = time.perf_counter()
     wanted = figures.parse_metrics(metrics) if metrics is not None else None
     if size is not None and not 1 <= size <= MAX_SIDE:
@@ -60,12 +61,14 @@ def evaluate(
         raise InputError(f"n={n}, batch_size={batch_size}, w={w}: counts of at least 1 and a finite strength")
     real, on = sources.open_images(str(reference)), pick_device(device)
     home = _run_of(Path(source), run, needed=features is None or wanted is None or "consistency" in wanted)
-    pipe = open_pipeline(home, device) if home else None
+    pipe = open_pipeline(home, device, checkpoint) if home else None
     wanted = wanted or ["fd", "prdc", *_own_metrics(pipe)]
     if pipe and home == Path(source):
         settings = {"w": w, "steps": steps, "scheduler": scheduler, "seed": seed, "precision": precision}
         samples = from_run(pipe, home, n, size, batch_size, settings, features)
     else:
+        if checkpoint is not None:
+            raise InputError(f"checkpoint={checkpoint!r} is for drawing from a run; {source} holds images")
         samples = from_disk(sources.open_images(str(source)), n, size, batch_size)
         if (w, steps, scheduler, precision) != (SampleOptions.w, SampleOptions.steps, SampleOptions.scheduler, "auto"):
             raise InputError(f"w, steps, scheduler and precision are for drawing from a run; {source} holds images")

@@ -56,6 +56,8 @@ def from_run(
     name = "w{w:g}_{scheduler}{steps}_seed{seed}".format(**settings)
     network = Path(features.replace(":", "-")).stem if features else "own"
     made = settings | {"signals": "drawn from the training distribution"}
+    if pipe.checkpoint is not None:
+        name, made = f"step{pipe.checkpoint}_{name}", made | {"checkpoint": pipe.checkpoint}
     inside = (folder / "model_index.json").is_file()  # a pipeline folder, which training replaces, of a run
     home, prefix = (folder.parent, f"{folder.name}_") if inside else (folder, "")
     file = home / "evaluations" / f"{prefix}{name}_n{n}_{network}.json"

@@ -33,7 +33,7 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
     options.check()
     folder = Path(out) if out is not None else Path(run) / "samples" / options.name()
     _refuse_foreign(folder, options, overwrite)
-    pipe = open_pipeline(run, options.device)
+    pipe = open_pipeline(run, options.device, options.checkpoint)
     use_bf16(options.precision, pipe.device)  # refused before anything is drawn
     solvers.make_grid(objective_of(pipe.scheduler), options.steps, options.spacing)
     if options.sweep_w:
