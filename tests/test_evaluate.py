@@ -76,24 +76,25 @@ def test_a_perfect_generator_reaches_the_ceiling(run: Path, monkeypatch: pytest.
     monkeypatch.setattr(SelfGuidedPipeline, "__call__", perfect)
     monkeypatch.setattr(SelfGuidedPipeline, "test_set", str(run.parent / "set"), raising=False)
     result = evaluate(run, str(run.parent / "real.tar"), "fd,kid,prdc,consistency", n=60, batch_size=16, device="cpu")
-    found = result["metrics"]
+    found = result["metrics"]["tiny-g"]
     assert found["consistency"] == 1.0 == found["consistency_real"]
     assert found["consistency_chance"] == pytest.approx(0.25) and found["consistency_top3_chance"] < 0.8
     assert found["precision"] > 0.9 and found["recall"] > 0.5
     assert result["samples"] == 60 and result["reference_images"] == 64
-    assert result["features"]["name"] == "tiny-g" and len(result["features"]["sha256"]) == 64
+    judge = result["judges"]["tiny-g"]
+    assert judge["size"] == 32 and len(judge["sha256"]) == 64 and judge["guide"]
+    assert any("tiny-g made this run's signals" in note for note in result["notes"])
     assert result["preprocessing"]["size"] == 16 and result["sampling"]["signals"].startswith("drawn")
     file = run / "evaluations" / "w2_dpmpp_2m25_seed0_n60_own.json"
     assert json.loads(file.read_text()) == result and str(file) in capsys.readouterr().out
-    free = evaluate(run, str(run.parent / "real.tar"), "fd,consistency", n=60, w=0, batch_size=16, device="cpu")[
-        "metrics"
-    ]
+    free = evaluate(run, str(run.parent / "real.tar"), "fd,consistency", n=60, w=0, batch_size=16, device="cpu")
+    free = free["metrics"]["tiny-g"]
     kept = json.loads(file.read_text())
     other = evaluate(run, str(run.parent / "real.tar"), "fd", n=60, batch_size=16, device="cpu")
-    assert kept == json.loads(file.read_text()) and "consistency" not in other["metrics"]
+    assert kept == json.loads(file.read_text()) and "consistency" not in other["metrics"]["tiny-g"]
     assert json.loads(file.with_stem(f"{file.stem}_2").read_text()) == other
     assert abs(free["consistency"] - 0.25) < 0.2
-    assert free["fd"] < 0.1 * untrained(run)["metrics"]["fd"]
+    assert free["fd"] < 0.1 * untrained(run)["metrics"]["tiny-g"]["fd"]
 
 
 def untrained(run: Path) -> dict:
@@ -106,10 +107,10 @@ def untrained(run: Path) -> dict:
 
 def test_the_real_pipeline_and_any_batch_size_give_the_same(run: Path, tmp_path: Path) -> None:
     args = {"metrics": "fd,consistency", "n": 10, "steps": 2, "device": "cpu", "out": tmp_path / "r.json"}
-    a = evaluate(run, str(run.parent / "real.tar"), batch_size=10, **args)["metrics"]
-    b = evaluate(run / "pipeline", str(run.parent / "real.tar"), batch_size=3, **args)["metrics"]
+    a = evaluate(run, str(run.parent / "real.tar"), batch_size=10, **args)["metrics"]["tiny-g"]
+    b = evaluate(run / "pipeline", str(run.parent / "real.tar"), batch_size=3, **args)["metrics"]["tiny-g"]
     assert a == pytest.approx(b, rel=1e-3)
-    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == b
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == {"tiny-g": b}
 
 
 def test_reference_features_are_remembered(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +132,7 @@ def test_samples_on_disk_are_judged_by_the_run_that_holds_them(run: Path) -> Non
     wrong = [int(k[i]) if i < 6 else (int(k[i]) + 1) % 4 for i in range(8)]
     (folder / "samples.jsonl").write_text("\n".join(json.dumps({"file": f"{i}.png", "k": wrong[i]}) for i in range(8)))
     result = evaluate(folder, str(run.parent / "real.tar"), "consistency,prdc", device="cpu")
-    assert result["metrics"]["consistency"] == 0.75
+    assert result["metrics"]["tiny-g"]["consistency"] == 0.75
     assert (folder / "evaluation.json").is_file() and "8 samples, not the 10,000 asked for" in result["notes"]
 
 
@@ -183,7 +184,7 @@ def test_a_run_of_ground_truth_labels_says_what_to_do(
     def oracle(*_):
         raise InputError("annotator.kind=oracle reads ground truth from shards")
 
-    monkeypatch.setattr("ldm_sg.verbs.judges.load_annotator", oracle)
+    monkeypatch.setattr("ldm_sg.evaluate.judges.load_annotator", oracle)
     with pytest.raises(InputError, match=r"oracle.*--features"):
         evaluate(run, str(run.parent / "real.tar"), "fd", n=4, device="cpu")
 
@@ -194,9 +195,10 @@ def test_other_networks_judge_beside_the_runs_own(run: Path, tmp_path: Path, mon
     args = {"metrics": "fd,consistency", "n": 10, "steps": 2, "device": "cpu"}
     own = evaluate(run, str(run.parent / "real.tar"), out=tmp_path / "own.json", **args)
     other = evaluate(run, str(run.parent / "real.tar"), features=str(tmp_path / "g.yaml"), **args)
-    assert other["features"]["size"] == 48 and own["features"]["size"] == 32
-    assert other["metrics"]["fd"] != own["metrics"]["fd"]
-    assert other["metrics"]["consistency"] == own["metrics"]["consistency"]
+    assert other["judges"]["g"]["size"] == 48 and other["judges"]["tiny-g"]["size"] == 32
+    assert other["judges"]["g"]["guide"]  # the same weights
+    assert other["metrics"]["g"]["fd"] != own["metrics"]["tiny-g"]["fd"]
+    assert other["metrics"]["tiny-g"]["consistency"] == own["metrics"]["tiny-g"]["consistency"]
     assert (run / "evaluations" / "w2_dpmpp_2m2_seed0_n10_g.json").is_file()
 
 

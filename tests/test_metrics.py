@@ -206,7 +206,7 @@ def test_inception_distances_of_real_photos(inception, tmp_path: Path) -> None:
             (tmp_path / name / f"{i}.jpg").symlink_to(path)
     for name, expected in (("church", 182), ("b", 59)):  # the features of `a`, the reference, are remembered
         result = evaluate(tmp_path / name, tmp_path / "a", "fd", features=weights, device="cpu")
-        assert result["metrics"]["fd"] == pytest.approx(expected, rel=0.05)
+        assert result["metrics"]["inception"]["fd"] == pytest.approx(expected, rel=0.05)
 
 
 # ---- consistency

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ldm_sg.errors import InputError, choices
 from ldm_sg.evaluate import metrics
 from ldm_sg.evaluate.inception import Inception
 from ldm_sg.evaluate.metrics import NEEDS
+
+GUIDANCE = ("consistency", "layout")  # judged by the run's own g and f
 
 
 def parse_metrics(text: str) -> list[str]:
@@ -32,58 +35,79 @@ def check_enough(wanted: list[str], images: int | None, where: str) -> None:
             raise InputError(f"{where}: {images} images are too few for {name}, which needs at least {NEEDS[name]}")
 
 
-def check_network(wanted: list[str], network: Any) -> None:
+def classifies(network: Any) -> bool:
+    return isinstance(network, Inception) and network.classifies
+
+
+def check_networks(wanted: list[str], networks: Iterable[Any]) -> None:
     """The Inception score needs the classifier."""
-    if "is" in wanted and not (isinstance(network, Inception) and network.classifies):
+    if "is" in wanted and not any(map(classifies, networks)):
         raise InputError(
-            "metric `is` reads a classifier's scores, and this feature network has none (its last layer is empty or "
+            "metric `is` reads a classifier's scores, and no feature network here has one (its last layer is empty or "
             "missing): give --features inception with full weights, or leave `is` out"
         )
 
 
 def compute(wanted: list[str], samples: Tensor, reference: Tensor, network: Any, seed: int) -> dict[str, float]:
-    """Features [N, D] of samples and [M, D] of real images -> every figure but consistency, by its key."""
+    """Features [N, D] of samples and [M, D] of real images -> the figures that are distances, by their key."""
     found: dict[str, float] = {}
     if "fd" in wanted:
         found["fd"] = metrics.frechet_distance(samples, reference)
     if "kid" in wanted:
         found |= metrics.kernel_distance(samples, reference, seed=seed)
     if "prdc" in wanted:
-        found |= metrics.manifold(samples, reference)
+        found |= metrics.manifold(samples, reference, seed=seed)
     if "is" in wanted:
         found |= metrics.inception_score(network.logits(samples.to(network.net.fc.weight.device)), seed=seed)
     return found
 
 
-def remarks(
-    wanted: list[str], asked: int, samples: Tensor, reference: Tensor, skipped: list[str], sizes: tuple[int, int]
-) -> list[str]:
-    """What a reader of the figures must know: counts that fell short, images left out or enlarged, biased estimates.
+def remarks(result: dict[str, Any], dims: dict[str, int], smallest: int, skipped: dict[str, str]) -> list[str]:
+    """What a reader of the figures must know: counts that fell short or differ, images left out or enlarged, estimates that
+    are biased, and judges that are not impartial.
 
-    `sizes`: pixels of the comparison and of the first reference image."""
-    notes = [f"{len(samples):,} samples, not the {asked:,} asked for"] if len(samples) < asked else []
-    if sizes[1] < sizes[0]:
+    dims: numbers in a feature of each space that sets were compared in; smallest: pixels of the first reference image; skipped: image -> reason."""
+    wanted, samples, real = result["asked"]["metrics"], result["samples"], result["reference_images"]
+    notes = [f"{samples:,} samples, not the {result['asked']['n']:,} asked for"] * (samples < result["asked"]["n"])
+    size = result["preprocessing"]["size"]
+    if smallest < size:
         notes.append(
-            f"reference images of {sizes[1]} px are enlarged to {sizes[0]} px: give --size {sizes[1]}, or larger ones"
+            f"reference images of {smallest} px are enlarged to {size} px: give --size {smallest}, or larger ones"
         )
-    smaller, dim = min(len(samples), len(reference)), samples.shape[1]
-    if "fd" in wanted and smaller <= dim:
+    if "prdc" in wanted and samples != real:
+        kinds = ("reference images", "samples") if real > samples else ("samples", "reference images")
         notes.append(
-            f"fd of {smaller:,} images in {dim:,} dimensions is far above its limit: compare it only at equal counts"
+            f"prdc compares equal numbers: {min(samples, real):,} {kinds[0]} chosen at random, as many as {kinds[1]}"
         )
+    for space, dim in dims.items():
+        if "fd" in wanted and min(samples, real) <= dim:
+            notes.append(
+                f"fd of {min(samples, real):,} images in the {dim:,} dimensions of {space} is far above its limit: compare "
+                "it only at equal counts"
+            )
+        if result["judges"][space]["guide"]:
+            notes.append(
+                f"{space} made this run's signals, so distances in it favour the run: compare runs by another judge too "
+                "(--features inception)"
+            )
     if skipped:
-        notes.append(f"{len(skipped):,} images could not be read and are left out; the first: {skipped[0]}")
+        first = next(iter(skipped.items()))
+        notes.append(f"{len(skipped):,} images could not be read and are left out; the first: {': '.join(first)}")
     return notes
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures in lines, then what they were computed of."""
-    lines = [f"{name:<26}{value:>12.4g}" for name, value in result["metrics"].items()]
+    """The figures in lines, each with the space it was judged in, then what they were computed of."""
+    lines = [
+        f"{name:<26}{value:>12.4g}  in {space}"
+        for space, values in result["metrics"].items()
+        for name, value in values.items()
+    ]
     made = ", ".join(f"{key} {value}" for key, value in result["sampling"].items())
     lines.append(
         f"{result['samples']:,} samples of {result['source']}{f' ({made})' if made else ''} against "
         f"{result['reference_images']:,} images of {result['reference']}, {result['preprocessing']['size']} px, "
-        f"features {result['features']['name']}, {result['seconds']} s"
+        f"{result['seconds']} s"
     )
     return "\n".join(lines + [f"note: {note}" for note in result["notes"]])
 
@@ -99,16 +123,15 @@ def prepare(file: Path) -> Path:
     return file
 
 
-def free(file: Path, reference: str, wanted: list[str]) -> Path:
-    """`file`, or the first of NAME_2, NAME_3 ... that does not hold the figures of another reference or choice."""
+def free(file: Path, asked: dict[str, Any]) -> Path:
+    """`file`, or the first of NAME_2, NAME_3 ... that does not hold the figures of something else that was asked."""
     names = itertools.chain([file], (file.with_stem(f"{file.stem}_{number}") for number in itertools.count(2)))
-    return next(name for name in names if not name.exists() or _is_of(name, reference, wanted))
+    return next(name for name in names if not name.exists() or _is_of(name, asked))
 
 
-def _is_of(file: Path, reference: str, wanted: list[str]) -> bool:
+def _is_of(file: Path, asked: dict[str, Any]) -> bool:
     try:
-        there = json.loads(file.read_text())
-        return (there["reference"], there["chosen"]) == (reference, wanted)
+        return json.loads(file.read_text())["asked"] == asked
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
