@@ -2,7 +2,10 @@
 
 import io
 import json
+import re
+import shutil
 import tarfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,13 @@ from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
+from ldm_sg.evaluate.collect import collect
+from ldm_sg.evaluate.options import DRAWING
 from ldm_sg.pipeline import SelfGuidedPipeline
 from ldm_sg.verbs.evaluate import evaluate
+from ldm_sg.verbs.request import SampleOptions
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +166,15 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
         ((unfinished, real, "fd"), {"features": "tiny"}, "no complete pipeline"),
         ((plain, str(run), "fd"), {"features": "tiny"}, "not images"),
         ((plain, real, "fd"), {}, "belongs to no run"),
-        ((plain, real, "consistency"), {"features": "tiny"}, "asked for"),
+        ((plain, real, "fd,consistency"), {"features": "tiny"}, "asked for"),
+        ((run, real, "consistency"), {"features": "tiny"}, "leave features out"),
+        ((run, real, "fd"), {"features": "own,resnet9000"}, "resnet9000"),
+        ((run, real, "fd"), {"features": "inception,inception:x.pth"}, "two judges are called inception"),
+        ((run, real, "fd"), {"features": f"own,{run.parent / 'g'}"}, "g is the run's own g: name each"),
+        ((run, real, "fd"), {"features": "own,,inception"}, "a name is missing"),
+        ((run, real, "fd"), {"features": ""}, "a name is missing"),
+        ((run, real, "fd"), {"resize": "cleen"}, "did you mean 'clean'"),
+        ((run, real, "fd"), {"resize": "clean"}, "for the judge inception"),
         ((plain, real, "fd"), {"features": "resnet9000"}, "resnet9000"),
         ((plain, real, "fd"), {"run": tmp_path / "norun"}, "norun"),
         ((plain, real, "fd"), {"features": "tiny", "steps": 3}, "for drawing from a run"),
@@ -200,6 +216,98 @@ def test_other_networks_judge_beside_the_runs_own(run: Path, tmp_path: Path, mon
     assert other["metrics"]["g"]["fd"] != own["metrics"]["tiny-g"]["fd"]
     assert other["metrics"]["tiny-g"]["consistency"] == own["metrics"]["tiny-g"]["consistency"]
     assert (run / "evaluations" / "w2_dpmpp_2m2_seed0_n10_g.json").is_file()
+
+
+def test_several_judges_see_the_same_samples_and_each_figure_says_its_space(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "fine.yaml").write_text(f"model: {run.parent / 'g'}\nsize: 48\n")
+    calls, draw = [], SelfGuidedPipeline.__call__
+    monkeypatch.setattr(
+        SelfGuidedPipeline, "__call__", lambda self, *a, **k: calls.append(k["first_index"]) or draw(self, *a, **k)
+    )
+    args = {"metrics": "fd,prdc,consistency", "n": 10, "steps": 2, "batch_size": 5, "device": "cpu"}
+    result = evaluate(run, str(run.parent / "real.tar"), features=f"own,{tmp_path / 'fine.yaml'}", **args)
+    assert calls == [0, 5]
+    found, shown = result["metrics"], capsys.readouterr().out
+    assert found.keys() == result["judges"].keys() == {"tiny-g", "fine"}
+    assert "consistency" in found["tiny-g"] and "consistency" not in found["fine"]
+    for space, values in found.items():
+        assert all(re.search(rf"^{name} .* in {space}$", shown, re.M) for name in values)
+        alone = {"tiny-g": "own", "fine": str(tmp_path / "fine.yaml")}[space]
+        again = evaluate(run, str(run.parent / "real.tar"), features=alone, **args)["metrics"][space]
+        assert again == pytest.approx({name: values[name] for name in again})
+    assert (run / "evaluations" / "w2_dpmpp_2m2_seed0_n10_own_fine.json").is_file()
+    assert any("10 of the 64 reference images, chosen at random" in note for note in result["notes"])
+
+
+def test_a_network_that_is_the_runs_own_g_is_one_judge(run: Path, tmp_path: Path) -> None:
+    """Named by its folder, it still is the guide: one space, one pass, and a warning."""
+    result = evaluate(run, str(run.parent / "real.tar"), "fd,consistency", features=str(run.parent / "g"), n=4, steps=1,
+                      device="cpu", out=tmp_path / "r.json")  # fmt: skip
+    assert result["metrics"].keys() == {"g"} and result["judges"]["g"]["guide"]
+    assert {"fd", "consistency"} <= result["metrics"]["g"].keys()
+
+
+def test_a_run_without_guidance_is_drawn_with_w_0(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """guidance.drop=1 never trained the label table: whatever w is asked for, only w = 0 means anything."""
+    args = {"n": 6, "steps": 1, "seed": 3, "device": "cpu", "out": tmp_path / "r.json"}
+    free = evaluate(run, str(run.parent / "real.tar"), "fd", w=0, **args)
+    monkeypatch.setattr(SelfGuidedPipeline, "drop", 1.0, raising=False)
+    for w in (None, 2.0):
+        result = evaluate(run, str(run.parent / "real.tar"), w=w, **args)
+        assert result["sampling"]["w"] == 0 and result["asked"]["metrics"] == ["fd", "prdc"]
+        assert result["metrics"]["tiny-g"]["fd"] == free["metrics"]["tiny-g"]["fd"]
+        assert "w is 0" in result["notes"][0]
+    for metric in ("consistency", "layout"):
+        with pytest.raises(InputError, match="without guidance"):
+            evaluate(run, str(run.parent / "real.tar"), metric, **args)
+
+
+def test_a_run_without_a_null_is_drawn_with_w_1(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = {"metrics": "fd", "n": 4, "steps": 1, "device": "cpu", "out": tmp_path / "r.json"}
+    monkeypatch.setattr(SelfGuidedPipeline, "drop", 0.0, raising=False)
+    assert evaluate(run, str(run.parent / "real.tar"), **args)["sampling"]["w"] == 1
+    with pytest.raises(InputError, match=r"w=2: .*drop=0"):
+        evaluate(run, str(run.parent / "real.tar"), w=2.0, **args)
+
+
+def test_no_more_real_images_than_samples_pass_through_the_autoencoder(run: Path, tmp_path: Path) -> None:
+    args = {"metrics": "consistency", "steps": 1, "device": "cpu", "out": tmp_path / "r.json"}
+    for n in (6, 100):
+        assert evaluate(run, str(run.parent / "real.tar"), n=n, **args)["reference_images"] == min(n, 64)
+
+
+def test_the_runs_report_shows_the_figures(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run / "pipeline", folder / "pipeline")
+    (folder / "config.yaml").write_text("steps: 3\n")
+    evaluate(folder, str(run.parent / "real.tar"), "fd", n=4, steps=1, device="cpu")
+    page = (folder / "report.html").read_text()
+    assert "w = 2, 1 dpmpp_2m" in page and "tiny-g (its guide)" in page
+
+
+def test_samples_are_dropped_once_they_are_seen() -> None:
+    """Of 50,000 images features stay in memory, never pixels."""
+    alive: list[weakref.ref] = []
+
+    def batches():
+        for i in range(5):
+            images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+            alive.append(weakref.ref(images))
+            assert sum(ref() is not None for ref in alive) <= 2
+            yield torch.tensor([2 * i, 2 * i + 1]), images
+            del images
+
+    places, found = collect(batches(), {"a": lambda x: x.mean((2, 3)), "b": lambda x: x[:, :1, 0, 0]}, CPU, 10, "test")
+    assert places.tolist() == list(range(10)) and found["a"].shape == (10, 3) and found["b"].shape == (10, 1)
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_drawing_is_by_samples_own_defaults() -> None:
+    assert {name: getattr(SampleOptions, name) for name in ("w", "steps", "scheduler")} == {
+        name: value for name, value in DRAWING.items() if name != "precision"
+    }
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(

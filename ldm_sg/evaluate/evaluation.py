@@ -7,7 +7,7 @@ from typing import Any
 
 from ldm_sg.evaluate import figures, sources
 from ldm_sg.evaluate.collect import collect
-from ldm_sg.evaluate.judges import Distances, guide, open_judges, parse_features
+from ldm_sg.evaluate.judges import guide, open_judges, parse_features
 from ldm_sg.evaluate.options import Options
 from ldm_sg.evaluate.reference import Reference
 from ldm_sg.evaluate.subjects import Subject, open_subject
@@ -41,7 +41,6 @@ def assess(options: Options) -> tuple[dict[str, Any], Path]:
     for judge in judges:
         found = judge.measure(seen[judge.space, judge.sees], places, reference)
         values[judge.space] = values.get(judge.space, {}) | found
-    dims = {judge.space: seen[judge.space, judge.sees].shape[1] for judge in judges if isinstance(judge, Distances)}
     result = {
         "source": options.source,
         "reference": options.reference,
@@ -57,7 +56,7 @@ def assess(options: Options) -> tuple[dict[str, Any], Path]:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {name: version(name) for name in ("ldm-sg", "torch", "diffusers", "torch-fidelity")},
     }
-    result["notes"] = subject.notes + figures.remarks(result, dims, sources.first_size(real), skipped)
+    result["notes"] = subject.notes + figures.remarks(result, sources.first_size(real), skipped)
     return result, file
 
 

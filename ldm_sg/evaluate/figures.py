@@ -62,37 +62,33 @@ def compute(wanted: list[str], samples: Tensor, reference: Tensor, network: Any,
     return found
 
 
-def remarks(result: dict[str, Any], dims: dict[str, int], smallest: int, skipped: dict[str, str]) -> list[str]:
+def remarks(result: dict[str, Any], smallest: int, skipped: dict[str, str]) -> list[str]:
     """What a reader of the figures must know: counts that fell short or differ, images left out or enlarged, estimates that
-    are biased, and judges that are not impartial.
-
-    dims: numbers in a feature of each space that sets were compared in; smallest: pixels of the first reference image; skipped: image -> reason."""
-    wanted, samples, real = result["asked"]["metrics"], result["samples"], result["reference_images"]
-    notes = [f"{samples:,} samples, not the {result['asked']['n']:,} asked for"] * (samples < result["asked"]["n"])
-    size = result["preprocessing"]["size"]
+    are biased, judges that are not impartial. smallest: pixels of the first reference image; skipped: image -> reason."""
+    asked, samples, real = result["asked"], result["samples"], result["reference_images"]
+    fewer, size = min(samples, real), result["preprocessing"]["size"]
+    notes = [f"{samples:,} samples, not the {asked['n']:,} asked for"] * (samples < asked["n"])
     if smallest < size:
         notes.append(
             f"reference images of {smallest} px are enlarged to {size} px: give --size {smallest}, or larger ones"
         )
-    if "prdc" in wanted and samples != real:
-        kinds = ("reference images", "samples") if real > samples else ("samples", "reference images")
-        notes.append(
-            f"prdc compares equal numbers: {min(samples, real):,} {kinds[0]} chosen at random, as many as {kinds[1]}"
-        )
-    for space, dim in dims.items():
-        if "fd" in wanted and min(samples, real) <= dim:
+    if "prdc" in asked["metrics"] and samples != real:
+        kind = "reference images" if real > samples else "samples"
+        notes.append(f"prdc compares equal numbers: {fewer:,} of the {max(samples, real):,} {kind}, chosen at random")
+    for space, found in result["metrics"].items():
+        judge = result["judges"][space]
+        if "fd" in found and fewer <= judge["dim"]:
             notes.append(
-                f"fd of {min(samples, real):,} images in the {dim:,} dimensions of {space} is far above its limit: compare "
-                "it only at equal counts"
+                f"fd of {fewer:,} images in {judge['dim']:,} dimensions ({space}) is far above its limit: compare it only "
+                "at equal counts"
             )
-        if result["judges"][space]["guide"]:
+        if judge["guide"] and found.keys() & {"fd", "kid", "precision"}:
             notes.append(
-                f"{space} made this run's signals, so distances in it favour the run: compare runs by another judge too "
-                "(--features inception)"
+                f"{space} made this run's signals, which favours the run: compare in another space (--features)"
             )
     if skipped:
-        first = next(iter(skipped.items()))
-        notes.append(f"{len(skipped):,} images could not be read and are left out; the first: {': '.join(first)}")
+        name, reason = next(iter(skipped.items()))
+        notes.append(f"{len(skipped):,} images could not be read and are left out; the first: {name}: {reason}")
     return notes
 
 

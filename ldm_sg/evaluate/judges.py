@@ -1,8 +1,9 @@
 """Who judges samples: feature networks, and the run's own g and f. Each sees every image once and gives figures of its space."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,78 +27,50 @@ OWN = "own"  # the run's g, in a list of judges
 WEIGHTS, SETTINGS = (".safetensors", ".pth", ".pt"), (".yaml", ".yml")
 
 
-class Judge(Protocol):
-    """`space`: the network that its figures are judged in; `sees`: what of it, the same for judges that share a pass."""
-
-    space: str
-    sees: str
-    network: Network
-    manifest: dict[str, Any]  # the network's
-
-    def measure(self, samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        """What `network` gives of the samples [N, X], and their positions [N] in the subject -> figures by key."""
-
-
 @dataclass(frozen=True)
-class Distances:
+class Judge:
+    """Each image passes `network` once; `measure(what it gave of the samples [N, X], their positions [N] in the subject,
+    real images)` is then this judge's figures."""
+
+    space: str  # the name of the network that the figures are judged in
+    sees: str  # what of it: judges that see the same in one space share a pass
+    manifest: dict[str, Any]  # of the network
+    network: Network
+    measure: Callable[[Tensor, Tensor, Reference], dict[str, float]]
+
+
+def distances(space: str, network: Inception | FeatureExtractor, wanted: list[str], seed: int) -> Judge:
     """Samples against real images by their features: fd, kid, prdc, is."""
 
-    space: str
-    network: Inception | FeatureExtractor
-    wanted: list[str]
-    seed: int
-    sees: str = "features"
+    def measure(samples: Tensor, _: Tensor, reference: Reference) -> dict[str, float]:
+        return figures.compute(wanted, samples, reference.features(network), network, seed)
 
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self.network.manifest
-
-    def measure(self, samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        return figures.compute(self.wanted, samples, reference.features(self.network), self.network, self.seed)
+    return Judge(space, "features", network.manifest, network, measure)
 
 
-@dataclass(frozen=True)
-class Own:
-    """The run's own g and f, before what samples were asked for, and what its autoencoder leaves of real images."""
+def by_cluster(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, ids: Tensor, precision: str) -> Judge:
+    """Whether each sample lands in the cluster of `ids` [n] that it was asked for."""
 
-    space: str
-    annotator: LoadedAnnotator
-    asked: Signals | Tensor  # [n]
-    pipe: SelfGuidedPipeline
-    precision: str
+    def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
+        ceiling = reference.ceiling(own.features, precision, what="features", annotator=own.digest)
+        assert pipe.signals.k is not None
+        return consistency(ids[places], samples, pipe.signals.k.cpu(), *ceiling, own.f)
 
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self.annotator.extractor.manifest
-
-    def ceiling(self, reference: Reference) -> tuple[Tensor, Tensor]:
-        return reference.ceiling(self.network, self.precision, what=self.sees, annotator=self.annotator.digest)
+    return Judge(space, "features", own.extractor.manifest, own.features, measure)
 
 
-class Consistency(Own):
-    """The cluster that each sample was asked for, and the one where it lands."""
+def by_layout(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, asked: Signals, precision: str) -> Judge:
+    """Whether each sample shows, on the latent grid, the box or mask that it was asked for."""
+    grid = pipe.latent_shape[1:]
 
-    sees = "features"
+    def network(images: Tensor) -> Tensor:
+        return layout.layout(own(images), grid)
 
-    def network(self, images: Tensor) -> Tensor:
-        return self.annotator.features(images)
+    def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
+        ceiling = reference.ceiling(network, precision, what="layout", annotator=own.digest)
+        return layout.faithfulness(layout.layout(asked[places], grid), samples, *ceiling, pipe.spec.spatial)
 
-    def measure(self, samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        signals = self.pipe.signals.k.cpu()
-        return consistency(self.asked[places], samples, signals, *self.ceiling(reference), self.annotator.f)
-
-
-class Layouts(Own):
-    """The box or mask that each sample was asked for, and the one that it shows on the latent grid."""
-
-    sees = "layout"
-
-    def network(self, images: Tensor) -> Tensor:
-        return layout.layout(self.annotator(images), self.pipe.latent_shape[1:])
-
-    def measure(self, samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        asked = layout.layout(self.asked[places], self.pipe.latent_shape[1:])
-        return layout.faithfulness(asked, samples, *self.ceiling(reference), self.pipe.spec.spatial)
+    return Judge(space, "layout", own.extractor.manifest, network, measure)
 
 
 def parse_features(text: str | None) -> dict[str, str]:
@@ -121,13 +94,10 @@ def _name(features: str) -> str:
     return Path(features).name if Path(features).is_dir() else features.replace("/", "-").replace(":", "-")
 
 
-def load_network(features: str, resize: str, device: torch.device) -> Inception | FeatureExtractor:
+def load_network(features: str, resize: str | None, device: torch.device) -> Inception | FeatureExtractor:
     """`inception`, `inception:FILE`, a file of Inception weights, a YAML of FeaturesConfig, or any g by its name."""
-    name, _, file = features.partition(":")
-    if name == "inception":
-        return load_inception(file or None, resize).to(device)
-    if Path(features).suffix in WEIGHTS:
-        return load_inception(features, resize).to(device)
+    if _name(features) == Inception.name:
+        return load_inception(features.removeprefix("inception").removeprefix(":") or None, resize or "tf").to(device)
     if Path(features).suffix in SETTINGS:
         return load_extractor(load(FeaturesConfig, features), device)
     return load_extractor(FeaturesConfig(model=features), device)
@@ -135,36 +105,35 @@ def load_network(features: str, resize: str, device: torch.device) -> Inception 
 
 def open_judges(wanted: list[str], options: Options, subject: Subject, device: torch.device) -> list[Judge]:
     """Everything that judges, checked before the first sample is drawn."""
-    named, resize = parse_features(options.features), options.resize
-    followed = _asked_for(wanted, subject)
-    distances = [name for name in wanted if name not in figures.GUIDANCE]
-    if not distances and options.features is not None:
+    named, resize, pipe = parse_features(options.features), options.resize, subject.pipe
+    compared = [name for name in wanted if name not in figures.GUIDANCE]
+    if not compared and options.features is not None:
         raise InputError(f"features={options.features!r}: {wanted[0]} is judged by the run's own g: leave features out")
     if resize and Inception.name not in named:
-        raise InputError(
-            f"resize={resize!r} is for the judge inception, which features={options.features!r} does not name"
-        )
-    own = _open_own(wanted, subject, device) if followed or OWN in named.values() else None
-    networks = {
-        name: load_network(text, resize or "tf", device) for name, text in named.items() if distances and text != OWN
-    }
+        raise InputError(f"resize={resize!r} is for the judge inception: add it to features")
+    _check_guidance(wanted, subject)
+    own = _open_own(wanted, subject, device) if compared != wanted or OWN in named.values() else None
+    networks = {name: load_network(text, resize, device) for name, text in named.items() if compared and text != OWN}
     space = _space(own.extractor, networks) if own else ""
-    if own and OWN in named.values() and space in networks:
-        raise InputError(f"features={options.features!r}: {space} is the run's own g: name each network once")
-    if own and distances and (OWN in named.values() or space in networks):
+    if own and compared and OWN in named.values():
+        if space in networks:
+            raise InputError(f"features={options.features!r}: {space} is the run's own g: name each network once")
         networks[space] = own.extractor
     figures.check_networks(wanted, networks.values())
-    judges: list[Judge] = []
+    judges = []
     for name, network in networks.items():
-        able = [metric for metric in distances if metric != "is" or figures.classifies(network)]
-        judges.append(Distances(name, network, able, options.seed))
+        able = [metric for metric in compared if metric != "is" or figures.classifies(network)]
+        judges.append(distances(name, network, able, options.seed))
     precision = options.precision or DRAWING["precision"]
-    return judges + [judge(space, own, asked, subject.pipe, precision) for judge, asked in followed.items()]
+    if own and pipe and "consistency" in wanted:
+        judges.append(by_cluster(space, own, pipe, subject.ids(), precision))
+    if own and pipe and subject.asked and "layout" in wanted:
+        judges.append(by_layout(space, own, pipe, subject.asked, precision))
+    return judges
 
 
-def _asked_for(wanted: list[str], subject: Subject) -> dict[type["Own"], Any]:
-    """Who judges what was asked for, and that; InputError where nothing says it."""
-    found: dict[type[Own], Any] = {}
+def _check_guidance(wanted: list[str], subject: Subject) -> None:
+    """InputError where samples were asked for nothing, or nothing says what it was."""
     for name in figures.GUIDANCE:
         if name in wanted and not subject.guided:
             raise InputError(
@@ -172,13 +141,11 @@ def _asked_for(wanted: list[str], subject: Subject) -> dict[type["Own"], Any]:
                 "signal: leave it out"
             )
     if "consistency" in wanted:
-        found[Consistency] = subject.ids()
+        subject.ids()
     if "layout" in wanted:
         if subject.asked is None:
             raise InputError(f"{subject.where}: the metric layout draws its samples itself: give a run")
         layout.check(subject.asked, subject.where)
-        found[Layouts] = subject.asked
-    return found
 
 
 def _open_own(wanted: list[str], subject: Subject, device: torch.device) -> LoadedAnnotator:
