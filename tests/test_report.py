@@ -267,7 +267,9 @@ def full(tmp_path: Path) -> Path:
 
 
 def test_full_report_is_one_file_that_loads_nothing(full: Path) -> None:
-    path = write_report(full, command="ldm-sg demo --out 'a&b'", timings={"train": 61.0, "pack": 2.0})
+    (full / "command.txt").write_text("ldm-sg demo --out 'a&b'\n")
+    (full / "timings.json").write_text('{"train": 61.0, "pack": 2.0}')
+    path = write_report(full)
     text = path.read_text()
     page = Page(text)
     pictures = [value for value in page.loads if value.startswith("data:image/png;base64,")]

@@ -49,19 +49,18 @@ PICTURES = {  # file in the run folder -> heading, sentence
 }
 
 
-def write_report(run: Path, command: str | None = None, timings: Mapping[str, float] | None = None) -> Path:
+def write_report(run: Path) -> Path:
     """RUN/report.html, in one file.
 
     Read when present: config.yaml, metrics.csv, metrics.json, evaluations/*.json, clusters.png, the PICTURES,
-    samples/step_*.png, the annotation set that config.yaml names (manifest.yaml and its wall). `command` and `timings`
-    (seconds a stage) are taken from command.txt and timings.json when not given. Raises InputError if `run` is no folder."""
+    samples/step_*.png, command.txt, timings.json (seconds a stage), the annotation set that config.yaml names
+    (manifest.yaml and its wall). Raises InputError if `run` is no folder."""
     if not run.is_dir():
         raise InputError(f"run {str(run)!r}: no such folder")
     config = _yaml(run / "config.yaml")
     annotation = _annotation_folder(run, config)
     manifest = _yaml(annotation / "manifest.yaml") if annotation else {}
-    command = command or _text(run / "command.txt")
-    timings = _numbers(timings if timings is not None else _json(run / "timings.json"))
+    timings = _numbers(_json(run / "timings.json"))
     curves = read_curves(run / "metrics.csv")
     sections = [
         html.facts(_facts(config, manifest, curves, timings)),
@@ -72,7 +71,7 @@ def write_report(run: Path, command: str | None = None, timings: Mapping[str, fl
         _progress(run),
         _wall(annotation, manifest),
         html.section("Time", "", html.chart(charts.stages(timings))),
-        _recipe(command, config, manifest),
+        _recipe(_text(run / "command.txt"), config, manifest),
     ]
     lead = "Self-guided diffusion: trained without labels, guided by clusters of self-supervised features."
     return html.write(run / "report.html", html.page(run.resolve().name, lead, sections, "Made by ldm-sg."))

@@ -55,7 +55,9 @@ def demo(out: Path | None = None, config: str = "demo", steps: int | None = None
         metrics = _evaluate(out, shards, device)
     metrics["seconds"] = round(timings.total, 1)
     _write_json(out / "metrics.json", metrics)
-    report = write_report(out, f"ldm-sg demo --config {config} --out {out}", timings.seconds)
+    _write_json(out / "timings.json", timings.seconds)
+    (out / "command.txt").write_text(f"ldm-sg demo --config {config} --out {out}\n")
+    report = write_report(out)
     print(json.dumps(metrics, indent=2))
     print(f"report   {report}\npicture  {picture}")
     return report
