@@ -8,7 +8,7 @@ from typing import Any
 from ldm_sg.evaluate import figures, sources
 from ldm_sg.evaluate.collect import collect
 from ldm_sg.evaluate.judges import guide, open_judges, parse_features
-from ldm_sg.evaluate.options import Options
+from ldm_sg.evaluate.options import DRAWING, Options
 from ldm_sg.evaluate.reference import Reference
 from ldm_sg.evaluate.subjects import Subject, open_subject
 from ldm_sg.hardware import pick_device
@@ -24,14 +24,14 @@ def assess(options: Options) -> tuple[dict[str, Any], Path]:
     wanted = figures.parse_metrics(options.metrics) if options.metrics is not None else None
     real = sources.open_images(options.reference)
     subject = open_subject(options, list(parse_features(options.features)))
-    reference = Reference(real, subject, options.batch_size, device, skipped.__setitem__)
+    precision = options.precision or DRAWING["precision"]
+    reference = Reference(real, subject, options.batch_size, device, precision, skipped.__setitem__)
     made_by = guide(subject.pipe)
     wanted = wanted or _default(subject, made_by)
     figures.check_enough(wanted, subject.total, subject.where)
     figures.check_enough(wanted, sources.count(real), options.reference)
-    asked = {"metrics": wanted} | {
-        name: getattr(options, name) for name in ("reference", "features", "resize", "size", "n")
-    }
+    asked = {"metrics": wanted, "run": str(options.run) if options.run else None}
+    asked |= {name: getattr(options, name) for name in ("reference", "features", "resize", "size", "n")}
     file = figures.prepare(Path(options.out) if options.out is not None else figures.free(subject.out, asked))
     judges = open_judges(wanted, options, subject, device)
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,6 @@ def check_enough(wanted: list[str], images: int | None, where: str) -> None:
 
 def classifies(network: Any) -> bool:
     return isinstance(network, Inception) and network.classifies
-
-
-def check_networks(wanted: list[str], networks: Iterable[Any]) -> None:
-    """The Inception score needs the classifier."""
-    if "is" in wanted and not any(map(classifies, networks)):
-        raise InputError(
-            "metric `is` reads a classifier's scores, and no feature network here has one (its last layer is empty or "
-            "missing): give --features inception with full weights, or leave `is` out"
-        )
 
 
 def compute(wanted: list[str], samples: Tensor, reference: Tensor, network: Any, seed: int) -> dict[str, float]:

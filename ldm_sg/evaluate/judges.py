@@ -18,7 +18,7 @@ from ldm_sg.evaluate import figures, layout
 from ldm_sg.evaluate.collect import Network
 from ldm_sg.evaluate.consistency import check_ids, consistency
 from ldm_sg.evaluate.inception import Inception, load_inception
-from ldm_sg.evaluate.options import DRAWING, Options
+from ldm_sg.evaluate.options import Options
 from ldm_sg.evaluate.reference import Reference
 from ldm_sg.evaluate.subjects import Subject
 from ldm_sg.pipeline import SelfGuidedPipeline
@@ -48,18 +48,18 @@ def distances(space: str, network: Inception | FeatureExtractor, wanted: list[st
     return Judge(space, "features", network.manifest, network, measure)
 
 
-def by_cluster(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, ids: Tensor, precision: str) -> Judge:
+def by_cluster(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, ids: Tensor) -> Judge:
     """Whether each sample lands in the cluster of `ids` [n] that it was asked for."""
 
     def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        ceiling = reference.ceiling(own.features, precision, what="features", annotator=own.digest)
+        ceiling = reference.ceiling(own.features, what="features", annotator=own.digest)
         assert pipe.signals.k is not None
         return consistency(ids[places], samples, pipe.signals.k.cpu(), *ceiling, own.f)
 
     return Judge(space, "features", own.extractor.manifest, own.features, measure)
 
 
-def by_layout(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, asked: Signals, precision: str) -> Judge:
+def by_layout(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, asked: Signals) -> Judge:
     """Whether each sample shows, on the latent grid, the box or mask that it was asked for."""
     grid = pipe.latent_shape[1:]
 
@@ -67,7 +67,7 @@ def by_layout(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, asked:
         return layout.layout(own(images), grid)
 
     def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        ceiling = reference.ceiling(network, precision, what="layout", annotator=own.digest)
+        ceiling = reference.ceiling(network, what="layout", annotator=own.digest)
         return layout.faithfulness(layout.layout(asked[places], grid), samples, *ceiling, pipe.spec.spatial)
 
     return Judge(space, "layout", own.extractor.manifest, network, measure)
@@ -119,16 +119,19 @@ def open_judges(wanted: list[str], options: Options, subject: Subject, device: t
         if space in networks:
             raise InputError(f"features={options.features!r}: {space} is the run's own g: name each network once")
         networks[space] = own.extractor
-    figures.check_networks(wanted, networks.values())
+    if "is" in wanted and not any(map(figures.classifies, networks.values())):
+        raise InputError(
+            "metric `is` reads a classifier's scores, and no feature network here has one (its last layer is empty or "
+            "missing): give --features inception with full weights, or leave `is` out"
+        )
     judges = []
     for name, network in networks.items():
         able = [metric for metric in compared if metric != "is" or figures.classifies(network)]
         judges.append(distances(name, network, able, options.seed))
-    precision = options.precision or DRAWING["precision"]
     if own and pipe and "consistency" in wanted:
-        judges.append(by_cluster(space, own, pipe, subject.ids(), precision))
+        judges.append(by_cluster(space, own, pipe, subject.ids()))
     if own and pipe and subject.asked and "layout" in wanted:
-        judges.append(by_layout(space, own, pipe, subject.asked, precision))
+        judges.append(by_layout(space, own, pipe, subject.asked))
     return judges
 
 

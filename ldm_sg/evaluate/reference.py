@@ -29,6 +29,7 @@ class Reference:
     subject: Subject
     batch_size: int
     device: torch.device
+    precision: str  # of the autoencoder
     on_skip: sources.OnSkip
     used: int = 0  # images that figures were made of
 
@@ -37,10 +38,10 @@ class Reference:
         identity = {key: network.manifest.get(key) for key in IDENTITY}
         return self._read({"real": network}, self.subject.size, self.subject.within, MOST, network=identity)[0]
 
-    def ceiling(self, judge: Network, precision: str, **identity: Any) -> tuple[Tensor, Tensor]:
+    def ceiling(self, judge: Network, **identity: Any) -> tuple[Tensor, Tensor]:
         """What `judge`, named by `identity`, says of real images before and after the run's autoencoder, [M, X] each: of
         CEILING images, or as many as there are samples."""
-        pipe, bf16 = self.subject.pipe, use_bf16(precision, self.device)
+        pipe, bf16 = self.subject.pipe, use_bf16(self.precision, self.device)
         assert pipe is not None
 
         def rebuilt(images: Tensor) -> Tensor:
