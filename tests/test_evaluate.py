@@ -15,6 +15,7 @@ import yaml
 from conftest import COLOURS, TINY, folder_of, photo, write_annotation_set
 from PIL import Image
 from safetensors.torch import save_file
+from test_sample import invoke
 
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import file_sha256, load_extractor
@@ -302,6 +303,16 @@ def test_samples_are_dropped_once_they_are_seen() -> None:
     places, found = collect(batches(), {"a": lambda x: x.mean((2, 3)), "b": lambda x: x[:, :1, 0, 0]}, CPU, 10, "test")
     assert places.tolist() == list(range(10)) and found["a"].shape == (10, 3) and found["b"].shape == (10, 1)
     assert not any(ref() is not None for ref in alive)
+
+
+def test_evaluate_as_it_is_typed(run: Path, tmp_path: Path) -> None:
+    flags = ("--reference", run.parent / "real.tar", "--metrics", "fd", "-n", "4", "--steps", "1", "--device", "cpu")
+    code, shown = invoke("evaluate", run, *flags, "--features", "own", "--out", tmp_path / "r.json")
+    assert code == 0 and re.search(r"^fd +[\d.]+  in tiny-g$", shown, re.M), shown
+    for wrong in (("--features", "own,own"), ("--features", "own,"), ("--resize", "clean"), ("--w", "nan")):
+        code, shown = invoke("evaluate", run, *flags, *wrong, "--out", tmp_path / "wrong.json")
+        assert code == 2 and shown.count("\n") == 1, shown
+    assert not (tmp_path / "wrong.json").exists()
 
 
 def test_drawing_is_by_samples_own_defaults() -> None:
