@@ -194,7 +194,8 @@ def sample(
 
 
 @app.command(
-    epilog="Example: ldm-sg evaluate runs/demo --reference 'data/demo/*.tar' --metrics fd,prdc,consistency -n 2000"
+    epilog="Examples: ldm-sg evaluate runs/demo --reference 'data/demo/*.tar' --metrics fd,prdc,consistency -n 2000 | "
+    "ldm-sg evaluate runs/demo --reference 'data/demo/*.tar' --features own,inception --resize clean"
 )
 def evaluate(
     source: Annotated[str, typer.Argument(help="Run, folder of samples or images, or shards.")],
@@ -203,30 +204,42 @@ def evaluate(
         str | None,
         typer.Option(help="Of fd, kid, prdc, is, consistency, layout; default what the run's signals allow."),
     ] = None,
-    n: Annotated[int, typer.Option("-n", "--n", help="Samples; of the reference all are used, up to 50,000.")] = 10_000,
     features: Annotated[
-        str | None, typer.Option(help="Feature network; default the run's g. inception, a name or a file.")
+        str | None,
+        typer.Option(
+            help="Judges, commas between: own (the default: the run's g), inception, inception:FILE, any g, a YAML."
+        ),
     ] = None,
-    w: Annotated[float, typer.Option("--w", "-w", help="Guidance strength.")] = 2.0,
-    steps: Annotated[int, typer.Option(help="Solver steps.")] = 25,
-    scheduler: Annotated[str, typer.Option(help="dpmpp_2m, ddim, ddpm, unipc or euler.")] = "dpmpp_2m",
+    resize: Annotated[
+        str | None,
+        typer.Option(help="Of inception's input: tf (torch-fidelity's, the default) or clean (clean-fid's)."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="Samples; of the reference all are used, up to 50,000.")] = 10_000,
+    w: Annotated[float | None, typer.Option("--w", "-w", help="Guidance strength; default 2.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Solver steps; default 25.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m (the default), ddim, ddpm, unipc or euler.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
     size: Annotated[int | None, typer.Option(help="Side to which images are cropped; default the run's.")] = None,
-    precision: Annotated[str, typer.Option(help="Of the sampling: auto, fp32 or bf16.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="Of the sampling: auto (the default), fp32 or bf16.")] = None,
     run: Annotated[
         str | None, typer.Option(help="Run whose g and f judge images on disk; default the one that holds them.")
     ] = None,
+    spacing: Annotated[str | None, typer.Option(help="Of the solver's steps; as in sample.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="cfg, cfg_zero or apg.")] = None,
+    rescale: Annotated[float | None, typer.Option(help="As in sample.")] = None,
+    interval: Annotated[str | None, typer.Option(help="As in sample.")] = None,
     checkpoint: Checkpoint = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+    out: Annotated[str | None, typer.Option(help="JSON file.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Samples against real images -> numbers with everything needed to reproduce them."""
     from ldm_sg.verbs.evaluate import evaluate as judge
 
-    judge(source, reference, metrics=metrics, n=n, features=features, out=out, size=size, w=w, steps=steps,
-        scheduler=scheduler, seed=seed, batch_size=batch_size, device=device,
-        precision=precision, run=run, checkpoint=checkpoint)  # fmt: skip
+    judge(source, reference, metrics, features=features, resize=resize, n=n, w=w, steps=steps, scheduler=scheduler,
+        spacing=spacing, strategy=strategy, rescale=rescale, interval=_numbers("--interval", interval, float) or None,
+        seed=seed, batch_size=batch_size, size=size, precision=precision, run=run, checkpoint=checkpoint, out=out,
+        device=device)  # fmt: skip
 
 
 @app.command(epilog="Examples: ldm-sg demo | ldm-sg demo --config demo_masks")

@@ -344,7 +344,8 @@ def test_snapshots_are_opened_by_step_and_by_fd(whole: Path, colours: Path, tmp_
         open_pipeline(shorter, "cpu", "8")
 
     def judged(step: int, fd: float, judge: str = "a", w: float = 2.0) -> None:
-        result = {"metrics": {"fd": fd}, "sampling": {"w": w, "checkpoint": step}, "features": {"name": judge}}
+        result = {"metrics": {judge: {"fd": fd}}, "judges": {judge: {"name": judge}}}
+        result |= {"sampling": {"w": w, "checkpoint": step}}
         (run / "evaluations").mkdir(exist_ok=True)
         text = json.dumps(result | {"reference": "r", "samples": 10})
         (run / "evaluations" / f"{step}-{judge}-{w}.json").write_text(text)

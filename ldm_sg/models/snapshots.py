@@ -46,13 +46,14 @@ def best(run: Path) -> int:
     for file in (run / "evaluations").glob("*.json"):
         try:
             result = json.loads(file.read_text())
-            rank = float(result["metrics"]["fd"]), int(result["sampling"]["checkpoint"])
+            step = int(result["sampling"]["checkpoint"])
             how = {key: value for key, value in result["sampling"].items() if key != "checkpoint"}
-            network = [result["features"].get(key) for key in ("name", "sha256")]
-            judge = json.dumps([network, result["reference"], result["samples"], how], sort_keys=True)
+            for space, figures in result["metrics"].items():
+                network = [result["judges"][space].get(key) for key in ("name", "sha256")]
+                judge = json.dumps([network, result["reference"], result["samples"], how], sort_keys=True)
+                judged.setdefault(judge, []).append((float(figures["fd"]), step))
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # of the run as it is, or without fd
-        judged.setdefault(judge, []).append(rank)
     several = [ranks for ranks in judged.values() if len({step for _, step in ranks}) > 1]
     if len(several) != 1:
         what = f"{len(several)} sets of them differ in judge or settings" if several else "there are none to compare"
