@@ -50,7 +50,6 @@ def fit(
         precision="bf16-mixed" if bf16 else "32-true",
         max_steps=config.steps,
         max_epochs=-1,
-        gradient_clip_val=config.clip or None,
         val_check_interval=config.val_every if validate else None,
         check_val_every_n_epoch=None if validate else 1,
         limit_val_batches=1.0 if validate else 0,
