@@ -9,7 +9,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ldm_sg import __version__
 from ldm_sg.errors import InputError
+
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its remarks on how we call it are not the user's
 
 
 class ExitCodes(TyperGroup):
@@ -37,12 +40,32 @@ class ExitCodes(TyperGroup):
 app = typer.Typer(
     cls=ExitCodes,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Label-free, self-guided latent diffusion: pack, annotate, train, sample, evaluate.",
-    epilog="Start with `ldm-sg demo`. Every verb has --help with examples. Docs: README.md.",
+    epilog="Start with `ldm-sg demo`. Every verb has --help with examples; configs/annotate/ and configs/train/ hold a config "
+    "for each data set, under the same name, and README.md a table of them.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"ldm-sg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def ldm_sg(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Label-free, self-guided latent diffusion: pack, annotate, train, sample, evaluate."""
+
+
+def examples(*commands: str) -> str:
+    """The end of a verb's help, a command a line."""
+    return "\n".join(["\b", "Examples:", *(f"  ldm-sg {command}" for command in commands)])
+
 
 Config = Annotated[Path, typer.Argument(help="YAML under configs/, or one of your own.")]
 Overrides = Annotated[
@@ -72,11 +95,12 @@ def _config_verb(schema: str, module: str, config: Path, overrides: list[str] | 
 
 
 @app.command(
-    epilog="Examples: ldm-sg pack ~/photos data/photos256 --size 256 | "
-    "ldm-sg pack ~/photos data/photos256 --annotations boxes.json --masks ~/masks --ignore-index 11 | "
-    "ldm-sg pack VOCdevkit/VOC2012 data/voc256 --split train | "
-    "ldm-sg pack train2017 data/coco256 --annotations instances_train2017.json "
-    "--masks stuffthingmaps/train2017 --merge cocostuff27"
+    epilog=examples(
+        "pack ~/photos data/photos256 --size 256",
+        "pack ~/photos data/photos256 --annotations boxes.json --masks ~/masks --ignore-index 11",
+        "pack VOCdevkit/VOC2012 data/voc256 --split train",
+        "pack train2017 data/coco256 --annotations instances_train2017.json --masks stuffthingmaps/train2017 --merge cocostuff27",
+    )
 )
 def pack(
     src: Annotated[
@@ -115,28 +139,33 @@ def pack(
 
 
 @app.command(
-    epilog="Example: ldm-sg annotate configs/annotate/churches256.yaml 'shards=data/churches256/*.tar' "
-    "out=annotations/churches annotator.k=300"
+    epilog=examples(
+        "annotate configs/annotate/churches256.yaml 'shards=data/churches256/*.tar' out=annotations/churches annotator.k=300"
+    )
 )
 def annotate(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Shards -> latents and guidance signals (g, then f)."""
     _config_verb("AnnotateConfig", "annotate", config, overrides, dry_run)
 
 
-@app.command(
-    epilog="Example: ldm-sg train configs/train/churches256.yaml annotation=annotations/churches out=runs/churches"
-)
+@app.command(epilog=examples("train configs/train/churches256.yaml annotation=annotations/churches out=runs/churches"))
 def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Annotation set -> run. The same command resumes; Ctrl-C saves."""
     _config_verb("TrainConfig", "train", config, overrides, dry_run)
 
 
 @app.command(
-    epilog="Examples: ldm-sg sample runs/demo --cluster 3 -n 8 | ldm-sg sample runs/demo --sweep-w 0,1,2,3 -n 8 | "
-    "ldm-sg sample runs/demo --interpolate 3,17 -n 8 | ldm-sg sample runs/demo --trajectory -n 4 | "
-    "ldm-sg sample runs/demo --preset paper | ldm-sg sample runs/demo --like photo.jpg | "
-    "ldm-sg sample runs/voc --box 40,60,200,240 --cluster 3 | ldm-sg sample runs/camvid --mask layout.png | "
-    "ldm-sg sample runs/camvid --vary content"
+    epilog=examples(
+        "sample runs/demo --cluster 3 -n 8",
+        "sample runs/demo --sweep-w 0,1,2,3 -n 8",
+        "sample runs/demo --interpolate 3,17 -n 8",
+        "sample runs/demo --trajectory -n 4",
+        "sample runs/demo --preset paper",
+        "sample runs/demo --like photo.jpg",
+        "sample runs/voc --box 40,60,200,240 --cluster 3",
+        "sample runs/camvid --mask layout.png",
+        "sample runs/camvid --vary content",
+    )
 )
 def sample(
     run: Annotated[str, typer.Argument(help="Run or pipeline folder.")],
@@ -194,8 +223,10 @@ def sample(
 
 
 @app.command(
-    epilog="Examples: ldm-sg evaluate runs/demo --reference 'data/demo/*.tar' --metrics fd,prdc,consistency -n 2000 | "
-    "ldm-sg evaluate runs/demo --reference 'data/demo/*.tar' --features own,inception --resize clean"
+    epilog=examples(
+        "evaluate runs/demo --reference 'data/demo/*.tar' --metrics fd,prdc,consistency -n 2000",
+        "evaluate runs/demo --reference 'data/demo/*.tar' --features own,inception --resize clean",
+    )
 )
 def evaluate(
     source: Annotated[str, typer.Argument(help="Run, folder of samples or images, or shards.")],
@@ -242,7 +273,7 @@ def evaluate(
         device=device)  # fmt: skip
 
 
-@app.command(epilog="Examples: ldm-sg demo | ldm-sg demo --config demo_masks")
+@app.command(epilog=examples("demo", "demo --config demo_masks"))
 def demo(
     config: Annotated[str, typer.Option(help="demo: clusters; demo_masks: segments.")] = "demo",
     out: Annotated[Path | None, typer.Option(help="Folder of everything the demo makes; default runs/CONFIG.")] = None,
@@ -257,14 +288,16 @@ def demo(
 
 @app.command(
     "fit-autoencoder",
-    epilog="Example: ldm-sg fit-autoencoder configs/autoencoder/fruit.yaml 'shards.mine=data/mine/*.tar' holdout.mine=100 out=autoencoders/mine",
+    epilog=examples(
+        "fit-autoencoder configs/autoencoder/fruit.yaml 'shards.mine=data/mine/*.tar' holdout.mine=100 out=autoencoders/mine"
+    ),
 )
 def fit_autoencoder(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Shards -> a small KL autoencoder of your own."""
     _config_verb("FitAutoencoderConfig", "fit_autoencoder", config, overrides, dry_run)
 
 
-@app.command(epilog="Example: ldm-sg distill configs/distill/demo.yaml")
+@app.command(epilog=examples("distill configs/distill/demo.yaml"))
 def distill(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Unlabelled images + a large self-supervised teacher -> a small g."""
     _config_verb("DistillConfig", "distill", config, overrides, dry_run)

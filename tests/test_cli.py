@@ -1,5 +1,6 @@
 """The command line: fast help, exit codes, overrides; every YAML loads, every README command runs or dry-runs."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -52,6 +53,35 @@ def test_help_imports_no_torch_and_is_fast() -> None:
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     code, output = run(verb, "--help")
     assert code == 0 and "Example" in output and f"ldm-sg {verb}" in output
+
+
+def test_examples_stand_one_a_line() -> None:
+    lines = run("sample", "--help")[1].splitlines()
+    assert (
+        "    ldm-sg sample runs/demo --trajectory -n 4" in lines
+        and "    ldm-sg sample runs/camvid --vary content" in lines
+    )
+
+
+def test_version_and_completion() -> None:
+    from ldm_sg import __version__
+
+    assert run("--version") == (0, f"ldm-sg {__version__}\n")
+    assert "--install-completion" in run("--help")[1] and "configs/train/" in run("--help")[1]
+
+
+def test_the_script_is_sample_with_a_run_to_start_from(tmp_path: Path) -> None:
+    def script(*arguments: str) -> subprocess.CompletedProcess:
+        path = [sys.executable, str(ROOT / "scripts" / "sample_cluster.py")]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run([*path, *arguments], capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    shown, flags = script("--help").stdout, set(re.findall(r" (--[a-z-]+)", run("sample", "--help")[1]))
+    assert len(flags) > 15 and all(f" {flag} " in shown.replace("\n", " ") for flag in flags)
+    assert "Usage: python scripts/sample_cluster.py [OPTIONS]" in shown and "default: runs/demo" in shown
+    assert "Missing option '--cluster'" in script().stderr
+    told = script("there", "--cluster", "42", "--box", "x")  # refused before anything heavy is imported
+    assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: str(p.relative_to(ROOT)))

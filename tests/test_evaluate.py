@@ -13,7 +13,6 @@ import timm
 import torch
 import yaml
 from conftest import COLOURS, TINY, folder_of, photo, write_annotation_set
-from ldm_sg.verbs.request import SampleOptions
 from PIL import Image
 from safetensors.torch import save_file
 from test_sample import invoke
@@ -30,6 +29,7 @@ from ldm_sg.evaluate import sources
 from ldm_sg.evaluate.collect import collect
 from ldm_sg.evaluate.options import DRAWING
 from ldm_sg.pipeline import SelfGuidedPipeline
+from ldm_sg.sampling.request import SampleOptions
 from ldm_sg.verbs.evaluate import evaluate
 
 CPU = torch.device("cpu")

@@ -15,6 +15,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 from ldm_sg.data.images import to_uint8
 from ldm_sg.errors import InputError
+from ldm_sg.hub import answers
 
 MARK = "Mixed_7c.branch_pool.conv.weight"  # a key that only this network has
 SIDE = (299, 299)
@@ -111,13 +112,16 @@ def first_line(err: Exception) -> str:
 
 def _download() -> tuple[dict[str, Tensor], str]:
     name = URL_INCEPTION_V3.rsplit("/", 1)[1]
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / name
     try:
+        if not kept.is_file() and not answers(URL_INCEPTION_V3):
+            raise OSError("no network")
         state = torch.hub.load_state_dict_from_url(
             URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True
         )
-    except (OSError, RuntimeError) as err:  # no network, or a file that does not match its hash
+    except (OSError, RuntimeError) as err:  # or a file that does not match its hash
         raise InputError(
             f"the Inception weights could not be downloaded ({first_line(err)}): fetch {name} from torch-fidelity's "
             "releases elsewhere and name the file: --features inception:FILE"
         ) from err
-    return state, sha256_of(Path(torch.hub.get_dir()) / "checkpoints" / name)
+    return state, sha256_of(kept)

@@ -47,6 +47,10 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__(multi_avg_fn=ema_update(decay))
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # the module itself moves there only after this
+        super().setup(trainer, pl_module, stage)
+
     @property
     def network(self) -> nn.Module:
         assert self._average_model is not None

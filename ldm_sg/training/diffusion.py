@@ -62,6 +62,11 @@ class DiffusionModule(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, **_: object) -> None:
+        """By norm. In bf16 Lightning's own refuses fused optimizers, for the sake of a loss scale, which bf16 has not."""
+        if self.config.clip:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+
 
 def decayed(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters with weight decay, the weights of linear and convolutional layers, and without: biases, norms, embeddings."""

@@ -51,7 +51,6 @@ def fit(
         precision="bf16-mixed" if bf16 else "32-true",
         max_steps=config.steps,
         max_epochs=-1,
-        gradient_clip_val=config.clip or None,
         accumulate_grad_batches=config.accumulate,
         val_check_interval=config.val_every * config.accumulate if validate else None,
         check_val_every_n_epoch=None if validate else 1,
