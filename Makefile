@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint bench gpu-bundle clean
 
 setup: .venv/.done
 
@@ -29,6 +29,13 @@ lint: setup
 
 bench: setup
 	for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+
+# What a GPU machine without network lacks, for `bash benchmarks/gpu/check.sh` there.
+gpu-bundle:
+	$(PYTHON) -m pip download --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp --python-version 3.12 \
+		$(foreach tag,2_28 2_27 2_17 2014,--platform manylinux$(patsubst 2_%,_2_%,$(tag))_x86_64) \
+		-c constraints.txt -r benchmarks/gpu/requirements.txt -d benchmarks/gpu/wheels
+	du -sh benchmarks/gpu/wheels
 
 clean:
 	rm -rf .venv runs/demo runs/demo-data

@@ -1,5 +1,5 @@
-"""Images a second of annotate's streaming pass (read, decode in worker processes, g, features and latents to disk) beside g's
-bare forward pass on the same images already in memory: `python benchmarks/bench_annotate.py`.
+"""Images a second of annotate's streaming pass (read, decode in worker processes, g, first stage, features and latents to disk)
+beside both networks' bare forward passes on the same images already in memory: `python benchmarks/bench_annotate.py`.
 
 The first stage is `patch4`, which costs next to nothing, so that the figure is g's. Runs alternate, best of 2 each. Decoding
 shares the cores with g where there is no GPU, so the share grows with g. The paper's g is ViT-B/16."""
@@ -13,9 +13,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing import parent_process
 from pathlib import Path
 
-if __name__ == "__main__":  # decoding processes import this file again, and need none of it; `ldm-sg` itself is light
+if parent_process() is None:  # decoding processes import this file again, and need none of it
     import timm
     import torch
     from PIL import Image
@@ -24,12 +25,12 @@ if __name__ == "__main__":  # decoding processes import this file again, and nee
     from ldm_sg.annotate.features import FeatureExtractor, load_extractor
     from ldm_sg.annotate.kinds import make_annotator
     from ldm_sg.annotate.stage import stages
-    from ldm_sg.annotate.stream import batches_of, extract, prepare_autoencoder
+    from ldm_sg.annotate.stream import batches_of, encode, extract, prepare_autoencoder
     from ldm_sg.config import AnnotateConfig, FeaturesConfig
     from ldm_sg.configfile import ASSETS
     from ldm_sg.data.images import decode, to_float
     from ldm_sg.data.shards import ShardWriter, expand, read_shard
-    from ldm_sg.hardware import pick_device
+    from ldm_sg.hardware import pick_device, use_bf16
 
 REPEATS, BATCH = 2, 64
 
@@ -61,14 +62,22 @@ def synchronise() -> None:
 def measure(name: str, cfg: AnnotateConfig, g: FeatureExtractor, shards: list[str], size: int) -> dict[str, object]:
     out, device = Path(cfg.out), g.mean.device
     autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
-    batches = [p.batch.images for p in batches_of(shards, [0, 1], size, BATCH, 0) if p.batch is not None]
+    each, bf16 = cfg.features.batch_size, use_bf16(cfg.precision, device)
+    batches = [p.batch.images for p in batches_of(shards, [0, 1], size, each, 0) if p.batch is not None]
     n = sum(map(len, batches))
-    g(to_float(batches[0].to(device)))
+
+    def bare(images: torch.Tensor) -> None:
+        pixels = to_float(images.to(device))
+        g(pixels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            encode(autoencoder, pixels, flips=False)
+
+    bare(batches[0])
     times: dict[str, list[float]] = {"bare": [], "annotate": []}
     for _ in range(REPEATS):
         start = time.perf_counter()
         for images in batches:
-            g(to_float(images.to(device)))
+            bare(images)
         synchronise()
         times["bare"].append(time.perf_counter() - start)
         for folder in ("work", "features"):
@@ -76,14 +85,14 @@ def measure(name: str, cfg: AnnotateConfig, g: FeatureExtractor, shards: list[st
         start = time.perf_counter()
         extract(cfg, shards, list(stages(out, 2)), size, g, autoencoder, make_annotator(cfg.annotator))
         times["annotate"].append(time.perf_counter() - start)
-    bare, whole = (n / min(times[which]) for which in ("bare", "annotate"))
+    alone, whole = (n / min(times[which]) for which in ("bare", "annotate"))
     return {
         "g": name,
         "pixels": size,
         "images": n,
-        "bare": round(bare),
+        "bare": round(alone),
         "annotate": round(whole),
-        "share": round(whole / bare, 3),
+        "share": round(whole / alone, 3),
     }
 
 

@@ -44,7 +44,7 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             result = evaluate(args.run, args.reference, metrics="fd", n=args.n, w=args.w, steps=steps, scheduler=scheduler,
                               out=args.out / f"{scheduler}{steps}.json")  # fmt: skip
-        fd = result["metrics"]["fd"]
+        fd = next(iter(result["metrics"].values()))["fd"]
         paper = paper or fd
         print(f"| {scheduler} | {steps} | {rate:.1f} | {fd:.4g} | {100 * (fd / paper - 1):+.1f}% |", flush=True)
 

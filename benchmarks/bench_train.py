@@ -12,7 +12,7 @@ from ldm_sg.config import ObjectiveConfig, model_config
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.hardware import pick_device
 from ldm_sg.models.unet import make_unet
-from ldm_sg.pipeline import noise_scheduler, objective_of
+from ldm_sg.sampling.schedules import noise_scheduler, objective_of
 
 
 def step_maker(

@@ -1,18 +1,21 @@
 """Config -> objects: the only place that knows which class a word in a config stands for."""
 
+import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import TrainConfig, model_config
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.models.unet import GuidedUNet, make_unet
 from ldm_sg.objective import Objective
-from ldm_sg.pipeline import SelfGuidedPipeline, noise_scheduler, objective_of
+from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
+from ldm_sg.sampling.schedules import noise_scheduler, objective_of
 
 
 def view_side(config: TrainConfig, latents: LatentSet) -> int:
@@ -38,15 +41,11 @@ def network(config: TrainConfig, latents: LatentSet) -> GuidedUNet:
         _copy_weights(model, Path(config.init))
     if config.channels_last:
         model.unet.to(memory_format=torch.channels_last)
-    if config.compile:
-        model.unet.compile()
     return model
 
 
 def _copy_weights(model: GuidedUNet, run: Path) -> None:
-    if not (run / "pipeline").is_dir():
-        raise InputError(f"init={str(run)!r}: no pipeline/ there; give the folder of a trained run")
-    old = SelfGuidedPipeline.from_pretrained(run / "pipeline")
+    old = open_pipeline(run, "cpu")
     for name, new, source in (("unet", model.unet, old.unet), ("conditioner", model.conditioner, old.conditioner)):
         state = source.state_dict()
         for key, value in new.state_dict().items():
@@ -64,7 +63,7 @@ class PipelineWriter:
     """Makes pipelines around a network, sharing everything that training does not change."""
 
     def __init__(self, config: TrainConfig, latents: LatentSet, device: torch.device) -> None:
-        self.scheduler = noise_scheduler(config.objective)
+        self.scheduler, self.drop = noise_scheduler(config.objective), config.guidance.drop
         self.source_size = latents.manifest["size"] if config.crop else None
         side, full = view_side(config, latents), latents.latent_shape[1]
         self.signals = latents.signals if side == full else latents.signals.centre(side / full)
@@ -73,17 +72,20 @@ class PipelineWriter:
 
     def pipeline(self, network: nn.Module) -> SelfGuidedPipeline:
         assert isinstance(network, GuidedUNet)
-        pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler, self.source_size)
+        pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler, self.source_size, self.drop)
         pipe.attach(self.autoencoder, self.signals, self.annotator)
         return pipe
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Replaces `folder` by the pipeline of `network`; there is a whole pipeline under that name at any time but one."""
-        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self.pipeline(network).save_pretrained(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        new, old = (folder.with_name(f"{folder.name}.{what}-{os.getpid()}") for what in ("new", "old"))
+        try:
+            self.pipeline(network).save_pretrained(new)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except SafetensorError as err:
+            raise InputError(f"{folder}: cannot be written, is its disk full? {one_line(err)}") from err
+        finally:
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)

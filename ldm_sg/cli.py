@@ -1,6 +1,7 @@
 """The command line. Torch is imported inside the verbs, so that --help answers at once."""
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,13 +9,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ldm_sg import __version__
 from ldm_sg.errors import InputError
+
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its remarks on how we call it are not the user's
 
 
 class ExitCodes(TyperGroup):
     """0 done, 2 wrong input (one line on stderr), 130 interrupted, 1 a bug (traceback)."""
 
     def invoke(self, ctx: Any) -> Any:
+        # libgomp's threads spin for 300,000 rounds at a barrier, which takes the cores from other jobs; benchmarks/RESULTS.md
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         try:
             return super().invoke(ctx)
         except InputError as err:
@@ -25,23 +32,48 @@ class ExitCodes(TyperGroup):
                 raise
             print(f"ldm-sg: {err.filename or 'while writing'}: {err.strerror}", file=sys.stderr)
             ctx.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as err:
+            print(f"ldm-sg: {str(err) or 'interrupted'}", file=sys.stderr)
             ctx.exit(130)
 
 
 app = typer.Typer(
     cls=ExitCodes,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Label-free, self-guided latent diffusion: pack, annotate, train, sample, evaluate.",
-    epilog="Start with `ldm-sg demo`. Every verb has --help with examples. Docs: README.md.",
+    epilog="Start with `ldm-sg demo`. Every verb has --help with examples; configs/annotate/ and configs/train/ hold a config "
+    "for each data set, under the same name, and README.md a table of them.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"ldm-sg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def ldm_sg(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Label-free, self-guided latent diffusion: pack, annotate, train, sample, evaluate."""
+
+
+def examples(*commands: str) -> str:
+    """The end of a verb's help, a command a line."""
+    return "\n".join(["\b", "Examples:", *(f"  ldm-sg {command}" for command in commands)])
+
 
 Config = Annotated[Path, typer.Argument(help="YAML under configs/, or one of your own.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value pairs that replace the config's; --dry-run shows all keys.")
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="Step whose EMA weights the run keeps (keep_every=), or best: by fd. Default: its pipeline."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and build nothing.")]
 
@@ -63,11 +95,12 @@ def _config_verb(schema: str, module: str, config: Path, overrides: list[str] | 
 
 
 @app.command(
-    epilog="Examples: ldm-sg pack ~/photos data/photos256 --size 256 | "
-    "ldm-sg pack ~/photos data/photos256 --annotations boxes.json --masks ~/masks --ignore-index 11 | "
-    "ldm-sg pack VOCdevkit/VOC2012 data/voc256 --split train | "
-    "ldm-sg pack train2017 data/coco256 --annotations instances_train2017.json "
-    "--masks stuffthingmaps/train2017 --merge cocostuff27"
+    epilog=examples(
+        "pack ~/photos data/photos256 --size 256",
+        "pack ~/photos data/photos256 --annotations boxes.json --masks ~/masks --ignore-index 11",
+        "pack VOCdevkit/VOC2012 data/voc256 --split train",
+        "pack train2017 data/coco256 --annotations instances_train2017.json --masks stuffthingmaps/train2017 --merge cocostuff27",
+    )
 )
 def pack(
     src: Annotated[
@@ -106,28 +139,33 @@ def pack(
 
 
 @app.command(
-    epilog="Example: ldm-sg annotate configs/annotate/churches256.yaml 'shards=data/churches256/*.tar' "
-    "out=annotations/churches annotator.k=300"
+    epilog=examples(
+        "annotate configs/annotate/churches256.yaml 'shards=data/churches256/*.tar' out=annotations/churches annotator.k=300"
+    )
 )
 def annotate(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Shards -> latents and guidance signals (g, then f)."""
     _config_verb("AnnotateConfig", "annotate", config, overrides, dry_run)
 
 
-@app.command(
-    epilog="Example: ldm-sg train configs/train/churches256.yaml annotation=annotations/churches out=runs/churches"
-)
+@app.command(epilog=examples("train configs/train/churches256.yaml annotation=annotations/churches out=runs/churches"))
 def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Annotation set -> run. The same command resumes; Ctrl-C saves."""
     _config_verb("TrainConfig", "train", config, overrides, dry_run)
 
 
 @app.command(
-    epilog="Examples: ldm-sg sample runs/demo --cluster 3 -n 8 | ldm-sg sample runs/demo --sweep-w 0,1,2,3 -n 8 | "
-    "ldm-sg sample runs/demo --interpolate 3,17 -n 8 | ldm-sg sample runs/demo --trajectory -n 4 | "
-    "ldm-sg sample runs/demo --preset paper | ldm-sg sample runs/demo --like photo.jpg | "
-    "ldm-sg sample runs/voc --box 40,60,200,240 --cluster 3 | ldm-sg sample runs/camvid --mask layout.png | "
-    "ldm-sg sample runs/camvid --vary content"
+    epilog=examples(
+        "sample runs/demo --cluster 3 -n 8",
+        "sample runs/demo --sweep-w 0,1,2,3 -n 8",
+        "sample runs/demo --interpolate 3,17 -n 8",
+        "sample runs/demo --trajectory -n 4",
+        "sample runs/demo --preset paper",
+        "sample runs/demo --like photo.jpg",
+        "sample runs/voc --box 40,60,200,240 --cluster 3",
+        "sample runs/camvid --mask layout.png",
+        "sample runs/camvid --vary content",
+    )
 )
 def sample(
     run: Annotated[str, typer.Argument(help="Run or pipeline folder.")],
@@ -158,41 +196,37 @@ def sample(
     ] = "fp32",
     sweep_w: Annotated[str | None, typer.Option(help="One row a strength: 0,1,2,3")] = None,
     interpolate: Annotated[str | None, typer.Option(help="Walk between two clusters: 3,17")] = None,
+    spacing: Annotated[
+        str, typer.Option(help="Where the solver evaluates: log_snr, trailing, or uniform as the paper's code.")
+    ] = "log_snr",
+    strategy: Annotated[str, typer.Option(help="How w is applied: cfg, cfg_zero or apg.")] = "cfg",
+    rescale: Annotated[float, typer.Option(help="cfg: share of the guided std brought back, 0 to 1.")] = 0.0,
+    interval: Annotated[str | None, typer.Option(help="w is 1 outside these noise levels: 0.2,0.8")] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Rows of predicted images over the steps.")] = False,
+    checkpoint: Checkpoint = None,
     out: Annotated[str | None, typer.Option(help="Folder; default RUN/samples/SETTINGS.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples of other settings in --out.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Run -> PNGs, grid.png and one JSON line an image."""
-    strengths, ends = _numbers("--sweep-w", sweep_w, float), _numbers("--interpolate", interpolate, int)
-    corners = _numbers("--box", box, float)
-    from ldm_sg.verbs.request import SampleOptions, apply_preset
+    from ldm_sg.sampling.request import SampleOptions, apply_preset
     from ldm_sg.verbs.sample import sample as draw
 
     options = SampleOptions(
-        list(cluster or []),
-        corners,
-        mask,
-        like,
-        vary,
-        n,
-        w,
-        steps,
-        scheduler,
-        eta,
-        seed,
-        batch_size,
-        strengths,
-        ends,
-        trajectory,
-        precision,
-        device,
-    )
+        cluster=list(cluster or []), box=_numbers("--box", box, float), mask=mask, like=like, vary=vary, n=n, w=w,
+        steps=steps, scheduler=scheduler, spacing=spacing, eta=eta, strategy=strategy, rescale=rescale,
+        interval=_numbers("--interval", interval, float), seed=seed, batch_size=batch_size,
+        sweep_w=_numbers("--sweep-w", sweep_w, float), interpolate=_numbers("--interpolate", interpolate, int),
+        trajectory=trajectory, precision=precision, device=device, checkpoint=checkpoint,
+    )  # fmt: skip
     print(draw(run, apply_preset(options, preset), out, overwrite) / "grid.png")
 
 
 @app.command(
-    epilog="Example: ldm-sg evaluate runs/demo --reference 'data/demo/*.tar' --metrics fd,prdc,consistency -n 2000"
+    epilog=examples(
+        "evaluate runs/demo --reference 'data/demo/*.tar' --metrics fd,prdc,consistency -n 2000",
+        "evaluate runs/demo --reference 'data/demo/*.tar' --features own,inception --resize clean",
+    )
 )
 def evaluate(
     source: Annotated[str, typer.Argument(help="Run, folder of samples or images, or shards.")],
@@ -201,32 +235,45 @@ def evaluate(
         str | None,
         typer.Option(help="Of fd, kid, prdc, is, consistency, layout; default what the run's signals allow."),
     ] = None,
-    n: Annotated[int, typer.Option("-n", "--n", help="Samples; of the reference all are used, up to 50,000.")] = 10_000,
     features: Annotated[
-        str | None, typer.Option(help="Feature network; default the run's g. inception, a name or a file.")
+        str | None,
+        typer.Option(
+            help="Judges, commas between: own (the default: the run's g), inception, inception:FILE, any g, a YAML."
+        ),
     ] = None,
-    w: Annotated[float, typer.Option("--w", "-w", help="Guidance strength.")] = 2.0,
-    steps: Annotated[int, typer.Option(help="Solver steps.")] = 25,
-    scheduler: Annotated[str, typer.Option(help="dpmpp_2m, ddim, ddpm, unipc or euler.")] = "dpmpp_2m",
+    resize: Annotated[
+        str | None,
+        typer.Option(help="Of inception's input: tf (torch-fidelity's, the default) or clean (clean-fid's)."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="Samples; of the reference all are used, up to 50,000.")] = 10_000,
+    w: Annotated[float | None, typer.Option("--w", "-w", help="Guidance strength; default 2.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Solver steps; default 25.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m (the default), ddim, ddpm, unipc or euler.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
     size: Annotated[int | None, typer.Option(help="Side to which images are cropped; default the run's.")] = None,
-    precision: Annotated[str, typer.Option(help="Of the sampling: auto, fp32 or bf16.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="Of the sampling: auto (the default), fp32 or bf16.")] = None,
     run: Annotated[
         str | None, typer.Option(help="Run whose g and f judge images on disk; default the one that holds them.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+    spacing: Annotated[str | None, typer.Option(help="Of the solver's steps; as in sample.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="cfg, cfg_zero or apg.")] = None,
+    rescale: Annotated[float | None, typer.Option(help="As in sample.")] = None,
+    interval: Annotated[str | None, typer.Option(help="As in sample.")] = None,
+    checkpoint: Checkpoint = None,
+    out: Annotated[str | None, typer.Option(help="JSON file.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Samples against real images -> numbers with everything needed to reproduce them."""
     from ldm_sg.verbs.evaluate import evaluate as judge
 
-    judge(source, reference, metrics=metrics, n=n, features=features, out=out, size=size, w=w, steps=steps,
-        scheduler=scheduler, seed=seed, batch_size=batch_size, device=device,
-        precision=precision, run=run)  # fmt: skip
+    judge(source, reference, metrics, features=features, resize=resize, n=n, w=w, steps=steps, scheduler=scheduler,
+        spacing=spacing, strategy=strategy, rescale=rescale, interval=_numbers("--interval", interval, float) or None,
+        seed=seed, batch_size=batch_size, size=size, precision=precision, run=run, checkpoint=checkpoint, out=out,
+        device=device)  # fmt: skip
 
 
-@app.command(epilog="Examples: ldm-sg demo | ldm-sg demo --config demo_masks")
+@app.command(epilog=examples("demo", "demo --config demo_masks"))
 def demo(
     config: Annotated[str, typer.Option(help="demo: clusters; demo_masks: segments.")] = "demo",
     out: Annotated[Path | None, typer.Option(help="Folder of everything the demo makes; default runs/CONFIG.")] = None,
@@ -241,14 +288,16 @@ def demo(
 
 @app.command(
     "fit-autoencoder",
-    epilog="Example: ldm-sg fit-autoencoder configs/autoencoder/fruit.yaml 'shards.mine=data/mine/*.tar' holdout.mine=100 out=autoencoders/mine",
+    epilog=examples(
+        "fit-autoencoder configs/autoencoder/fruit.yaml 'shards.mine=data/mine/*.tar' holdout.mine=100 out=autoencoders/mine"
+    ),
 )
 def fit_autoencoder(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Shards -> a small KL autoencoder of your own."""
     _config_verb("FitAutoencoderConfig", "fit_autoencoder", config, overrides, dry_run)
 
 
-@app.command(epilog="Example: ldm-sg distill configs/distill/demo.yaml")
+@app.command(epilog=examples("distill configs/distill/demo.yaml"))
 def distill(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Unlabelled images + a large self-supervised teacher -> a small g."""
     _config_verb("DistillConfig", "distill", config, overrides, dry_run)

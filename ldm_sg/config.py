@@ -26,6 +26,8 @@ class FeaturesConfig:
 
 
 SEGMENT_METHODS = ("stego", "patch_kmeans")
+KINDS = ("eps", "v", "x0", "flow")  # what a network predicts
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 @dataclass
@@ -157,6 +159,8 @@ class ModelConfig:
     tokens: str = "vector"  # cross-attention reads: vector (T tokens made of k), concepts (one a present id), none
     num_tokens: int = 8
     token_width: int = 32
+    scale_shift: bool = False  # time and k scale and shift each block's second norm, instead of being added before it
+    residual_updown: bool = False  # halve and double in residual blocks instead of by a convolution; with tokens: none
 
 
 @dataclass
@@ -171,7 +175,30 @@ class ObjectiveConfig:
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     timesteps: int = 1000
+    zero_snr: bool = False  # v, x0: betas rescaled so that the last time is pure noise (Lin et al., 2023)
+    shift: float = 1.0  # sigma / alpha times this: above 1 more noise, for latents of many channels or pixels
     min_snr: float | None = None  # gamma of min-SNR weighting (Hang et al., 2023); None = no weighting
+
+    def check(self) -> None:
+        """Raises InputError for a value, or a combination of them, that cannot be."""
+        for name, allowed in (("kind", KINDS), ("schedule", SCHEDULES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InputError(f"objective.{name}={value!r}; {choices(value, allowed)}")
+        flow = self.kind == "flow"
+        _need(
+            "objective.min_snr", self.min_snr, self.min_snr is None or 0 < self.min_snr < math.inf, "null, or above 0"
+        )
+        _need(
+            "objective.min_snr", self.min_snr, self.min_snr is None or not flow, "flow has no min-SNR weighting; null"
+        )
+        _need("objective.timesteps", self.timesteps, self.timesteps >= 2, "at least 2")
+        betas = (self.beta_start, self.beta_end)
+        _need("objective.beta_start, beta_end", betas, 0 < betas[0] <= betas[1] < 1, "0 < beta_start <= beta_end < 1")
+        _need("objective.shift", self.shift, 0 < self.shift < math.inf, "a finite number above 0")
+        velocity = self.kind in ("v", "x0")
+        _need("objective.zero_snr", self.zero_snr, velocity or not self.zero_snr, "for kind v or x0: eps says nothing of "
+              "the image at pure noise, and flow has it already")  # fmt: skip
 
 
 @dataclass
@@ -181,6 +208,7 @@ class TrainConfig:
     model: Any = "s"  # a name under configs/model/ or the mapping itself
     steps: int = 100_000
     batch_size: int = 128  # over all devices
+    accumulate: int = 1  # parts that a batch is taken in, one after the other: the same result in less memory
     crop: int | None = None  # pixels: learn from random squares of this side, out of an annotation set of larger images
     lr: float = 1e-4
     weight_decay: float = 0.01
@@ -192,7 +220,7 @@ class TrainConfig:
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     precision: str = "auto"  # auto, fp32, bf16
-    compile: bool = False
+    compile: Any = "auto"  # auto (on CUDA), true, false; its first step takes minutes
     channels_last: bool = False
     init: str | None = None  # run to start from
     device: str = "auto"
@@ -203,23 +231,21 @@ class TrainConfig:
     val_every: int = 1000
     sample_every: int = 2000
     checkpoint_every: int = 1000
+    keep_every: int = 0  # EMA weights of every N-th step stay in checkpoints/, for `--checkpoint STEP`; 0 = none
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be, before anything heavy is imported."""
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
             _need(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup", "val_every", "sample_every", "weight_decay", "clip"):
+        _need("compile", self.compile, self.compile in ("auto", True, False), "auto, true or false")
+        for name in ("warmup", "val_every", "sample_every", "keep_every", "weight_decay", "clip"):
             _need(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
         _need("lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
         _need("ema", self.ema, 0 <= self.ema < 1, "from 0 to below 1")
         _need("val_share", self.val_share, 0 <= self.val_share < 1, "a share from 0 to below 1")
         for name, share in (("guidance.drop", self.guidance.drop), ("decay", self.decay)):
             _need(name, share, 0 <= share <= 1, "a share between 0 and 1")
-        snr = self.objective.min_snr
-        _need("objective.min_snr", snr, snr is None or 0 < snr < math.inf, "null, or a finite number above 0")
-        _need("objective.timesteps", self.objective.timesteps, self.objective.timesteps >= 2, "at least 2")
-        betas = (self.objective.beta_start, self.objective.beta_end)
-        _need("objective.beta_start, beta_end", betas, 0 < betas[0] <= betas[1] < 1, "0 < beta_start <= beta_end < 1")
+        self.objective.check()
         model_config(self.model)
 
 

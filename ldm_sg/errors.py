@@ -1,6 +1,7 @@
 """The one exception that means "the user's input is wrong"; the command line turns it into one line and exit code 2."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -9,8 +10,8 @@ class InputError(ValueError):
 
 
 def one_line(err: Exception) -> str:
-    """What an exception says, for a message of ours."""
-    return " ".join(str(err).split()) or type(err).__name__
+    """What an exception says, for a message of ours: without colours."""
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(err)).split()) or type(err).__name__
 
 
 def choices(value: object, allowed: Iterable[object]) -> str:

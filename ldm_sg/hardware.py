@@ -1,5 +1,7 @@
 """Which device and which precision: `auto` takes the best there is, a name is obeyed or refused."""
 
+import sys
+
 import torch
 
 from ldm_sg.errors import InputError, choices
@@ -28,5 +30,15 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def use_compile(mode: str | bool, device: torch.device) -> bool:
+    """auto -> on CUDA only; true is obeyed anywhere, with a word where it costs more than it gives."""
+    if mode is True and device.type != "cuda":
+        print(
+            f"note: compile=true on {device.type}: minutes before the first step; auto compiles on CUDA",
+            file=sys.stderr,
+        )
+    return device.type == "cuda" if mode == "auto" else bool(mode)

@@ -1,107 +1,32 @@
 """SelfGuidedPipeline: everything that sampling needs, in one folder of diffusers' format."""
 
-import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils.logging import disable_progress_bar
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm_sg.autoencoder import Autoencoder, load_autoencoder
-from ldm_sg.config import ObjectiveConfig
 from ldm_sg.data.signals import Signals
-from ldm_sg.errors import InputError, choices, one_line
-from ldm_sg.guidance.compose import Denoiser, cfg
+from ldm_sg.errors import InputError, one_line
+from ldm_sg.guidance.compose import Strategy, cfg
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.models.conditioner import Conditioner
+from ldm_sg.models.snapshots import restore
 from ldm_sg.models.unet import GuidedUNet
-from ldm_sg.objective import KINDS, Objective
+from ldm_sg.sampling import draw, solvers
+from ldm_sg.sampling.schedules import objective_of
 
 disable_progress_bar()  # three small files load in a moment; its bar would stand in front of every message
 MOST_SIGNALS = 20_000  # masks or features that a pipeline folder carries
-PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-SOLVERS = {
-    "ddim": DDIMScheduler,
-    "ddpm": DDPMScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-}
-FLOW_SOLVERS = {
-    "euler": (FlowMatchEulerDiscreteScheduler, {}),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
-    "unipc": (UniPCMultistepScheduler, {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
-}
-SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-
-
-def noise_scheduler(config: ObjectiveConfig) -> SchedulerMixin:
-    """The training schedule as a diffusers scheduler: what pipeline/scheduler holds."""
-    if config.kind not in KINDS:
-        raise InputError(f"objective.kind={config.kind!r}; {choices(config.kind, KINDS)}")
-    if config.schedule not in SCHEDULES:
-        raise InputError(f"objective.schedule={config.schedule!r}; {choices(config.schedule, SCHEDULES)}")
-    if config.kind == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.timesteps)
-    return DDPMScheduler(
-        num_train_timesteps=config.timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule=config.schedule,
-        prediction_type=PREDICTION[config.kind],
-        clip_sample=False,  # latents are never clipped
-    )
-
-
-def objective_of(scheduler: SchedulerMixin, min_snr: float | None = None) -> Objective:
-    """The Objective that a training schedule stands for."""
-    steps = scheduler.config.num_train_timesteps
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return Objective("flow", torch.zeros(steps), min_snr)
-    kind = {v: k for k, v in PREDICTION.items()}[scheduler.config.prediction_type]
-    return Objective(kind, scheduler.alphas_cumprod, min_snr)
-
-
-def make_solver(name: str, base: SchedulerMixin, steps: int, device: torch.device) -> SchedulerMixin:
-    """A solver of `steps` steps for what was trained with `base`; InputError names what there is."""
-    if steps < 1:
-        raise InputError(f"steps={steps}: at least 1")
-    if isinstance(base, FlowMatchEulerDiscreteScheduler):
-        if name not in FLOW_SOLVERS:
-            raise InputError(f"scheduler={name!r} for a flow-matching run; {choices(name, FLOW_SOLVERS)}")
-        kind, extra = FLOW_SOLVERS[name]
-        solver = kind(num_train_timesteps=base.config.num_train_timesteps, **extra)
-    else:
-        if name not in SOLVERS:
-            raise InputError(f"scheduler={name!r}; {choices(name, SOLVERS)}")
-        if steps > base.config.num_train_timesteps:
-            raise InputError(f"steps={steps}: the run has {base.config.num_train_timesteps} noise levels")
-        solver = SOLVERS[name].from_config(base.config, timestep_spacing="trailing")  # Lin et al., 2023
-    solver.set_timesteps(steps, device=device)
-    return solver
-
-
-def image_generator(seed: int, index: int, purpose: str = "noise") -> torch.Generator:
-    """The randomness of image `index` under `seed`: the same whatever the batch it is made in."""
-    digest = hashlib.sha256(f"{seed}/{index}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class SelfGuidedPipeline(DiffusionPipeline):
@@ -117,11 +42,13 @@ class SelfGuidedPipeline(DiffusionPipeline):
         conditioner: Conditioner,
         scheduler: SchedulerMixin,
         source_size: int | None = None,  # pixels of the images that it learnt crops from
+        drop: float | None = None,  # share of samples that it was trained on with the null; None = not known
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, conditioner=conditioner, scheduler=scheduler)
-        self.register_to_config(source_size=source_size)
+        self.register_to_config(source_size=source_size, drop=drop)
         self.set_progress_bar_config(disable=True)
+        self.checkpoint: int | None = None  # step of the snapshot that it was opened at, where it was one
 
     def attach(self, autoencoder: Autoencoder, signals: Signals, annotator: Path) -> None:
         """The parts that diffusers does not know: first stage, the training set's signals, annotator folder."""
@@ -195,7 +122,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         for i in range(n):
             pool = None if clusters is None else self._with_label(clusters[i])
             size = len(self.signals) if pool is None else len(pool)
-            pick = int(torch.randint(size, (1,), generator=image_generator(seed, first_index + i, "signal")))
+            pick = int(torch.randint(size, (1,), generator=draw.image_generator(seed, first_index + i, "signal")))
             picks.append(pick if pool is None else int(pool[pick]))
         return self.signals[torch.tensor(picks, dtype=torch.long)]
 
@@ -216,6 +143,30 @@ class SelfGuidedPipeline(DiffusionPipeline):
         flags = ["--cluster"] * bool(self.spec.num_labels) + ["--box"] * (self.spec.spatial == "box")
         return ", ".join([*flags, *["--mask"] * (self.spec.spatial == "mask"), "--like"])
 
+    def strength(self, w: float) -> float:
+        """The w that can be had: 0 where guidance was always dropped in training, for the signals' embeddings are random there;
+        InputError where it never was, for then the null's are."""
+        if self.config.drop == 1 and w != 0:
+            print("note: this run was trained without guidance (guidance.drop=1): w is 0", file=sys.stderr)
+            return 0.0
+        if self.config.drop == 0 and w != 1:
+            raise InputError(f"w={w:g}: this run never learnt the null (guidance.drop=0): give w = 1")
+        return w
+
+    @property
+    def usual_w(self) -> float:
+        """2, the paper's, or what `strength` leaves of it."""
+        return {1.0: 0.0, 0.0: 1.0}.get(self.config.drop, 2.0)
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor] | None:
+        """The latents [C, 1, 1] of a black and a white pixel where latents are pixels, which x0 is then clipped to as in the paper's
+        code; None for those of a network, which have no bounds."""
+        if self.autoencoder.kind != "patch":
+            return None
+        mean, std = (part.view(-1, 1, 1).to(self.unet.device) for part in (self.autoencoder.mean, self.autoencoder.std))
+        return (-1 - mean) / std, (1 - mean) / std
+
     @torch.no_grad()
     def __call__(
         self,
@@ -229,25 +180,28 @@ class SelfGuidedPipeline(DiffusionPipeline):
         noise: Tensor | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
         precision: str = "fp32",
+        spacing: str = "log_snr",
+        strategy: Strategy = cfg,
     ) -> Tensor:
         """Guidance or signals of B images -> uint8 [B, 3, H, W]. Image i depends on (seed, first_index + i), not on the batch: to a
         grey level in fp32, to two or three with precision bf16 (or auto, which takes it where it is faster).
 
         eta: DDIM's (0 deterministic, 1 ancestral). noise [B, C, h, w] replaces the seeded start. watch(step, x0) sees
-        the predicted clean latent of every step."""
+        the predicted clean latent of every step. strategy: how w is applied (`guidance.compose`)."""
         device = self.unet.device
         if isinstance(guidance, Signals):
             guidance = self.guidance(guidance)
-        generators = [image_generator(seed, first_index + i) for i in range(len(guidance))]
+        generators = [draw.image_generator(seed, first_index + i) for i in range(len(guidance))]
         if noise is None:
-            noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators])
-        solver = make_solver(scheduler, self.scheduler, steps, device)
-        objective = objective_of(self.scheduler).to(device)
-        denoiser, guidance = cfg(GuidedUNet(self.unet, self.conditioner), w), guidance.to(device)
-        extra = step_arguments(scheduler, generators, eta)
+            noise = draw.noise(self.latent_shape, generators)
+        objective = objective_of(self.scheduler)
+        grid = solvers.make_grid(objective, steps, spacing)
+        step = solvers.make_step(scheduler, eta, lambda: draw.noise(self.latent_shape, generators).to(device))
+        objective, guidance = objective.to(device), guidance.to(device)
+        denoiser = strategy(GuidedUNet(self.unet, self.conditioner), self.strength(w), objective)
+        start = noise.to(device, self.unet.dtype)
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision, device)):
-            x = solve(denoiser, noise.to(device, self.unet.dtype), guidance, solver, objective, extra, watch)
-            return self.decode(x)
+            return self.decode(solvers.solve(denoiser, start, guidance, objective, grid, step, self.bounds, watch))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -256,56 +210,17 @@ class SelfGuidedPipeline(DiffusionPipeline):
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def solve(
-    denoiser: Denoiser,
-    noise: Tensor,
-    guidance: Guidance,
-    solver: SchedulerMixin,
-    objective: Objective,
-    extra: dict[str, Any],
-    watch: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Unit noise [B, C, h, w] -> clean latents [B, C, h, w] along the solver's timesteps."""
-    x = noise * getattr(solver, "init_noise_sigma", 1.0)
-    for i, t in enumerate(solver.timesteps):
-        scaled = solver.scale_model_input(x, t) if hasattr(solver, "scale_model_input") else x
-        times = t.to(x.device).expand(len(x))
-        prediction = denoiser(scaled, times, guidance).to(x.dtype)  # the solver's own arithmetic stays in fp32
-        if watch is not None:
-            exact = times if objective.kind == "flow" else times.round().long()
-            watch(i, objective.x0(prediction, scaled, exact))
-        x = solver.step(prediction, t, x, return_dict=False, **extra)[0]
-    return x
-
-
-def step_arguments(scheduler: str, generators: list[torch.Generator], eta: float) -> dict[str, Any]:
-    if eta and scheduler != "ddim":
-        raise InputError(f"eta={eta} belongs to scheduler ddim, not {scheduler}")
-    if scheduler == "ddim":
-        return {"eta": eta, "generator": generators if eta else None}
-    return {"generator": generators} if scheduler == "ddpm" else {}
-
-
-def slerp(a: Tensor, b: Tensor, share: float) -> tuple[float, float]:
-    """Weights of a and b at `share` of the arc between them (Shoemake, 1985)."""
-    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
-    angle = torch.arccos(cosine)
-    if angle < 1e-4:
-        return 1 - share, share
-    return (
-        float(torch.sin((1 - share) * angle) / torch.sin(angle)),
-        float(torch.sin(share * angle) / torch.sin(angle)),
-    )
-
-
-def open_pipeline(source: str | Path, device: str = "auto") -> SelfGuidedPipeline:
-    """A run folder or a pipeline folder; InputError when it is neither, or cannot be read."""
+def open_pipeline(source: str | Path, device: str = "auto", checkpoint: str | None = None) -> SelfGuidedPipeline:
+    """A run folder or a pipeline folder; InputError when it is neither, or cannot be read. `checkpoint`: a step that the run
+    keeps EMA weights of, or `best`."""
     folder = Path(source)
     for candidate in (folder / "pipeline", folder):
         if (candidate / "model_index.json").is_file():
             on = pick_device(device)
             try:
                 pipe = SelfGuidedPipeline.from_pretrained(candidate).to(on)
+                if checkpoint is not None:
+                    pipe.checkpoint = restore(GuidedUNet(pipe.unet, pipe.conditioner), folder, checkpoint)
             except InputError:
                 raise
             except (OSError, ValueError, KeyError, SafetensorError) as err:

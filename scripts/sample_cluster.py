@@ -1,12 +1,16 @@
-"""Sample one cluster: python scripts/sample_cluster.py --cluster 42 [--run runs/demo] [-n 16] [-w 2] [--seed 0]"""
+"""Sample one cluster: `ldm-sg sample` with all its flags, of the demo's run where no other is named."""
 
-import argparse
 import sys
+
+from typer.main import get_command
 
 from ldm_sg.cli import app
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--cluster", required=True, help="cluster id")
-parser.add_argument("--run", default="runs/demo", help="folder of a trained run")
-arguments, flags = parser.parse_known_args()
-app(["sample", arguments.run, "--cluster", arguments.cluster, *flags], prog_name=sys.argv[0])
+NAME = "python scripts/sample_cluster.py"
+verbs = get_command(app)
+sample = verbs.commands["sample"]
+run, cluster = (next(p for p in sample.params if p.name == name) for name in ("run", "cluster"))
+run.required, run.default, cluster.required = False, "runs/demo", True
+sample.epilog = f"\b\nExamples:\n  {NAME} --cluster 42\n  {NAME} runs/photos --cluster 42 --cluster 7 -n 8 --w 3"
+verbs.commands = {NAME: sample}
+verbs([NAME, *sys.argv[1:]], prog_name="")

@@ -11,7 +11,14 @@ import torch
 import yaml
 from PIL import Image
 
+from ldm_sg import hardware
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the hub fails at once instead of waiting
+if DEVICE := os.environ.get(
+    "LDM_SG_TEST_DEVICE"
+):  # before anything imports it: what asks for the CPU gets this instead
+    pick_device = hardware.pick_device
+    hardware.pick_device = lambda name: pick_device(DEVICE if name in ("auto", "cpu") else name)
 os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses; the nets are tiny, threads would only wait for each other
 torch.set_num_threads(1)
 

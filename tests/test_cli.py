@@ -1,5 +1,6 @@
 """The command line: fast help, exit codes, overrides; every YAML loads, every README command runs or dry-runs."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ from ldm_sg.config import AnnotateConfig, TrainConfig, model_config
 from ldm_sg.configfile import ROOT, load
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.models.unet import make_unet
-from ldm_sg.pipeline import noise_scheduler
+from ldm_sg.sampling.schedules import noise_scheduler
 
 SCHEMAS = {
     "annotate": "AnnotateConfig",
@@ -54,6 +55,35 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
     assert code == 0 and "Example" in output and f"ldm-sg {verb}" in output
 
 
+def test_examples_stand_one_a_line() -> None:
+    lines = run("sample", "--help")[1].splitlines()
+    assert (
+        "    ldm-sg sample runs/demo --trajectory -n 4" in lines
+        and "    ldm-sg sample runs/camvid --vary content" in lines
+    )
+
+
+def test_version_and_completion() -> None:
+    from ldm_sg import __version__
+
+    assert run("--version") == (0, f"ldm-sg {__version__}\n")
+    assert "--install-completion" in run("--help")[1] and "configs/train/" in run("--help")[1]
+
+
+def test_the_script_is_sample_with_a_run_to_start_from(tmp_path: Path) -> None:
+    def script(*arguments: str) -> subprocess.CompletedProcess:
+        path = [sys.executable, str(ROOT / "scripts" / "sample_cluster.py")]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run([*path, *arguments], capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    shown, flags = script("--help").stdout, set(re.findall(r" (--[a-z-]+)", run("sample", "--help")[1]))
+    assert len(flags) > 15 and all(f" {flag} " in shown.replace("\n", " ") for flag in flags)
+    assert "Usage: python scripts/sample_cluster.py [OPTIONS]" in shown and "default: runs/demo" in shown
+    assert "Missing option '--cluster'" in script().stderr
+    told = script("there", "--cluster", "42", "--box", "x")  # refused before anything heavy is imported
+    assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
+
+
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_config_loads_and_builds(path: Path) -> None:
     own = [f"{key}=x" for key in re.findall(r"(\S+): \?\?\?", path.read_text())]  # what the user must give
@@ -78,6 +108,7 @@ def test_every_injection_changes_the_prediction(tokens: str, inject: str) -> Non
     small = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "heads": 2}
     spec = GuidanceSpec(num_labels=5, spatial="box")
     net = make_unet(model_config({**small, "tokens": tokens, "inject": inject}), spec, (4, 8, 8)).eval()
+    torch.nn.init.normal_(net.unet.conv_out.weight)  # it starts at zero
     x, t, k = torch.randn(3, 4, 8, 8), torch.tensor([5, 50, 500]), torch.tensor([0, 1, 2])
     on = torch.ones(3, dtype=torch.bool)
     guidance = Guidance(keep=on, k=k, spatial=torch.rand(3, 1, 8, 8))
@@ -96,6 +127,7 @@ def test_every_injection_changes_the_prediction(tokens: str, inject: str) -> Non
 def test_concept_tokens_are_masked_and_unordered() -> None:
     small = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "heads": 2, "tokens": "concepts"}
     net = make_unet(model_config(small), GuidanceSpec(num_labels=5, multi_hot=True), (4, 8, 8)).eval()
+    torch.nn.init.normal_(net.unet.conv_out.weight)
     x, t, k = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([[1.0, 0, 1, 0, 0]])
     on = torch.ones(1, dtype=torch.bool)
     with torch.no_grad():

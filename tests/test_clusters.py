@@ -110,10 +110,11 @@ def test_few_images_a_cluster_give_one_line_of_warning(capfd):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nmi_and_ari_equal_scikit_learns(seed):
+@pytest.mark.parametrize("n", [300, 200_000])
+def test_nmi_and_ari_equal_scikit_learns(seed, n):
     rng = np.random.default_rng(seed)
-    a = rng.integers(7, size=300)
-    b = np.where(rng.random(300) < 0.25 * seed, rng.integers(5, size=300), a % 5)
+    a = rng.integers(7, size=n)
+    b = np.where(rng.random(n) < 0.25 * seed, rng.integers(5, size=n), a % 5)
     table = contingency(a, b, (9, 5))  # two rows stay empty
     assert nmi(table) == pytest.approx(sklearn_metrics.normalized_mutual_info_score(a, b), abs=1e-9)
     assert ari(table) == pytest.approx(sklearn_metrics.adjusted_rand_score(a, b), abs=1e-9)

@@ -2,7 +2,10 @@
 
 import io
 import json
+import re
+import shutil
 import tarfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import yaml
 from conftest import COLOURS, TINY, folder_of, photo, write_annotation_set
 from PIL import Image
 from safetensors.torch import save_file
+from test_sample import invoke
 
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import file_sha256, load_extractor
@@ -22,8 +26,13 @@ from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
+from ldm_sg.evaluate.collect import collect
+from ldm_sg.evaluate.options import DRAWING
 from ldm_sg.pipeline import SelfGuidedPipeline
+from ldm_sg.sampling.request import SampleOptions
 from ldm_sg.verbs.evaluate import evaluate
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -76,24 +85,25 @@ def test_a_perfect_generator_reaches_the_ceiling(run: Path, monkeypatch: pytest.
     monkeypatch.setattr(SelfGuidedPipeline, "__call__", perfect)
     monkeypatch.setattr(SelfGuidedPipeline, "test_set", str(run.parent / "set"), raising=False)
     result = evaluate(run, str(run.parent / "real.tar"), "fd,kid,prdc,consistency", n=60, batch_size=16, device="cpu")
-    found = result["metrics"]
+    found = result["metrics"]["tiny-g"]
     assert found["consistency"] == 1.0 == found["consistency_real"]
     assert found["consistency_chance"] == pytest.approx(0.25) and found["consistency_top3_chance"] < 0.8
     assert found["precision"] > 0.9 and found["recall"] > 0.5
     assert result["samples"] == 60 and result["reference_images"] == 64
-    assert result["features"]["name"] == "tiny-g" and len(result["features"]["sha256"]) == 64
+    judge = result["judges"]["tiny-g"]
+    assert judge["size"] == 32 and len(judge["sha256"]) == 64 and judge["guide"]
+    assert any("tiny-g made this run's signals" in note for note in result["notes"])
     assert result["preprocessing"]["size"] == 16 and result["sampling"]["signals"].startswith("drawn")
     file = run / "evaluations" / "w2_dpmpp_2m25_seed0_n60_own.json"
     assert json.loads(file.read_text()) == result and str(file) in capsys.readouterr().out
-    free = evaluate(run, str(run.parent / "real.tar"), "fd,consistency", n=60, w=0, batch_size=16, device="cpu")[
-        "metrics"
-    ]
+    free = evaluate(run, str(run.parent / "real.tar"), "fd,consistency", n=60, w=0, batch_size=16, device="cpu")
+    free = free["metrics"]["tiny-g"]
     kept = json.loads(file.read_text())
     other = evaluate(run, str(run.parent / "real.tar"), "fd", n=60, batch_size=16, device="cpu")
-    assert kept == json.loads(file.read_text()) and "consistency" not in other["metrics"]
+    assert kept == json.loads(file.read_text()) and "consistency" not in other["metrics"]["tiny-g"]
     assert json.loads(file.with_stem(f"{file.stem}_2").read_text()) == other
     assert abs(free["consistency"] - 0.25) < 0.2
-    assert free["fd"] < 0.1 * untrained(run)["metrics"]["fd"]
+    assert free["fd"] < 0.1 * untrained(run)["metrics"]["tiny-g"]["fd"]
 
 
 def untrained(run: Path) -> dict:
@@ -106,10 +116,10 @@ def untrained(run: Path) -> dict:
 
 def test_the_real_pipeline_and_any_batch_size_give_the_same(run: Path, tmp_path: Path) -> None:
     args = {"metrics": "fd,consistency", "n": 10, "steps": 2, "device": "cpu", "out": tmp_path / "r.json"}
-    a = evaluate(run, str(run.parent / "real.tar"), batch_size=10, **args)["metrics"]
-    b = evaluate(run / "pipeline", str(run.parent / "real.tar"), batch_size=3, **args)["metrics"]
+    a = evaluate(run, str(run.parent / "real.tar"), batch_size=10, **args)["metrics"]["tiny-g"]
+    b = evaluate(run / "pipeline", str(run.parent / "real.tar"), batch_size=3, **args)["metrics"]["tiny-g"]
     assert a == pytest.approx(b, rel=1e-3)
-    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == b
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == {"tiny-g": b}
 
 
 def test_reference_features_are_remembered(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +141,7 @@ def test_samples_on_disk_are_judged_by_the_run_that_holds_them(run: Path) -> Non
     wrong = [int(k[i]) if i < 6 else (int(k[i]) + 1) % 4 for i in range(8)]
     (folder / "samples.jsonl").write_text("\n".join(json.dumps({"file": f"{i}.png", "k": wrong[i]}) for i in range(8)))
     result = evaluate(folder, str(run.parent / "real.tar"), "consistency,prdc", device="cpu")
-    assert result["metrics"]["consistency"] == 0.75
+    assert result["metrics"]["tiny-g"]["consistency"] == 0.75
     assert (folder / "evaluation.json").is_file() and "8 samples, not the 10,000 asked for" in result["notes"]
 
 
@@ -157,7 +167,15 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
         ((unfinished, real, "fd"), {"features": "tiny"}, "no complete pipeline"),
         ((plain, str(run), "fd"), {"features": "tiny"}, "not images"),
         ((plain, real, "fd"), {}, "belongs to no run"),
-        ((plain, real, "consistency"), {"features": "tiny"}, "asked for"),
+        ((plain, real, "fd,consistency"), {"features": "tiny"}, "asked for"),
+        ((run, real, "consistency"), {"features": "tiny"}, "leave features out"),
+        ((run, real, "fd"), {"features": "own,resnet9000"}, "resnet9000"),
+        ((run, real, "fd"), {"features": "inception,inception:x.pth"}, "two judges are called inception"),
+        ((run, real, "fd"), {"features": f"own,{run.parent / 'g'}"}, "g is the run's own g: name each"),
+        ((run, real, "fd"), {"features": "own,,inception"}, "a name is missing"),
+        ((run, real, "fd"), {"features": ""}, "a name is missing"),
+        ((run, real, "fd"), {"resize": "cleen"}, "did you mean 'clean'"),
+        ((run, real, "fd"), {"resize": "clean"}, "for the judge inception"),
         ((plain, real, "fd"), {"features": "resnet9000"}, "resnet9000"),
         ((plain, real, "fd"), {"run": tmp_path / "norun"}, "norun"),
         ((plain, real, "fd"), {"features": "tiny", "steps": 3}, "for drawing from a run"),
@@ -183,7 +201,7 @@ def test_a_run_of_ground_truth_labels_says_what_to_do(
     def oracle(*_):
         raise InputError("annotator.kind=oracle reads ground truth from shards")
 
-    monkeypatch.setattr("ldm_sg.verbs.judges.load_annotator", oracle)
+    monkeypatch.setattr("ldm_sg.evaluate.judges.load_annotator", oracle)
     with pytest.raises(InputError, match=r"oracle.*--features"):
         evaluate(run, str(run.parent / "real.tar"), "fd", n=4, device="cpu")
 
@@ -194,10 +212,129 @@ def test_other_networks_judge_beside_the_runs_own(run: Path, tmp_path: Path, mon
     args = {"metrics": "fd,consistency", "n": 10, "steps": 2, "device": "cpu"}
     own = evaluate(run, str(run.parent / "real.tar"), out=tmp_path / "own.json", **args)
     other = evaluate(run, str(run.parent / "real.tar"), features=str(tmp_path / "g.yaml"), **args)
-    assert other["features"]["size"] == 48 and own["features"]["size"] == 32
-    assert other["metrics"]["fd"] != own["metrics"]["fd"]
-    assert other["metrics"]["consistency"] == own["metrics"]["consistency"]
+    assert other["judges"]["g"]["size"] == 48 and other["judges"]["tiny-g"]["size"] == 32
+    assert other["judges"]["g"]["guide"]  # the same weights
+    assert other["metrics"]["g"]["fd"] != own["metrics"]["tiny-g"]["fd"]
+    assert other["metrics"]["tiny-g"]["consistency"] == own["metrics"]["tiny-g"]["consistency"]
     assert (run / "evaluations" / "w2_dpmpp_2m2_seed0_n10_g.json").is_file()
+
+
+def test_several_judges_see_the_same_samples_and_each_figure_says_its_space(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "fine.yaml").write_text(f"model: {run.parent / 'g'}\nsize: 48\n")
+    calls, draw = [], SelfGuidedPipeline.__call__
+    monkeypatch.setattr(
+        SelfGuidedPipeline, "__call__", lambda self, *a, **k: calls.append(k["first_index"]) or draw(self, *a, **k)
+    )
+    args = {"metrics": "fd,prdc,consistency", "n": 10, "steps": 2, "batch_size": 5, "device": "cpu"}
+    result = evaluate(run, str(run.parent / "real.tar"), features=f"own,{tmp_path / 'fine.yaml'}", **args)
+    assert calls == [0, 5]
+    found, shown = result["metrics"], capsys.readouterr().out
+    assert found.keys() == result["judges"].keys() == {"tiny-g", "fine"}
+    assert "consistency" in found["tiny-g"] and "consistency" not in found["fine"]
+    for space, values in found.items():
+        assert all(re.search(rf"^{name} .* in {space}$", shown, re.M) for name in values)
+        alone = {"tiny-g": "own", "fine": str(tmp_path / "fine.yaml")}[space]
+        again = evaluate(run, str(run.parent / "real.tar"), features=alone, **args)["metrics"][space]
+        assert again == pytest.approx({name: values[name] for name in again})
+    assert (run / "evaluations" / "w2_dpmpp_2m2_seed0_n10_own_fine.json").is_file()
+    assert any("10 of the 64 reference images, chosen at random" in note for note in result["notes"])
+
+
+def test_a_network_that_is_the_runs_own_g_is_one_judge(run: Path, tmp_path: Path) -> None:
+    """Named by its folder, it still is the guide: one space, one pass, and a warning."""
+    result = evaluate(run, str(run.parent / "real.tar"), "fd,consistency", features=str(run.parent / "g"), n=4, steps=1,
+                      device="cpu", out=tmp_path / "r.json")  # fmt: skip
+    assert result["metrics"].keys() == {"g"} and result["judges"]["g"]["guide"]
+    assert {"fd", "consistency"} <= result["metrics"]["g"].keys()
+
+
+def trained_with(drop: float, run: Path, folder: Path) -> Path:
+    """A copy of `run` that says so."""
+    copy = Path(shutil.copytree(run / "pipeline", folder / "pipeline"))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"drop": drop}))
+    return folder
+
+
+def test_a_run_without_guidance_is_drawn_with_w_0(run: Path, tmp_path: Path) -> None:
+    """guidance.drop=1 never trained the label table: whatever w is asked for, only w = 0 means anything."""
+    args = {"n": 6, "steps": 1, "seed": 3, "device": "cpu", "out": tmp_path / "r.json"}
+    free = evaluate(run, str(run.parent / "real.tar"), "fd", w=0, **args)
+    reference, plain = str(run.parent / "real.tar"), trained_with(1.0, run, tmp_path / "run")
+    for w in (None, 2.0):
+        result = evaluate(plain, str(run.parent / "real.tar"), w=w, **args)
+        assert result["sampling"]["w"] == 0 and result["asked"]["metrics"] == ["fd", "prdc"]
+        assert result["metrics"]["tiny-g"]["fd"] == free["metrics"]["tiny-g"]["fd"]
+        assert "w is 0" in result["notes"][0]
+    for metric in ("consistency", "layout"):
+        with pytest.raises(InputError, match="without guidance"):
+            evaluate(plain, reference, metric, **args)
+
+
+def test_a_run_without_a_null_is_drawn_with_w_1(run: Path, tmp_path: Path) -> None:
+    args = {"metrics": "fd", "n": 4, "steps": 1, "device": "cpu", "out": tmp_path / "r.json"}
+    reference, never = str(run.parent / "real.tar"), trained_with(0.0, run, tmp_path / "run")
+    assert evaluate(never, reference, **args)["sampling"]["w"] == 1
+    with pytest.raises(InputError, match=r"w=2: .*drop=0"):
+        evaluate(never, reference, w=2.0, **args)
+
+
+def test_strategies_are_used_and_recorded(run: Path, tmp_path: Path) -> None:
+    args = {"metrics": "fd", "n": 6, "steps": 4, "w": 3.0, "device": "cpu", "out": tmp_path / "r.json"}
+    plain = evaluate(run, str(run.parent / "real.tar"), **args)
+    apg = evaluate(run, str(run.parent / "real.tar"), strategy="apg", interval=[0.1, 0.9], **args)
+    assert apg["sampling"]["strategy"] == "apg" and apg["sampling"]["interval"] == [0.1, 0.9]
+    assert apg["metrics"] != plain["metrics"]
+
+
+def test_no_more_real_images_than_samples_pass_through_the_autoencoder(run: Path, tmp_path: Path) -> None:
+    args = {"metrics": "consistency", "steps": 1, "device": "cpu", "out": tmp_path / "r.json"}
+    for n in (6, 100):
+        assert evaluate(run, str(run.parent / "real.tar"), n=n, **args)["reference_images"] == min(n, 64)
+
+
+def test_the_runs_report_shows_the_figures(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run / "pipeline", folder / "pipeline")
+    (folder / "config.yaml").write_text("steps: 3\n")
+    evaluate(folder, str(run.parent / "real.tar"), "fd", n=4, steps=1, device="cpu")
+    page = (folder / "report.html").read_text()
+    assert "w = 2, 1 dpmpp_2m" in page and "tiny-g (its guide)" in page
+
+
+def test_samples_are_dropped_once_they_are_seen() -> None:
+    """Of 50,000 images features stay in memory, never pixels."""
+    alive: list[weakref.ref] = []
+
+    def batches():
+        for i in range(5):
+            images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+            alive.append(weakref.ref(images))
+            assert sum(ref() is not None for ref in alive) <= 2
+            yield torch.tensor([2 * i, 2 * i + 1]), images
+            del images
+
+    places, found = collect(batches(), {"a": lambda x: x.mean((2, 3)), "b": lambda x: x[:, :1, 0, 0]}, CPU, 10, "test")
+    assert places.tolist() == list(range(10)) and found["a"].shape == (10, 3) and found["b"].shape == (10, 1)
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_evaluate_as_it_is_typed(run: Path, tmp_path: Path) -> None:
+    flags = ("--reference", run.parent / "real.tar", "--metrics", "fd", "-n", "4", "--steps", "1", "--device", "cpu")
+    code, shown = invoke("evaluate", run, *flags, "--features", "own", "--out", tmp_path / "r.json")
+    assert code == 0 and re.search(r"^fd +[\d.]+  in tiny-g$", shown, re.M), shown
+    for wrong in (("--features", "own,own"), ("--features", "own,"), ("--resize", "clean"), ("--w", "nan")):
+        code, shown = invoke("evaluate", run, *flags, *wrong, "--out", tmp_path / "wrong.json")
+        assert code == 2 and shown.count("\n") == 1, shown
+    assert not (tmp_path / "wrong.json").exists()
+
+
+def test_drawing_is_by_samples_own_defaults() -> None:
+    assert {name: getattr(SampleOptions, name) for name in ("w", "steps", "scheduler")} == {
+        name: value for name, value in DRAWING.items() if name != "precision"
+    }
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(

@@ -177,7 +177,7 @@ def test_weights_that_cannot_be_fetched_name_the_model_and_the_way_out(monkeypat
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(InputError, match=r"resnet18.*no route to host.*features\.weights=FILE"):
+    with pytest.raises(InputError, match=r"resnet18.*no network.*no route to host.*features\.weights=FILE"):
         load_extractor(FeaturesConfig(model="resnet18"))
 
 

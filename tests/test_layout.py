@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,15 @@ from test_train import config
 
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig, ObjectiveConfig
 from ldm_sg.data.shards import ShardWriter
+from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate.layout import box_figures, faithfulness, mask_figures
+from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.guidance.spatial import VOID
 from ldm_sg.pipeline import open_pipeline
+from ldm_sg.sampling.request import SampleOptions, signals
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.evaluate import evaluate
-from ldm_sg.verbs.request import SampleOptions, signals
 from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 
@@ -209,6 +212,39 @@ def test_layout_figures_of_known_pairs() -> None:
     assert found["agreement"] == pytest.approx(5 / 6) and found["miou"] == pytest.approx((1 / 2 + 4 / 5) / 2)
     both = faithfulness(masks, masks, masks, masks, "mask")
     assert both["layout_agreement"] == both["layout_agreement_real"] == 1.0 > both["layout_agreement_shuffled"]
+
+
+class ByColour:
+    """f of a run whose classes are colours, in the place of a network that finds them."""
+
+    digest, extractor = (
+        "by colour",
+        SimpleNamespace(name="colour", manifest={"name": "colour", "sha256": "0", "dim": 3}),
+    )
+    extractor.manifest |= {"layer": None, "pool": "auto", "size": SIZE}
+
+    def __init__(self, spec: GuidanceSpec):
+        self.spec = spec
+
+    def __call__(self, images: torch.Tensor) -> Signals:
+        pixels = (images.permute(0, 2, 3, 1).numpy() + 1) * 127.5  # [B, H, W, 3]
+        nearest = np.abs(pixels[..., None, :] - COLOURS).sum(-1).argmin(-1).astype(np.uint8)
+        return Signals.of(self.spec, [{"mask": mask} for mask in nearest])
+
+
+def test_evaluate_tells_runs_that_follow_their_layouts(
+    mask_run: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for by masks, judged by colour: agreement near that of real images at w = 1, as of shuffled ones at w = 0."""
+    own = ByColour(open_pipeline(mask_run, "cpu").spec)
+    monkeypatch.setattr("ldm_sg.evaluate.judges.load_annotator", lambda *_: own)
+    found = {}
+    for w in (0.0, 1.0):
+        result = evaluate(mask_run, source, "layout", n=24, w=w, steps=10, device="cpu", out=tmp_path / "r.json")
+        found[w] = result["metrics"]["colour"]
+    assert found[1.0]["layout_agreement"] > 0.9 and found[1.0]["layout_agreement_real"] > 0.97
+    assert abs(found[0.0]["layout_agreement"] - found[0.0]["layout_agreement_shuffled"]) < 0.15
+    assert result["reference_images"] == 24
 
 
 def test_layout_needs_a_run_that_can_annotate(mask_run: Path, source: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
+from PIL import Image
 from safetensors.torch import save_file
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -18,7 +19,7 @@ from ldm_sg.errors import InputError
 from ldm_sg.evaluate import metrics
 from ldm_sg.evaluate.consistency import chance, check_ids, consistency, landing
 from ldm_sg.evaluate.figures import parse_metrics
-from ldm_sg.evaluate.inception import load_inception
+from ldm_sg.evaluate.inception import RESIZES, load_inception
 from ldm_sg.verbs.evaluate import evaluate
 
 INCEPTION = SHARED / "weights" / "inception_fid" / "model.safetensors"
@@ -85,7 +86,7 @@ def test_kernel_distance_is_unbiased() -> None:
 def test_manifolds_are_the_papers(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Precision and recall as torch-fidelity's, density and coverage from the definitions, whatever the block size."""
     monkeypatch.setattr(metrics, "BLOCK", block)
-    fake, real = features(70, 4, seed=1, shift=0.4), features(90, 4)
+    fake, real = features(80, 4, seed=1, shift=0.4), features(80, 4)
     ours = metrics.manifold(fake, real, k=5)
     theirs = prc_features_to_metric(fake, real, prc_neighborhood=5, verbose=False)
     assert ours["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
@@ -93,9 +94,18 @@ def test_manifolds_are_the_papers(block: int, monkeypatch: pytest.MonkeyPatch) -
     between = torch.cdist(fake.double(), real.double())  # [N, M]
     radius = torch.cdist(real.double(), real.double()).kthvalue(6, dim=1).values  # itself is the first
     inside = between <= radius
-    assert ours["density"] == pytest.approx(float(inside.sum()) / (5 * 70))
+    assert ours["density"] == pytest.approx(float(inside.sum()) / (5 * 80))
     assert ours["coverage"] == pytest.approx(float(inside.any(0).float().mean()))
     assert 0 < ours["coverage"] < 1
+
+
+@pytest.mark.parametrize("counts", [(300, 1500), (1500, 300)])
+def test_manifolds_of_one_distribution_do_not_depend_on_the_counts(counts: tuple[int, int]) -> None:
+    """One Gaussian on both sides: a coverage of 1 - 2^-5 = 0.97 (Naeem et al., 2020, Lemma 2), whichever set is larger."""
+    g = torch.Generator().manual_seed(0)
+    found = metrics.manifold(torch.randn(counts[0], 4, generator=g), torch.randn(counts[1], 4, generator=g))
+    assert found["coverage"] == pytest.approx(0.97, abs=0.02) and found["density"] == pytest.approx(1, abs=0.1)
+    assert found["precision"] == pytest.approx(found["recall"], abs=0.06)
 
 
 def test_manifolds_of_equal_and_of_disjoint_sets() -> None:
@@ -154,6 +164,29 @@ def test_inception_reads_images_as_torch_fidelity_does(inception) -> None:
     assert not inception.classifies  # these weights have an empty last layer
 
 
+@pytest.mark.parametrize("shape", [(40, 56), (299, 299), (350, 410)])
+def test_clean_resizing_is_clean_fids(shape: tuple[int, int]) -> None:
+    """PIL's bicubic of each channel in float, clipped to 0 .. 255: cleanfid.resize.build_resizer("clean")."""
+    pixels = torch.randint(0, 256, (2, 3, *shape), generator=torch.Generator().manual_seed(0)).float()
+    found = RESIZES["clean"](pixels)
+    for image, resized in zip(pixels, found, strict=True):
+        for channel, ours in zip(image, resized, strict=True):
+            theirs = Image.fromarray(channel.numpy(), mode="F").resize((299, 299), Image.Resampling.BICUBIC)
+            np.testing.assert_allclose(ours.numpy(), np.asarray(theirs).clip(0, 255), atol=1e-2)
+    assert (found - RESIZES["tf"](pixels)).abs().max() > 20 or shape == (299, 299)
+
+
+def test_inception_says_how_it_resized(inception) -> None:
+    clean = load_inception(INCEPTION, "clean")
+    pixels = torch.randint(0, 256, (1, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    planes = [Image.fromarray(c.numpy().astype("f4"), mode="F").resize((299, 299), 3) for c in pixels[0]]
+    x = (torch.from_numpy(np.stack(planes))[None].clamp(0, 255) - 128) / 128
+    expected = torch.nn.Sequential(*list(clean.net.children())[:-1])(x).flatten(1)
+    torch.testing.assert_close(clean(to_float(pixels)), expected, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(clean(to_float(pixels)), inception(to_float(pixels)), atol=1e-2)
+    assert (clean.manifest["resize"], inception.manifest["resize"]) == ("clean", "tf")
+
+
 class Trap:
     def __reduce__(self):
         return (Path.touch, (Path("trap-was-run"),))
@@ -206,7 +239,7 @@ def test_inception_distances_of_real_photos(inception, tmp_path: Path) -> None:
             (tmp_path / name / f"{i}.jpg").symlink_to(path)
     for name, expected in (("church", 182), ("b", 59)):  # the features of `a`, the reference, are remembered
         result = evaluate(tmp_path / name, tmp_path / "a", "fd", features=weights, device="cpu")
-        assert result["metrics"]["fd"] == pytest.approx(expected, rel=0.05)
+        assert result["metrics"]["inception"]["fd"] == pytest.approx(expected, rel=0.05)
 
 
 # ---- consistency

@@ -239,15 +239,18 @@ def full(tmp_path: Path) -> Path:
     )
     evaluation = {
         "metrics": {
-            "fd": 4.5,
-            "precision": 0.7,
-            "consistency": 0.4,
-            "consistency_real": 0.625,
-            "consistency_chance": 0.04,
+            "g": {
+                "fd": 4.5,
+                "precision": 0.7,
+                "consistency": 0.4,
+                "consistency_real": 0.625,
+                "consistency_chance": 0.04,
+            },
+            "inception": {"fd": 221.0},
         },
         "samples": 100,
         "reference_images": 200,
-        "features": {"name": "g"},
+        "judges": {"g": {"guide": True}, "inception": {"guide": False, "resize": "clean"}},
         "sampling": {"w": 2.0, "steps": 25, "scheduler": "dpmpp_2m"},
     }
     (run / "evaluations" / "a.json").write_text(json.dumps(evaluation))
@@ -264,7 +267,9 @@ def full(tmp_path: Path) -> Path:
 
 
 def test_full_report_is_one_file_that_loads_nothing(full: Path) -> None:
-    path = write_report(full, command="ldm-sg demo --out 'a&b'", timings={"train": 61.0, "pack": 2.0})
+    (full / "command.txt").write_text("ldm-sg demo --out 'a&b'\n")
+    (full / "timings.json").write_text('{"train": 61.0, "pack": 2.0}')
+    path = write_report(full)
     text = path.read_text()
     page = Page(text)
     pictures = [value for value in page.loads if value.startswith("data:image/png;base64,")]
@@ -274,7 +279,7 @@ def test_full_report_is_one_file_that_loads_nothing(full: Path) -> None:
     assert all(value.startswith(("data:", "#")) for value in page.loads), page.loads
     assert "url(http" not in text and "@import" not in text and "<link" not in text and "<script" not in text
     for word in (
-        "my run <1>", "ldm-sg demo --out 'a&b'", "90", "4.5", "50.0%", "w = 2, 25 dpmpp_2m", "100 / 200", "0.700", "reach 62.5%", "chance 4.0%",
+        "my run <1>", "ldm-sg demo --out 'a&b'", "90", "4.5", "50.0%", "w = 2, 25 dpmpp_2m", "100 / 200", "0.700", "g (its guide)", "inception (resize clean)", "221", "reach 62.5%", "chance 4.0%",
         "20 of 40", "8 × 8 × 8", "1 min 01 s", "held out, guided", "0.610", "1 / 5", "step 9", "batch_size: 8",
     ):  # fmt: skip
         assert word in page.text, word

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from ldm_sg.cli import app
 from ldm_sg.config import ObjectiveConfig
 from ldm_sg.errors import InputError
-from ldm_sg.pipeline import SOLVERS, SelfGuidedPipeline, open_pipeline
-from ldm_sg.verbs.request import SampleOptions
+from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
+from ldm_sg.sampling.request import SampleOptions
+from ldm_sg.sampling.solvers import SOLVERS
 from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 
@@ -100,6 +101,53 @@ def test_paper_preset_and_the_script(run: Path, tmp_path: Path) -> None:
     assert (record["scheduler"], record["steps"], record["w"]) == ("ddim", 250, 2.0)
 
 
+def test_strategies_and_spacing_are_flags_and_stand_in_the_records(run: Path, tmp_path: Path) -> None:
+    flags = ("--strategy", "cfg", "--rescale", "0.5", "--interval", "0.2,0.8", "--spacing", "trailing", "--w", "3")
+    for folder, extra in (("limited", flags), ("apg", ("--strategy", "apg", "--w", "3")), ("plain", ("--w", "3"))):
+        code, output = invoke(
+            "sample", run, "--cluster", "1", "-n", "2", "--steps", "8", *extra, "--out", tmp_path / folder
+        )
+        assert code == 0, output
+    record = json.loads((tmp_path / "limited" / "samples.jsonl").read_text().splitlines()[0])
+    wanted = {"strategy": "cfg", "rescale": 0.5, "interval": [0.2, 0.8], "spacing": "trailing", "w": 3.0}
+    assert wanted.items() <= record.items()
+    limited, apg, plain = (pictures(tmp_path / name).astype(int) for name in ("limited", "apg", "plain"))
+    assert np.abs(limited - plain).max() > 1 and np.abs(apg - plain).max() > 1
+
+
+def test_pixels_are_clipped_and_latents_never_are(run: Path) -> None:
+    """`patch2` latents are pixels: x0 stays where black and white are; a network's latents have no bounds."""
+    pipe = open_pipeline(run, "cpu")
+    low, high = pipe.bounds
+    black, white = (pipe.autoencoder.encode(torch.full((1, 3, 2, 2), value))[0] for value in (-1.0, 1.0))
+    assert torch.allclose(low, black, atol=1e-5) and torch.allclose(high, white, atol=1e-5)
+    seen: list[torch.Tensor] = []
+    pipe(pipe.clusters([1]), w=30.0, steps=5, watch=lambda i, x0: seen.append(x0))
+    assert all((x0 >= low - 1e-5).all() and (x0 <= high + 1e-5).all() for x0 in seen)
+    pipe.autoencoder.kind = "kl"
+    assert pipe.bounds is None
+
+
+@pytest.mark.parametrize(("drop", "w", "used"), [(1.0, 2.0, 0.0), (0.0, 1.0, 1.0), (0.1, 2.0, 2.0), (None, 2.0, 2.0)])
+def test_w_is_what_training_allows(drop: float | None, w: float, used: float, run: Path, capsys) -> None:
+    """With guidance always dropped the label table is random: it must not enter the picture."""
+    pipe = open_pipeline(run, "cpu")
+    pipe.register_to_config(drop=drop)
+    assert pipe.strength(w) == used and pipe.strength(pipe.usual_w) in (0.0, 1.0, 2.0)
+    assert ("trained without guidance" in capsys.readouterr().err) == (drop == 1.0)
+    if drop == 1.0:
+        before = pipe(pipe.clusters([1, 3]), w=w, steps=3)
+        pipe.conditioner.labels.data.normal_()
+        assert torch.equal(before, pipe(pipe.clusters([1, 3]), w=w, steps=3))
+    if drop == 0.0:
+        with pytest.raises(InputError, match="never learnt the null"):
+            pipe(pipe.clusters([1]), w=2.0, steps=3)
+
+
+def test_a_run_knows_its_drop(run: Path) -> None:
+    assert open_pipeline(run, "cpu").config.drop == 0.1
+
+
 def test_same_command_again_gives_the_same_files_and_other_settings_are_refused(run: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "s")
     first = pictures(sample(str(run), SampleOptions(n=2, steps=4), out))
@@ -144,6 +192,11 @@ def test_pipeline_round_trips_and_is_found_by_diffusers(run: Path, tmp_path: Pat
         (["--vary", "content", "--trajectory"], "give one"),
         (["--sweep-w", "a,b"], "numbers with commas"),
         (["--eta", "1"], "belongs to scheduler ddim"),
+        (["--interval", "0.2"], "two noise levels"),
+        (["--interval", "0.8,0.2"], "two rising"),
+        (["--strategy", "cgf"], "did you mean 'cfg'"),
+        (["--strategy", "apg", "--rescale", "0.5"], "belongs to strategy cfg"),
+        (["--spacing", "log"], "spacing='log'"),
         (["--trajectory", "--sweep-w", "1"], "give one"),
         (["--device", "tpu"], "device='tpu'"),
     ],

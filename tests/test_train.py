@@ -3,8 +3,10 @@
 import csv
 import dataclasses
 import errno
+import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, write_annotation_set
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ldm_sg.config import GuidanceConfig, ObjectiveConfig, TrainConfig
 from ldm_sg.configfile import load, to_yaml
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
+from ldm_sg.hardware import use_compile
 from ldm_sg.pipeline import open_pipeline
+from ldm_sg.sampling.request import SampleOptions, signals
 from ldm_sg.training.callbacks import ema_update
 from ldm_sg.training.data import Steps, mix_seed, split
 from ldm_sg.training.diffusion import lr_factor
-from ldm_sg.verbs.request import SampleOptions, signals
+from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 
 
@@ -283,3 +289,165 @@ def test_loader_reads_what_was_written(colours: Path) -> None:
 def test_resolved_config_loads_again(whole: Path, colours: Path) -> None:
     again = load(TrainConfig, whole / "config.yaml")
     assert again == config(colours, whole)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_batches_train_what_whole_ones_do(
+    accumulate: int, whole: Path, colours: Path, tmp_path: Path
+) -> None:
+    """Interrupted in between, too; every callback counts steps of the optimizer, not parts."""
+    for steps in (5, 12):
+        run = train(config(colours, tmp_path / "run", accumulate=accumulate, steps=steps, checkpoint_every=5))
+    for column in ("val_loss_guided", "val_loss_null"):
+        one, parts = ([float(row[column]) for row in rows(r) if row[column]] for r in (whole, run))
+        assert len(one) == len(parts) == 2 and parts == pytest.approx(one, rel=1e-3)
+    one, parts = ([row for row in rows(r) if row["train_loss"]][-1] for r in (whole, run))
+    assert parts["step"] == one["step"] and float(parts["train_loss"]) == pytest.approx(
+        float(one["train_loss"]), rel=1e-3
+    )
+
+
+def test_parts_draw_what_the_whole_batch_draws() -> None:
+    pool = torch.arange(100)
+    for (step, _, *batch), parts in zip(
+        Steps(pool, 7, 8, 3, 0, 0, 1), zip(*[iter(Steps(pool, 7, 8, 3, 0, 0, 1, 4))] * 4, strict=True), strict=True
+    ):
+        assert [part[:2] for part in parts] == [[step, share] for share in range(4)]
+        assert [part[2:] for part in parts] == [batch[share::4] for share in range(4)]
+
+
+@pytest.mark.parametrize("change", [{"accumulate": 3}, {"devices": 3}, {"devices": 2, "accumulate": 8}])
+def test_batch_that_does_not_divide_is_refused(change: dict, colours: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="batch_size=8: give a multiple of"):
+        train(config(colours, tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_snapshots_are_opened_by_step_and_by_fd(whole: Path, colours: Path, tmp_path: Path) -> None:
+    run = train(config(colours, tmp_path / "run", keep_every=4))
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "ema_0000004.safetensors", "ema_0000008.safetensors", "ema_0000012.safetensors", "last.ckpt",
+    ]  # fmt: skip
+    shorter = train(config(colours, tmp_path / "shorter", steps=8))
+    then, now, eighth = (open_pipeline(r, "cpu", c) for r, c in ((shorter, None), (run, None), (run, "8")))
+    for name, value in eighth.unet.state_dict().items():
+        assert torch.equal(value, then.unet.state_dict()[name]), name
+    assert torch.equal(eighth.conditioner.null, then.conditioner.null) and eighth.checkpoint == 8
+    assert not torch.equal(eighth.conditioner.null, now.conditioner.null) and now.checkpoint is None
+
+    made = sample(str(run), SampleOptions(n=2, steps=3, device="cpu", checkpoint="8"))
+    assert "step-8" in made.name
+    for wrong, message in (("7", "choose one of"), ("best", "at least two checkpoints")):
+        with pytest.raises(InputError, match=message):
+            open_pipeline(run, "cpu", wrong)
+    with pytest.raises(InputError, match="keep_every"):
+        open_pipeline(shorter, "cpu", "8")
+
+    def judged(step: int, fd: float, judge: str = "a", w: float = 2.0) -> None:
+        result = {"metrics": {judge: {"fd": fd}}, "judges": {judge: {"name": judge}}}
+        result |= {"sampling": {"w": w, "checkpoint": step}}
+        (run / "evaluations").mkdir(exist_ok=True)
+        text = json.dumps(result | {"reference": "r", "samples": 10})
+        (run / "evaluations" / f"{step}-{judge}-{w}.json").write_text(text)
+
+    judged(4, 0.3)
+    judged(12, 0.1, judge="b")  # lower, but by another judge: nothing to compare it with
+    with pytest.raises(InputError, match="there are none to compare"):
+        open_pipeline(run, "cpu", "best")
+    judged(8, 0.2)
+    judged(12, 0.25)
+    assert open_pipeline(run, "cpu", "best").checkpoint == 8
+    judged(4, 0.01, judge="b")
+    with pytest.raises(InputError, match="2 sets of them differ"):
+        open_pipeline(run, "cpu", "best")
+
+
+def test_set_in_the_making_says_how_far_it_is_and_bad_places_are_told_at_once(whole: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    (half / "work").mkdir(parents=True)
+    (half / "config.yaml").write_text("shards: [a.tar, b.tar, c.tar]\n")
+    (half / "work" / "000000.json").write_text("{}")
+    with pytest.raises(InputError, match=r"1 of 3 shards are through"):
+        train(config(half, tmp_path / "run"))
+    code = (
+        "import sys\nfrom ldm_sg.config import TrainConfig\nfrom ldm_sg.verbs.train import train\n"
+        "for values in ({'annotation': sys.argv[1]}, {'annotation': sys.argv[2], 'init': 'nowhere'}):\n"
+        "    try: train(TrainConfig(out='x', **values))\n    except ValueError as err: print(err)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    annotation = OmegaConf.load(whole / "config.yaml").annotation
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(half), annotation], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 of 3" in done.stdout and "init='nowhere'" in done.stdout
+
+
+def test_leaves_a_report_and_a_training_loss_however_short(colours: Path, tmp_path: Path) -> None:
+    run = train(config(colours, tmp_path / "run", steps=1, log_every=50, val_every=0))
+    assert "Training" in (run / "report.html").read_text() or (run / "report.html").stat().st_size > 1000
+    assert [row["step"] for row in rows(run) if float(row["train_loss"]) > 0] == ["1"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '"x"'])
+def test_damaged_annotation_json_is_told(content: str, whole: Path, colours: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("pipeline*"))
+    (tmp_path / "run" / "annotation.json").write_text(content)
+    with pytest.raises(InputError, match=r"annotation\.json: damaged"):
+        train(config(colours, tmp_path / "run"))
+
+
+def test_weights_in_pickle_format_are_not_an_init(whole: Path, colours: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "pipeline", tmp_path / "old" / "pipeline")
+    unet = tmp_path / "old" / "pipeline" / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.bin")
+    with pytest.raises(InputError, match="damaged or not complete"):
+        train(config(colours, tmp_path / "run", init=str(tmp_path / "old")))
+
+
+def test_disk_that_fills_while_a_pipeline_is_written(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("diffusers.models.modeling_utils.safetensors.torch.save_file", full)
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=rf"{run}/pipeline_untrained: cannot be written, is its disk full"):
+        train(config(colours, run))
+    assert not list(run.glob("pipeline*")) and not list(run.rglob("*tmp*"))
+
+
+def test_compile_is_for_cuda_unless_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert not use_compile("auto", cpu) and use_compile("auto", cuda) and not use_compile(False, cuda)
+    assert use_compile(True, cuda) and not capsys.readouterr().err
+    assert use_compile(True, cpu) and "minutes before the first step" in capsys.readouterr().err
+
+
+def test_interrupt_before_the_first_step_is_said(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(to_yaml(config(colours, tmp_path / "run", steps=10_000)))
+    command = [sys.executable, "-c", "from ldm_sg.cli import main; main()", "train", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "config.yaml").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the other rank in /proc")
+def test_a_killed_rank_is_one_line(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(to_yaml(config(colours, tmp_path / "run", devices=2, steps=100_000)))
+    (tmp_path / "go.py").write_text("from ldm_sg.cli import main\nif __name__ == '__main__':\n    main()\n")
+    command = [sys.executable, str(tmp_path / "go.py"), "train", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() and process.poll() is None:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    rank = next(c for c in children if b"go.py" in Path(f"/proc/{c}/cmdline").read_bytes())
+    os.kill(int(rank), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "another of its 2 processes has ended" in err.splitlines()[-1]

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.functional.clustering.adjusted_rand_score import _adjusted_rand_score_compute
+from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_score_compute
 
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.features import FeatureExtractor
@@ -134,23 +136,17 @@ def contingency(a: np.ndarray, b: np.ndarray, shape: tuple[int, int]) -> np.ndar
     return table
 
 
+# torchmetrics' figures of a table in float64: its public functions want the labels of every image, and its ARI overflows
+# int64 from about 70,000 images on.
+
+
 def nmi(table: np.ndarray) -> float:
     """Normalised mutual information of the two labellings of a contingency table, with the arithmetic mean of their
     entropies below (scikit-learn's default)."""
-    joint, rows, columns = (part / table.sum() for part in (table, table.sum(1), table.sum(0)))
-    seen = joint > 0
-    mutual = float((joint[seen] * np.log(joint[seen] / np.outer(rows, columns)[seen])).sum())
-    mean = (entropy(rows) + entropy(columns)) / 2
-    return max(0.0, mutual / mean) if mean > 0 else 1.0
+    mean = (entropy(table.sum(1)) + entropy(table.sum(0))) / 2
+    return max(0.0, float(_mutual_info_score_compute(torch.from_numpy(table).double())) / mean) if mean > 0 else 1.0
 
 
 def ari(table: np.ndarray) -> float:
     """Adjusted Rand index (Hubert and Arabie, 1985): 1 = the same partition, about 0 = as by chance."""
-
-    def pairs(n: np.ndarray) -> float:
-        return float((n.astype(np.float64) * (n - 1) / 2).sum())
-
-    both, rows, columns, total = pairs(table), pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum(keepdims=True))
-    expected = rows * columns / total if total else 0.0
-    highest = (rows + columns) / 2
-    return 1.0 if highest == expected else (both - expected) / (highest - expected)
+    return float(_adjusted_rand_score_compute(torch.from_numpy(table).double()))

@@ -8,7 +8,8 @@ import hashlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ldm_sg.configfile import ASSETS, read_yaml
 from ldm_sg.data.latents import file_sha256
 from ldm_sg.errors import InputError, choices, one_line
 from ldm_sg.hardware import use_bf16
+from ldm_sg.hub import hub
 
 EXTRACTORS = ASSETS / "extractors"
 POOLS = ("auto", "cls", "mean")
@@ -268,7 +270,8 @@ def _timm(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
 
 def _create(cfg: FeaturesConfig, kwargs: dict[str, Any]) -> nn.Module:
     if not cfg.weights:
-        return _fetch(cfg, lambda: timm.create_model(cfg.model, pretrained=True, **kwargs))
+        with _weights(cfg):
+            return timm.create_model(cfg.model, pretrained=True, **kwargs)
     tower = timm.create_model(cfg.model, **kwargs)
     _load_timm_state(tower, read_weights(Path(cfg.weights)), Path(cfg.weights))
     return tower
@@ -286,15 +289,9 @@ def _load_timm_state(tower: nn.Module, state: dict[str, Tensor], path: Path) -> 
         raise InputError(f"{path}: does not fit the model") from err
 
 
-def _fetch(cfg: FeaturesConfig, create: Callable[[], nn.Module]) -> nn.Module:
-    """A model with weights from the hub, or InputError with the way out."""
-    try:
-        return create()
-    except Exception as err:  # hub, HTTP, SSL and timm errors have no common base
-        raise InputError(
-            f"features.model={cfg.model!r}: its weights cannot be had ({type(err).__name__}: "
-            f"{one_line(err)[:200]}); give a local copy as features.weights=FILE"
-        ) from err
+def _weights(cfg: FeaturesConfig) -> AbstractContextManager[None]:
+    """Around what gets weights from the hub."""
+    return hub(f"features.model={cfg.model!r}: its weights", "give a local copy as features.weights=FILE")
 
 
 def _open_clip(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
@@ -313,7 +310,8 @@ def _open_clip(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
     if cfg.weights:
         clip = open_clip.create_model(model, pretrained=None, **kwargs)
     else:
-        clip = _fetch(cfg, lambda: open_clip.create_model(model, pretrained=tag, **kwargs))
+        with _weights(cfg):
+            clip = open_clip.create_model(model, pretrained=tag, **kwargs)
     tower = clip.visual
     if cfg.weights:
         state = read_weights(Path(cfg.weights))

@@ -120,7 +120,7 @@ def measure_normalisation(autoencoder: Autoencoder, batches: Iterable[Tensor]) -
     count, total, squares = 0, torch.zeros(autoencoder.channels).double(), torch.zeros(autoencoder.channels).double()
     with torch.no_grad():
         for images in batches:
-            z = autoencoder.encode_raw(images.to(device)).double().cpu()
+            z = autoencoder.encode_raw(images.to(device)).cpu().double()  # MPS has no float64
             count += z.numel() // z.shape[1]
             total += z.sum(dim=(0, 2, 3))
             squares += z.square().sum(dim=(0, 2, 3))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm_sg.errors import InputError
+from ldm_sg.hub import hub
 
 Manifest = dict[str, Any]
 
@@ -174,16 +175,14 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: Path) -> bool:
 
 def _from_hub(cls: type[Any], manifest: Manifest) -> nn.Module:
     name, _, revision = manifest["source"]["hub"].partition("@")
-    try:
+    way_out = (
+        "bring that repository here and give its folder, the one with config.json and "
+        "diffusion_pytorch_model.safetensors: autoencoder=PATH"
+    )
+    with hub(f"autoencoder {manifest['name']!r} ({name!r} on the Hugging Face hub)", way_out):
         return cls.from_pretrained(
             name, revision=revision or None, subfolder=manifest.get("subfolder"), low_cpu_mem_usage=False
         )
-    except (OSError, ValueError) as err:  # what diffusers and the hub raise
-        raise InputError(
-            f"autoencoder {manifest['name']!r}: cannot get {name!r} from the Hugging Face hub: no network, no such "
-            f"repository, or no access ({str(err).splitlines()[0][:160]}). Without network, bring that repository here "
-            "and give its folder, the one with config.json and diffusion_pytorch_model.safetensors: autoencoder=PATH"
-        ) from err
 
 
 def plain_config(net: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm_sg.data.progress import finished_manifest
 from ldm_sg.data.signals import PackedMasks, Signals, columns, extension
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
@@ -132,11 +133,7 @@ class LatentSet:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """manifest.yaml of an annotation set; InputError where there is none, as `annotate` writes it last."""
-    path = folder / "manifest.yaml"
-    if not path.is_file():
-        if (folder / "shards").is_dir():
-            raise InputError(f"{folder}: annotate has not finished (no manifest.yaml); run the same command again")
-        raise InputError(f"{folder} is not an annotation set (no manifest.yaml); make one with `ldm-sg annotate`")
+    path = finished_manifest(folder)
     try:
         manifest = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as err:

@@ -13,6 +13,8 @@ from ldm_sg.evaluate import metrics
 from ldm_sg.evaluate.inception import Inception
 from ldm_sg.evaluate.metrics import NEEDS
 
+GUIDANCE = ("consistency", "layout")  # judged by the run's own g and f
+
 
 def parse_metrics(text: str) -> list[str]:
     """'fd,prdc' -> ['fd', 'prdc']; InputError for one that does not exist."""
@@ -32,58 +34,66 @@ def check_enough(wanted: list[str], images: int | None, where: str) -> None:
             raise InputError(f"{where}: {images} images are too few for {name}, which needs at least {NEEDS[name]}")
 
 
-def check_network(wanted: list[str], network: Any) -> None:
-    """The Inception score needs the classifier."""
-    if "is" in wanted and not (isinstance(network, Inception) and network.classifies):
-        raise InputError(
-            "metric `is` reads a classifier's scores, and this feature network has none (its last layer is empty or "
-            "missing): give --features inception with full weights, or leave `is` out"
-        )
+def classifies(network: Any) -> bool:
+    return isinstance(network, Inception) and network.classifies
 
 
 def compute(wanted: list[str], samples: Tensor, reference: Tensor, network: Any, seed: int) -> dict[str, float]:
-    """Features [N, D] of samples and [M, D] of real images -> every figure but consistency, by its key."""
+    """Features [N, D] of samples and [M, D] of real images -> the figures that are distances, by their key."""
     found: dict[str, float] = {}
     if "fd" in wanted:
         found["fd"] = metrics.frechet_distance(samples, reference)
     if "kid" in wanted:
         found |= metrics.kernel_distance(samples, reference, seed=seed)
     if "prdc" in wanted:
-        found |= metrics.manifold(samples, reference)
+        found |= metrics.manifold(samples, reference, seed=seed)
     if "is" in wanted:
         found |= metrics.inception_score(network.logits(samples.to(network.net.fc.weight.device)), seed=seed)
     return found
 
 
-def remarks(
-    wanted: list[str], asked: int, samples: Tensor, reference: Tensor, skipped: list[str], sizes: tuple[int, int]
-) -> list[str]:
-    """What a reader of the figures must know: counts that fell short, images left out or enlarged, biased estimates.
-
-    `sizes`: pixels of the comparison and of the first reference image."""
-    notes = [f"{len(samples):,} samples, not the {asked:,} asked for"] if len(samples) < asked else []
-    if sizes[1] < sizes[0]:
+def remarks(result: dict[str, Any], smallest: int, skipped: dict[str, str]) -> list[str]:
+    """What a reader of the figures must know: counts that fell short or differ, images left out or enlarged, estimates that
+    are biased, judges that are not impartial. smallest: pixels of the first reference image; skipped: image -> reason."""
+    asked, samples, real = result["asked"], result["samples"], result["reference_images"]
+    fewer, size = min(samples, real), result["preprocessing"]["size"]
+    notes = [f"{samples:,} samples, not the {asked['n']:,} asked for"] * (samples < asked["n"])
+    if smallest < size:
         notes.append(
-            f"reference images of {sizes[1]} px are enlarged to {sizes[0]} px: give --size {sizes[1]}, or larger ones"
+            f"reference images of {smallest} px are enlarged to {size} px: give --size {smallest}, or larger ones"
         )
-    smaller, dim = min(len(samples), len(reference)), samples.shape[1]
-    if "fd" in wanted and smaller <= dim:
-        notes.append(
-            f"fd of {smaller:,} images in {dim:,} dimensions is far above its limit: compare it only at equal counts"
-        )
+    if "prdc" in asked["metrics"] and samples != real:
+        kind = "reference images" if real > samples else "samples"
+        notes.append(f"prdc compares equal numbers: {fewer:,} of the {max(samples, real):,} {kind}, chosen at random")
+    for space, found in result["metrics"].items():
+        judge = result["judges"][space]
+        if "fd" in found and fewer <= judge["dim"]:
+            notes.append(
+                f"fd of {fewer:,} images in {judge['dim']:,} dimensions ({space}) is far above its limit: compare it only "
+                "at equal counts"
+            )
+        if judge["guide"] and found.keys() & {"fd", "kid", "precision"}:
+            notes.append(
+                f"{space} made this run's signals, which favours the run: compare in another space (--features)"
+            )
     if skipped:
-        notes.append(f"{len(skipped):,} images could not be read and are left out; the first: {skipped[0]}")
+        name, reason = next(iter(skipped.items()))
+        notes.append(f"{len(skipped):,} images could not be read and are left out; the first: {name}: {reason}")
     return notes
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures in lines, then what they were computed of."""
-    lines = [f"{name:<26}{value:>12.4g}" for name, value in result["metrics"].items()]
+    """The figures in lines, each with the space it was judged in, then what they were computed of."""
+    lines = [
+        f"{name:<26}{value:>12.4g}  in {space}"
+        for space, values in result["metrics"].items()
+        for name, value in values.items()
+    ]
     made = ", ".join(f"{key} {value}" for key, value in result["sampling"].items())
     lines.append(
         f"{result['samples']:,} samples of {result['source']}{f' ({made})' if made else ''} against "
         f"{result['reference_images']:,} images of {result['reference']}, {result['preprocessing']['size']} px, "
-        f"features {result['features']['name']}, {result['seconds']} s"
+        f"{result['seconds']} s"
     )
     return "\n".join(lines + [f"note: {note}" for note in result["notes"]])
 
@@ -99,16 +109,15 @@ def prepare(file: Path) -> Path:
     return file
 
 
-def free(file: Path, reference: str, wanted: list[str]) -> Path:
-    """`file`, or the first of NAME_2, NAME_3 ... that does not hold the figures of another reference or choice."""
+def free(file: Path, asked: dict[str, Any]) -> Path:
+    """`file`, or the first of NAME_2, NAME_3 ... that does not hold the figures of something else that was asked."""
     names = itertools.chain([file], (file.with_stem(f"{file.stem}_{number}") for number in itertools.count(2)))
-    return next(name for name in names if not name.exists() or _is_of(name, reference, wanted))
+    return next(name for name in names if not name.exists() or _is_of(name, asked))
 
 
-def _is_of(file: Path, reference: str, wanted: list[str]) -> bool:
+def _is_of(file: Path, asked: dict[str, Any]) -> bool:
     try:
-        there = json.loads(file.read_text())
-        return (there["reference"], there["chosen"]) == (reference, wanted)
+        return json.loads(file.read_text())["asked"] == asked
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -1,4 +1,5 @@
-"""The FID network: torch-fidelity's InceptionV3, whose weights are TensorFlow's of 2015, as a feature extractor."""
+"""The FID network: torch-fidelity's InceptionV3, whose weights are TensorFlow's of 2015, as a feature extractor, with the
+two ways to resize its input that published figures use."""
 
 import hashlib
 import io
@@ -8,31 +9,53 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from ldm_sg.data.images import to_uint8
 from ldm_sg.errors import InputError
+from ldm_sg.hub import answers
 
 MARK = "Mixed_7c.branch_pool.conv.weight"  # a key that only this network has
+SIDE = (299, 299)
+
+
+def _tf(pixels: Tensor) -> Tensor:
+    """Float [B, 3, H, W] -> [B, 3, 299, 299] as TensorFlow 1 did and torch-fidelity does: bilinear, not antialiased."""
+    return interpolate_bilinear_2d_like_tensorflow1x(pixels, size=SIDE, align_corners=False)
+
+
+def _clean(pixels: Tensor) -> Tensor:
+    """Float [B, 3, H, W] -> [B, 3, 299, 299] as clean-fid does (Parmar et al., 2022): PIL's antialiased bicubic of each
+    channel in float, clipped and not rounded."""
+    return F.interpolate(pixels, size=SIDE, mode="bicubic", antialias=True).clamp(0, 255)
+
+
+RESIZES = {"tf": _tf, "clean": _clean}
 
 
 class Inception(nn.Module):
-    """Images [B, 3, H, W] in [-1, 1] -> pooled features [B, 2048], resized to 299 pixels as TensorFlow 1 did."""
+    """Images [B, 3, H, W] in [-1, 1] -> pooled features [B, 2048]; `resize`: of RESIZES."""
 
     name = "inception"
     dim = 2048
 
-    def __init__(self, state: dict[str, Tensor], sha256: str):
+    def __init__(self, state: dict[str, Tensor], sha256: str, resize: str = "tf"):
         super().__init__()
         whole = io.BytesIO()  # torch-fidelity takes weights from a file only, and unpickles it: it gets ours
         torch.save({key: value.float() if value.is_floating_point() else value for key, value in state.items()}, whole)
         whole.seek(0)
         self.net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=whole)
-        self.manifest = {"name": self.name, "dim": self.dim, "sha256": sha256}
+        self.manifest = {"name": self.name, "dim": self.dim, "sha256": sha256, "resize": resize}
+        self.resize = RESIZES[resize]
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return self.net(pixels)[0]
+        x = (self.resize(to_uint8(images).float()) - 128) / 128
+        for layer in list(self.net.children())[:-1]:  # all but the classifier: its forward() would resize by itself
+            x = layer(x)
+        return x.flatten(1)
 
     @property
     def classifies(self) -> bool:
@@ -44,12 +67,12 @@ class Inception(nn.Module):
         return features @ self.net.fc.weight.T.to(features)
 
 
-def load_inception(file: str | Path | None = None) -> Inception:
+def load_inception(file: str | Path | None = None, resize: str = "tf") -> Inception:
     """From a safetensors or .pth file with torch-fidelity's key names, or downloaded (and kept by torch.hub).
 
     Raises InputError for a file that is not there, is not such weights or would run code, and without network."""
     if file is None:
-        return Inception(*_download())
+        return Inception(*_download(), resize)
     path = Path(file)
     if not path.is_file():
         raise InputError(f"Inception weights {str(file)!r}: no such file")
@@ -57,7 +80,7 @@ def load_inception(file: str | Path | None = None) -> Inception:
     if MARK not in state:
         raise InputError(f"{path}: not the weights of torch-fidelity's InceptionV3: {MARK} is missing")
     try:
-        return Inception(state, sha256_of(path))
+        return Inception(state, sha256_of(path), resize)
     except RuntimeError as err:  # load_state_dict's: keys or shapes that do not fit
         raise InputError(
             f"{path}: not the weights of torch-fidelity's InceptionV3: {str(err).splitlines()[-1].strip()}"
@@ -89,13 +112,16 @@ def first_line(err: Exception) -> str:
 
 def _download() -> tuple[dict[str, Tensor], str]:
     name = URL_INCEPTION_V3.rsplit("/", 1)[1]
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / name
     try:
+        if not kept.is_file() and not answers(URL_INCEPTION_V3):
+            raise OSError("no network")
         state = torch.hub.load_state_dict_from_url(
             URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True
         )
-    except (OSError, RuntimeError) as err:  # no network, or a file that does not match its hash
+    except (OSError, RuntimeError) as err:  # or a file that does not match its hash
         raise InputError(
             f"the Inception weights could not be downloaded ({first_line(err)}): fetch {name} from torch-fidelity's "
             "releases elsewhere and name the file: --features inception:FILE"
         ) from err
-    return state, sha256_of(Path(torch.hub.get_dir()) / "checkpoints" / name)
+    return state, sha256_of(kept)

@@ -43,13 +43,18 @@ def kernel_distance(
     return {"kid": out[KEY_METRIC_KID_MEAN], "kid_std": out[KEY_METRIC_KID_STD]}
 
 
-def manifold(samples: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
-    """Precision and recall (Kynkaanniemi et al., 2019), density and coverage (Naeem et al., 2020, Eqs. 3-6).
+def manifold(samples: Tensor, reference: Tensor, k: int = NEIGHBOURS, seed: int = 0) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi et al., 2019), density and coverage (Naeem et al., 2020, Eqs. 3-6), of as many
+    samples as references: of the larger set a random part, since balls shrink and fill as their set grows.
 
     A ball around each image reaches its k-th nearest neighbour of the same set. precision: share of samples inside some
     real ball; recall: share of real images inside some sample's ball; density: real balls a sample is in, over k;
     coverage: share of real balls with a sample inside. Only a block of distances is held at a time."""
     _check(samples, reference, at_least=k + 1, what=f"precision, recall, density and coverage with k = {k}")
+    generator, n = torch.Generator().manual_seed(seed), min(len(samples), len(reference))
+    samples, reference = (
+        x if len(x) == n else x[torch.randperm(len(x), generator=generator)[:n]] for x in (samples, reference)
+    )
     centre = reference.double().mean(0)  # distances from products lose fewer digits around the origin
     fake, real = (samples.double() - centre).float(), (reference.double() - centre).float()
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)  # [M], [N], squared

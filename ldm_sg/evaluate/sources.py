@@ -148,14 +148,16 @@ def batches(
     Remote shards, whose number of images is not known, give their first `limit`. Images that cannot be read are left
     out (a batch is short there) and reported. Threads read and decode two batches ahead: Pillow frees the interpreter."""
     total = count(images)
-    chosen: Iterator[int] = iter(range(limit)) if total is None else iter(spread(total, limit))
-    if total is not None and limit >= total:
-        chosen = itertools.count()  # reading on to the end reports what is damaged there
-    picked = _pick(_encoded(images, on_skip), chosen)
+    entries: Iterator[tuple[int, tuple[str, Path | bytes]]] = enumerate(_encoded(images, on_skip))
+    if total is None:
+        entries = itertools.islice(entries, limit)
+    elif limit < total:  # otherwise reading on to the end reports what is damaged there
+        wanted = dict.fromkeys(spread(total, limit))
+        entries = (entry for entry in itertools.islice(entries, max(wanted) + 1) if entry[0] in wanted)
     waiting: deque[list[tuple[int, str, Future[Tensor]]]] = deque()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        while group := list(itertools.islice(picked, batch_size)):
-            waiting.append([(position, name, pool.submit(_load, data, size, within)) for position, name, data in group])
+        while group := list(itertools.islice(entries, batch_size)):
+            waiting.append([(at, name, pool.submit(_load, data, size, within)) for at, (name, data) in group])
             if len(waiting) > 2:
                 yield from _finish(waiting.popleft(), on_skip)
         while waiting:
@@ -195,21 +197,6 @@ def _encoded(images: ImageSet, on_skip: OnSkip) -> Iterator[tuple[str, Path | by
         yield from ((path, Path(path)) for path in images.paths)
     for shard in images.paths if images.in_shards else ():
         yield from ((f"{shard}: {sample.key}", sample.image) for sample in read_shard(shard, skip))
-
-
-def _pick(
-    encoded: Iterator[tuple[str, Path | bytes]], chosen: Iterator[int]
-) -> Iterator[tuple[int, str, Path | bytes]]:
-    """The entries of `encoded` at the rising positions `chosen`; nothing after the last is read."""
-    wanted = next(chosen)
-    for at, (name, data) in enumerate(encoded):
-        if at != wanted:
-            continue
-        yield at, name, data
-        following = next(chosen, None)
-        if following is None:
-            return
-        wanted = following
 
 
 def first_size(images: ImageSet) -> int:

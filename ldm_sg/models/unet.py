@@ -1,7 +1,12 @@
 """diffusers' UNet2DConditionModel with the paper's two injections of guidance."""
 
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 from torch import Tensor, nn
 
 from ldm_sg.config import ModelConfig
@@ -34,6 +39,41 @@ class GuidedUNet(nn.Module):
         return out[0]
 
 
+class PlainUNet(UNet2DConditionModel):
+    """Without cross-attention, what UNet2DConditionModel's blocks cannot be asked for: residual-attention-residual in the middle,
+    `heads` in every attention, and with `residual_updown` residual blocks that halve and double: the net of Dhariwal and
+    Nichol (2021), block by block. Other arguments are UNet2DConditionModel's."""
+
+    def __init__(self, heads: int = 8, residual_updown: bool = False, **config: Any) -> None:
+        super().__init__(**config)
+        self.register_to_config(heads=heads, residual_updown=residual_updown)
+        width, time = self.config.block_out_channels[-1], self.mid_block.resnets[0].time_emb_proj.in_features
+        groups, norm, drop = self.config.norm_num_groups, self.config.resnet_time_scale_shift, self.config.dropout
+        self.mid_block = UNetMidBlock2D(
+            width, time, drop, resnet_eps=1e-5, resnet_time_scale_shift=norm, resnet_groups=groups, attn_groups=groups,
+            attention_head_dim=width // heads,
+        )  # fmt: skip
+        for way, blocks in (("down", self.down_blocks), ("up", self.up_blocks)):
+            for block in blocks:
+                if residual_updown and hasattr(block, f"{way}sample_type") and getattr(block, f"{way}samplers"):
+                    width = block.resnets[-1].out_channels
+                    sampler = ResnetBlock2D(
+                        in_channels=width, temb_channels=time, groups=groups, dropout=drop, eps=1e-5, time_embedding_norm=norm,
+                        **{way: True},
+                    )  # fmt: skip
+                    setattr(block, f"{way}samplers", nn.ModuleList([sampler]))
+                    setattr(block, f"{way}sample_type", "resnet")
+        for module in self.modules():
+            if isinstance(module, Attention):  # the weights' shapes do not depend on the number of heads
+                module.heads, module.scale = heads, (module.inner_dim // heads) ** -0.5
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        """What config.json holds besides: diffusers looks at the signature alone."""
+        keys = UNet2DConditionModel._get_init_keys(input_class)
+        return keys | UNet2DConditionModel._get_init_keys(UNet2DConditionModel) if input_class is PlainUNet else keys
+
+
 def make_unet(config: ModelConfig, spec: GuidanceSpec, latent_shape: tuple[int, int, int]) -> GuidedUNet:
     """The network of `config` for latents [C, h, w] and the signals of `spec`. InputError names a size that cannot be."""
     _check(config, latent_shape)
@@ -41,11 +81,16 @@ def make_unet(config: ModelConfig, spec: GuidanceSpec, latent_shape: tuple[int, 
     widths = [config.channels * m for m in config.multipliers]
     factors = [2**level for level in range(len(widths))]
     cross = config.tokens != "none"
-    attention = "CrossAttn" if cross else "Attn"
-    down = [f"{attention if f in config.attention else ''}DownBlock2D" for f in factors]
-    up = [f"{attention if f in config.attention else ''}UpBlock2D" for f in reversed(factors)]
+    attention, kind = ("CrossAttn", UNet2DConditionModel) if cross else ("Attn", PlainUNet)
+    plain = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.residual_updown else ("DownBlock2D", "UpBlock2D")
+    )
+    down = [f"{attention}DownBlock2D" if f in config.attention else plain[0] for f in factors]
+    up = [f"{attention}UpBlock2D" if f in config.attention else plain[1] for f in reversed(factors)]
     embed_dim = 4 * config.channels
-    unet = UNet2DConditionModel(
+    own = {} if cross else {"heads": config.heads, "residual_updown": config.residual_updown}
+    unet = kind(
+        **own,
         sample_size=size,
         in_channels=channels + spec.spatial_channels,
         out_channels=channels,
@@ -57,11 +102,13 @@ def make_unet(config: ModelConfig, spec: GuidanceSpec, latent_shape: tuple[int, 
         dropout=config.dropout,
         norm_num_groups=_groups(widths),
         cross_attention_dim=config.token_width,
-        # diffusers reads attention_head_dim as the number of heads in cross-attention blocks, as itself elsewhere
-        attention_head_dim=config.heads if cross else tuple(w // config.heads for w in widths),
+        attention_head_dim=config.heads,  # which cross-attention blocks read as the number of heads; PlainUNet sees to the others
+        resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
         class_embed_type="identity",
         class_embeddings_concat=config.inject == "concat",
     )
+    nn.init.zeros_(unet.conv_out.weight)
+    nn.init.zeros_(unet.conv_out.bias)
     conditioner = Conditioner(
         num_labels=spec.num_labels,
         embed_dim=embed_dim,
@@ -80,6 +127,11 @@ def _check(config: ModelConfig, latent_shape: tuple[int, int, int]) -> None:
         raise InputError(f"model.inject={config.inject!r}; {choices(config.inject, ['concat', 'add'])}")
     if config.tokens not in TOKENS:
         raise InputError(f"model.tokens={config.tokens!r}; {choices(config.tokens, TOKENS)}")
+    if config.residual_updown and config.tokens != "none":
+        raise InputError(
+            f"model.residual_updown=true with tokens={config.tokens!r}: diffusers' cross-attention blocks halve and double by "
+            "convolutions; give tokens=none, or residual_updown=false"
+        )
     deepest = 2 ** (len(config.multipliers) - 1)
     if latent_shape[1] % deepest or latent_shape[2] % deepest:
         raise InputError(

@@ -49,19 +49,18 @@ PICTURES = {  # file in the run folder -> heading, sentence
 }
 
 
-def write_report(run: Path, command: str | None = None, timings: Mapping[str, float] | None = None) -> Path:
+def write_report(run: Path) -> Path:
     """RUN/report.html, in one file.
 
     Read when present: config.yaml, metrics.csv, metrics.json, evaluations/*.json, clusters.png, the PICTURES,
-    samples/step_*.png, the annotation set that config.yaml names (manifest.yaml and its wall). `command` and `timings`
-    (seconds a stage) are taken from command.txt and timings.json when not given. Raises InputError if `run` is no folder."""
+    samples/step_*.png, command.txt, timings.json (seconds a stage), the annotation set that config.yaml names
+    (manifest.yaml and its wall). Raises InputError if `run` is no folder."""
     if not run.is_dir():
         raise InputError(f"run {str(run)!r}: no such folder")
     config = _yaml(run / "config.yaml")
     annotation = _annotation_folder(run, config)
     manifest = _yaml(annotation / "manifest.yaml") if annotation else {}
-    command = command or _text(run / "command.txt")
-    timings = _numbers(timings if timings is not None else _json(run / "timings.json"))
+    timings = _numbers(_json(run / "timings.json"))
     curves = read_curves(run / "metrics.csv")
     sections = [
         html.facts(_facts(config, manifest, curves, timings)),
@@ -72,7 +71,7 @@ def write_report(run: Path, command: str | None = None, timings: Mapping[str, fl
         _progress(run),
         _wall(annotation, manifest),
         html.section("Time", "", html.chart(charts.stages(timings))),
-        _recipe(command, config, manifest),
+        _recipe(_text(run / "command.txt"), config, manifest),
     ]
     lead = "Self-guided diffusion: trained without labels, guided by clusters of self-supervised features."
     return html.write(run / "report.html", html.page(run.resolve().name, lead, sections, "Made by ldm-sg."))
@@ -134,23 +133,30 @@ def _variant_order(variant: str) -> tuple[int, float]:
 
 
 def _evaluations(run: Path) -> str:
-    """A row for each JSON that `ldm-sg evaluate` left in the run."""
+    """A row for each judge of each JSON that `ldm-sg evaluate` left in the run."""
     found = [(path.stem, _json(path)) for path in sorted((run / "evaluations").glob("*.json"))]
-    found = [(name, result) for name, result in found if isinstance(result.get("metrics"), dict)]
-    names = [name for name in METRICS if any(name in result["metrics"] for _, result in found)]
+    judged = [
+        (stem, result, space, values)
+        for stem, result in found
+        for space, values in (result.get("metrics") or {}).items()
+        if isinstance(values, dict)
+    ]
+    names = [name for name in METRICS if any(name in values for *_, values in judged)]
     rows = []
-    for stem, result in found:
-        values, network = _numbers(result["metrics"]), result.get("features") or {}
+    for stem, result, space, values in judged:
+        judge = (result.get("judges") or {}).get(space) or {}
+        aside = ["its guide"] * bool(judge.get("guide")) + [f"resize {judge.get('resize')}"] * ("resize" in judge)
         size = f"{result.get('samples', '?')} / {result.get('reference_images', '?')}"
-        head = [_settings(result) or stem, str(network.get("name", "?")), size]
-        rows.append([*head, *(show(name, values[name]) if name in values else "–" for name in names)])
+        head = [_settings(result) or stem, f"{space} ({', '.join(aside)})" if aside else space, size]
+        figures = _numbers(values)
+        rows.append([*head, *(show(name, figures[name]) if name in figures else "–" for name in names)])
     titles = [SHORT.get(name, METRICS[name]) for name in names]
-    bounds = [_numbers(result["metrics"]) for _, result in found if _has(result["metrics"], "consistency_real")]
+    bounds = [_numbers(values) for *_, values in judged if _has(values, "consistency_real")]
     text = (
         "Consistency: real images reach {consistency_real:.1%} after the autoencoder, chance {consistency_chance:.1%}."
     )
     shown = text.format(**bounds[-1]) if bounds and "consistency_chance" in bounds[-1] else ""
-    return html.table(["samples made with", "features", "samples / real", *titles], rows) + html.paragraph(shown)
+    return html.table(["samples made with", "judged in", "samples / real", *titles], rows) + html.paragraph(shown)
 
 
 def _settings(result: Mapping[str, Any]) -> str:
@@ -160,6 +166,7 @@ def _settings(result: Mapping[str, Any]) -> str:
     parts = [] if w is None else [f"w = {w:g}" if isinstance(w, int | float) else f"w = {w}"]
     if {"steps", "scheduler"} <= sampling.keys():
         parts.append(f"{sampling['steps']} {sampling['scheduler']}")
+    parts += [f"step {sampling['checkpoint']}"] * ("checkpoint" in sampling)
     return ", ".join(parts + [judged] * judged.startswith("pipeline_"))
 
 

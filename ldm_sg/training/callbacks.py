@@ -1,5 +1,6 @@
 """What happens around the steps: EMA, checkpoints that survive kill -9, metrics.csv, exports, a clean Ctrl-C."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class Hooks:
     start: Callable[[nn.Module], None]  # untrained network -> pipeline folder
     export: Callable[[nn.Module], None]  # EMA network -> pipeline folder
     draw: Callable[[nn.Module, int], None]  # EMA network, step -> a grid on disk
+    keep: Callable[[nn.Module, int], Any]  # EMA network, step -> its weights on disk
 
 
 class EMA(WeightAveraging):
@@ -45,55 +47,80 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__(multi_avg_fn=ema_update(decay))
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # the module itself moves there only after this
+        super().setup(trainer, pl_module, stage)
+
     @property
     def network(self) -> nn.Module:
         assert self._average_model is not None
         return self._average_model.module.network
 
 
-class SaveLast(Callback):
-    """checkpoints/last.ckpt every N steps and at the end, complete or not there; `export` writes the pipeline beside it."""
+class EachStep(Callback):
+    """`on_step` after each step of the optimizer, however many parts its batch came in."""
 
-    def __init__(self, path: Path, every: int, ema: EMA, export: Callable[[nn.Module], None]) -> None:
-        self.path, self.every, self.ema, self.export = path, every, ema, export
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.on_step(trainer)
+
+    def on_step(self, trainer: pl.Trainer) -> None:
+        raise NotImplementedError
+
+
+class SaveLast(EachStep):
+    """checkpoints/last.ckpt every N steps and at the end, complete or not there, and the pipeline beside it; snapshots of
+    the EMA weights every `keep_every` steps."""
+
+    def __init__(self, path: Path, config: TrainConfig, ema: EMA, hooks: Hooks) -> None:
+        self.path, self.config, self.ema, self.hooks = path, config, ema, hooks
 
     def save(self, trainer: pl.Trainer) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        trainer.save_checkpoint(temporary)
+        temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        try:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
         if trainer.is_global_zero:
-            temporary.replace(self.path)
-            self.export(self.ema.network)
+            self.hooks.export(self.ema.network)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+    def on_step(self, trainer: pl.Trainer) -> None:
+        step, every = trainer.global_step, self.config.keep_every
+        if every and step % every == 0 and trainer.is_global_zero:
+            self.hooks.keep(self.ema.network, step)
+        if step % self.config.checkpoint_every == 0 or step == trainer.max_steps:
             self.save(trainer)
 
 
-class StopCleanly(Callback):
-    """On SIGINT or SIGTERM: finish the step, save, stop. A second signal is obeyed at once."""
+class StopCleanly(EachStep):
+    """Within `with`, on SIGINT or SIGTERM: finish the step, save, stop. A second signal is obeyed at once."""
 
     def __init__(self, saver: SaveLast) -> None:
         self.saver, self.interrupted = saver, False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def __enter__(self) -> None:
         self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_step(self, trainer: pl.Trainer) -> None:
         if trainer.world_size > 1 and trainer.global_step % 10:
             return  # ranks agree on when to stop, which costs a message
         if trainer.strategy.reduce_boolean_decision(self.interrupted, all=False) and not trainer.should_stop:
             self.interrupted = True
             self.saver.save(trainer)
             trainer.should_stop = True
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 class MetricsFile(Callback):
@@ -110,14 +137,15 @@ class MetricsFile(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.losses.append(outputs["loss"].detach())
-        step = trainer.global_step
-        if step % self.config.log_every:
+        self.losses.append(outputs["loss"].detach())  # Lightning has divided it by the number of parts
+        step, parts = trainer.global_step, trainer.accumulate_grad_batches
+        short = step == trainer.max_steps < self.config.log_every
+        if (batch_idx + 1) % parts or (step % self.config.log_every and not short):
             return
         now = time.perf_counter()
         rate = (step - self.start_step) * self.config.batch_size / (now - self.start)
         self.start, self.start_step = now, step
-        loss = torch.stack(self.losses).mean().item()
+        loss = torch.stack(self.losses).mean().item() * parts
         self.losses = []
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         pl_module.log("images_per_s", rate, prog_bar=True)
@@ -131,7 +159,7 @@ class MetricsFile(Callback):
         self.start, self.start_step = time.perf_counter(), trainer.global_step
 
 
-class Hooked(Callback):
+class Hooked(EachStep):
     """Calls what other rooms do with the network, on one rank: `start` before the first step of a new run, `draw` every
     N steps with the EMA network (the same noise and signals each time)."""
 
@@ -142,13 +170,15 @@ class Hooked(Callback):
         if trainer.is_global_zero and trainer.global_step == 0:
             self.hooks.start(self.ema.network)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_step(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero and self.every and trainer.global_step % self.every == 0:
             self.hooks.draw(self.ema.network, trainer.global_step)
 
 
-class Progress(Callback):
+class Progress(EachStep):
     """A tqdm bar on stderr, in steps of the whole run, with loss and images/s."""
+
+    bar: tqdm | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.bar = tqdm(
@@ -156,11 +186,13 @@ class Progress(Callback):
             disable=not trainer.is_global_zero,
         )  # fmt: skip
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_step(self, trainer: pl.Trainer) -> None:
+        assert self.bar is not None
         self.bar.update()
         metrics = trainer.progress_bar_metrics
         if trainer.global_step % 10 == 0 or "images_per_s" not in metrics:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.bar.close()
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -32,32 +32,36 @@ def split(n: int, val_share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Steps(Sampler[list[int]]):
-    """Yields (step, *dataset indices) of this rank's part of the global batch, from `first` up to `total`."""
+    """Yields (step, share, *dataset indices), from step `first` up to `total`: of `world * parts` shares of the global batch
+    those of this rank, `parts` a step, one after the other."""
 
-    def __init__(self, pool: Tensor, seed: int, batch_size: int, total: int, first: int, rank: int, world: int) -> None:
+    def __init__(
+        self, pool: Tensor, seed: int, batch_size: int, total: int, first: int, rank: int, world: int, parts: int = 1
+    ) -> None:
         self.pool, self.seed, self.batch_size, self.total, self.first = pool, seed, batch_size, total, first
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.parts = rank, world, parts
 
     def __len__(self) -> int:
-        return self.total  # not what is left: Lightning counts resumed steps too
+        return self.total * self.parts  # not what is left: Lightning counts resumed steps too
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.total):
             chosen = self.pool[step_indices(self.seed, step, self.batch_size, len(self.pool))]
-            yield [step, *chosen[self.rank :: self.world].tolist()]
+            for share in range(self.rank, self.world * self.parts, self.world):
+                yield [step, share, *chosen[share :: self.world * self.parts].tolist()]
 
 
 class LatentBatches(Dataset):
-    """(step, *indices) -> step, latents [b, C, side, side], guidance of b samples: random ones of each image's views (mirrored
+    """(step, share, *indices) -> step, share, latents [b, C, side, side], guidance of b samples: random ones of each image's views (mirrored
     where that is stored, cropped where `side` is less than the latents') or, for validation, the centre."""
 
     def __init__(self, latents: LatentSet, seed: int, side: int, random: bool) -> None:
         self.latents, self.seed, self.side, self.random = latents, seed, side, random
 
-    def __getitem__(self, request: list[int]) -> tuple[int, Tensor, Guidance]:
-        step, indices = request[0], torch.tensor(request[1:])
+    def __getitem__(self, request: list[int]) -> tuple[int, int, Tensor, Guidance]:
+        step, share, indices = request[0], request[1], torch.tensor(request[2:])
         # By (step, image), so that views do not depend on how ranks share the batch.
-        drawn = [mix_seed(self.seed, step, i) for i in request[1:]]
+        drawn = [mix_seed(self.seed, step, i) for i in request[2:]]
         flip = torch.tensor([bool(d & 1) for d in drawn]) if self.random and self.latents.flips else None
         whole = self.latents.latents(indices, flip)
         room = whole.shape[-1] - self.side
@@ -65,7 +69,7 @@ class LatentBatches(Dataset):
         if self.random:
             corners = torch.tensor([[(d >> 1) % (room + 1), (d >> 32) % (room + 1)] for d in drawn])
         crops = Crops(corners, self.side) if room else None
-        return step, crops(whole) if crops else whole, self.latents.guidance(indices, flip, crops)
+        return step, share, crops(whole) if crops else whole, self.latents.guidance(indices, flip, crops)
 
 
 class LatentData(pl.LightningDataModule):
@@ -90,7 +94,9 @@ class LatentData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         cfg, rank, world = self.config, self.trainer.global_rank, self.trainer.world_size
-        steps = Steps(self.train_pool, cfg.seed, cfg.batch_size, cfg.steps, self.first_step, rank, world)
+        steps = Steps(
+            self.train_pool, cfg.seed, cfg.batch_size, cfg.steps, self.first_step, rank, world, cfg.accumulate
+        )
         return self._loader(steps, True, cfg.workers)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -100,4 +106,4 @@ class LatentData(pl.LightningDataModule):
         rank, world = self.trainer.global_rank, self.trainer.world_size
         whole = [chunk for chunk in self.val_pool.split(self.config.batch_size) if len(chunk) >= world]
         chunks = [chunk[rank::world].tolist() for chunk in whole]
-        return self._loader([[i, *chunk] for i, chunk in enumerate(chunks)], False, 0)  # type: ignore[arg-type]
+        return self._loader([[i, rank, *chunk] for i, chunk in enumerate(chunks)], False, 0)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.guidance.compose import Denoiser
@@ -15,28 +15,29 @@ TRAIN, VAL = 1, 2  # streams of randomness
 
 class DiffusionModule(pl.LightningModule):
     """Noise, times and dropped guidance are drawn for the whole global batch from (seed, step) and each rank takes its
-    slice: a run is the same on one device or many, interrupted or not."""
+    slice, each part of an accumulated batch its own: a run is the same on one device or many, interrupted or not."""
 
-    def __init__(self, network: torch.nn.Module, objective: Objective, config: TrainConfig) -> None:
+    def __init__(self, network: nn.Module, objective: Objective, config: TrainConfig) -> None:
         super().__init__()
         self.network, self.objective, self.config = network, objective, config
 
     def on_fit_start(self) -> None:
         self.objective = self.objective.to(self.device)
 
-    def _draw(self, x0: Tensor, stream: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise like x0 [b, C, h, w], times [b], keep [b]: this rank's slice of what the global batch gets."""
+    def _draw(self, x0: Tensor, stream: int, index: int, mine: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise like x0 [b, C, h, w], times [b], keep [b]: the slice `mine` of what the global batch gets."""
         generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, stream, index))
-        total, mine = self.config.batch_size, slice(self.trainer.global_rank, None, self.trainer.world_size)
+        total = self.config.batch_size
         noise = torch.randn((total, *x0.shape[1:]), generator=generator, device=self.device)
         t = self.objective.sample_t(total, generator)
         keep = torch.rand(total, generator=generator, device=self.device) >= self.config.guidance.drop
         return noise[mine][: len(x0)], t[mine][: len(x0)], keep[mine][: len(x0)]
 
-    def training_step(self, batch: tuple[int, Tensor, Guidance], batch_idx: int) -> Tensor:
-        step, x0, guidance = batch  # x0 [b, C, h, w]
-        torch.manual_seed(mix_seed(self.config.seed, TRAIN, step, self.trainer.global_rank))  # the network's dropout
-        noise, t, keep = self._draw(x0, TRAIN, step)
+    def training_step(self, batch: tuple[int, int, Tensor, Guidance], batch_idx: int) -> Tensor:
+        step, share, x0, guidance = batch  # x0 [b, C, h, w]
+        torch.manual_seed(mix_seed(self.config.seed, TRAIN, step, share))  # the network's dropout
+        mine = slice(share, None, self.trainer.world_size * self.config.accumulate)
+        noise, t, keep = self._draw(x0, TRAIN, step, mine)
         loss = self._loss(self.network, x0, noise, t, guidance.with_keep(keep)).mean()
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -45,21 +46,33 @@ class DiffusionModule(pl.LightningModule):
         prediction = denoiser(self.objective.add_noise(x0, noise, t), t, guidance)
         return self.objective.loss(prediction, x0, noise, t)  # [b]
 
-    def validation_step(self, batch: tuple[int, Tensor, Guidance], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[int, int, Tensor, Guidance], batch_idx: int) -> None:
         """The same noise and times at every validation, with guidance and with the null."""
-        index, x0, guidance = batch
-        noise, t, _ = self._draw(x0, VAL, index)
+        index, rank, x0, guidance = batch
+        noise, t, _ = self._draw(x0, VAL, index, slice(rank, None, self.trainer.world_size))
         for name, signal in (("guided", guidance), ("null", guidance.null())):
             loss = self._loss(self.network, x0, noise, t, signal).mean()
             self.log(f"val_loss_{name}", loss, batch_size=len(x0), sync_dist=True)
 
     def configure_optimizers(self) -> dict:
         config = self.config
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), config.lr, weight_decay=config.weight_decay, fused=self.device.type == "cuda"
-        )
+        weights, rest = decayed(self.network)
+        groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, config.lr, fused=self.device.type == "cuda")
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, **_: object) -> None:
+        """By norm. In bf16 Lightning's own refuses fused optimizers, for the sake of a loss scale, which bf16 has not."""
+        if self.config.clip:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+
+
+def decayed(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters with weight decay, the weights of linear and convolutional layers, and without: biases, norms, embeddings."""
+    weights = [m.weight for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    ids = {id(p) for p in weights}
+    return weights, [p for p in network.parameters() if id(p) not in ids]
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:

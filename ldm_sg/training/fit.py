@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm_sg.config import TrainConfig
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.training.callbacks import EMA, Hooked, Hooks, MetricsFile, Progress, SaveLast, StopCleanly
 from ldm_sg.training.checkpoint import read_checkpoint
 from ldm_sg.training.data import LatentData
@@ -36,7 +37,7 @@ def fit(
     last.parent.mkdir(exist_ok=True)
     data.first_step = checkpoint_step(last)
     ema = EMA(config.ema)
-    saver = SaveLast(last, config.checkpoint_every, ema, hooks.export)
+    saver = SaveLast(last, config, ema, hooks)
     stopper = StopCleanly(saver)
     metrics = MetricsFile(run / "metrics.csv", config)
     # order matters: EMA averages before anything reads it, and metrics come before a checkpoint ends the step
@@ -50,8 +51,8 @@ def fit(
         precision="bf16-mixed" if bf16 else "32-true",
         max_steps=config.steps,
         max_epochs=-1,
-        gradient_clip_val=config.clip or None,
-        val_check_interval=config.val_every if validate else None,
+        accumulate_grad_batches=config.accumulate,
+        val_check_interval=config.val_every * config.accumulate if validate else None,
         check_val_every_n_epoch=None if validate else 1,
         limit_val_batches=1.0 if validate else 0,
         num_sanity_val_steps=0,
@@ -63,27 +64,44 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if data.first_step else None, weights_only=True)
+    try:
+        with stopper:
+            trainer.fit(module, datamodule=data, ckpt_path=str(last) if data.first_step else None, weights_only=True)
+    except SystemExit as err:  # Lightning's answer to a second Ctrl-C
+        raise KeyboardInterrupt(f"interrupted; {run} stands at its last checkpoint") from err
+    except RuntimeError as err:
+        if trainer.world_size == 1 or not any(word in str(err) for word in ("gloo", "NCCL", "peer", "onnection")):
+            raise
+        raise InputError(
+            f"{run}: another of its {trainer.world_size} processes has ended ({one_line(err)[:80]}...); the same command "
+            "resumes at the last checkpoint"
+        ) from err
     return not stopper.interrupted
 
 
-def _count(config: TrainConfig, device: torch.device) -> int:
-    if device.type != "cuda" or device.index is not None:
-        return 1
-    return torch.cuda.device_count() if config.devices == -1 else config.devices
+def check_shares(config: TrainConfig, device: torch.device) -> None:
+    """InputError for a batch that cannot be shared out evenly: a mean of the parts' means would weigh images unequally."""
+    devices = _devices(config, device)
+    ranks = len(devices) if isinstance(devices, list) else devices
+    if config.batch_size % (ranks * config.accumulate):
+        raise InputError(
+            f"batch_size={config.batch_size}: give a multiple of {ranks * config.accumulate}, so that {ranks} devices take equal "
+            f"shares in accumulate={config.accumulate} parts"
+        )
 
 
 def _devices(config: TrainConfig, device: torch.device) -> int | list[int]:
-    if device.type == "cpu":
-        return max(1, config.devices)  # more than one: DDP over gloo, for tests and small clusters
-    return [device.index] if device.index is not None else _count(config, device)
+    if device.index is not None:
+        return [device.index]
+    if device.type == "cuda" and config.devices == -1:
+        return torch.cuda.device_count()
+    return max(1, config.devices) if device.type != "mps" else 1  # on CPUs: DDP over gloo, for tests and small clusters
 
 
 def _quiet() -> None:
     for text in (
         ".*does not have many workers.*",
         ".*TensorBoard.*",
-        ".*`LeafSpec`.*",
         ".*tensorboardX.*",
         ".*dataloader is not resumable.*",
         ".*LeafSpec.*",

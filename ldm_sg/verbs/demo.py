@@ -19,10 +19,10 @@ from ldm_sg.report import grids
 from ldm_sg.report.annotation import first_images, members
 from ldm_sg.report.run import write_report
 from ldm_sg.report.signals import pictures
+from ldm_sg.sampling.request import SampleOptions
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.evaluate import evaluate
 from ldm_sg.verbs.pack import pack
-from ldm_sg.verbs.request import SampleOptions
 from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 
@@ -55,7 +55,9 @@ def demo(out: Path | None = None, config: str = "demo", steps: int | None = None
         metrics = _evaluate(out, shards, device)
     metrics["seconds"] = round(timings.total, 1)
     _write_json(out / "metrics.json", metrics)
-    report = write_report(out, f"ldm-sg demo --config {config} --out {out}", timings.seconds)
+    _write_json(out / "timings.json", timings.seconds)
+    (out / "command.txt").write_text(f"ldm-sg demo --config {config} --out {out}\n")
+    report = write_report(out)
     print(json.dumps(metrics, indent=2))
     print(f"report   {report}\npicture  {picture}")
     return report
@@ -108,10 +110,10 @@ def _evaluation(source: Path, shards: Path, device: str, w: float, metrics: str 
     pipeline = source if source != run else run / "pipeline"
     file = run / "evaluations" / f"demo_{pipeline.name}_w{w:g}.json"
     if file.is_file() and file.stat().st_mtime > (pipeline / "model_index.json").stat().st_mtime:
-        return json.loads(file.read_text())["metrics"]
+        return json.loads(file.read_text())["metrics"]["demo-g"]
     result = evaluate(source, str(shards), metrics=metrics, n=EVALUATED, features="demo-g", w=w, batch_size=125, out=file,
                       device=device)  # fmt: skip
-    return result["metrics"]
+    return result["metrics"]["demo-g"]
 
 
 def _pictures(run: Path, annotation: Path, device: str) -> Path:

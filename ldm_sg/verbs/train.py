@@ -1,38 +1,52 @@
-"""train: annotation set -> run."""
+"""train: annotation set -> run. What is wrong with the config is said before anything heavy is imported, which takes seconds."""
 
 import errno
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldm_sg import build
 from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import claim
-from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.progress import finished_manifest
 from ldm_sg.errors import InputError
-from ldm_sg.hardware import pick_device, use_bf16
-from ldm_sg.pipeline import SelfGuidedPipeline
-from ldm_sg.report.grids import grid
-from ldm_sg.training.callbacks import Hooks
-from ldm_sg.training.data import LatentData
-from ldm_sg.training.diffusion import DiffusionModule
-from ldm_sg.training.fit import checkpoint_step, fit
+
+if TYPE_CHECKING:
+    from ldm_sg.pipeline import SelfGuidedPipeline
 
 # What may change between two starts of one run without making it another run.
-FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every")
+FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every",
+        "keep_every")  # fmt: skip
 
 
 def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
     config.check()
+    finished_manifest(Path(config.annotation))
+    if config.init and not any((Path(config.init) / p / "model_index.json").is_file() for p in ("pipeline", "")):
+        raise InputError(f"init={config.init!r}: no pipeline/ there; give the folder of a trained run")
+
+    from ldm_sg import build
+    from ldm_sg.data.latents import LatentSet
+    from ldm_sg.hardware import pick_device, use_bf16, use_compile
+    from ldm_sg.models import snapshots
+    from ldm_sg.report.run import write_report
+    from ldm_sg.training.callbacks import Hooks
+    from ldm_sg.training.data import LatentData
+    from ldm_sg.training.diffusion import DiffusionModule
+    from ldm_sg.training.fit import check_shares, checkpoint_step, fit
+
     device = pick_device(config.device)
     bf16 = use_bf16(config.precision, device)
+    check_shares(config, device)
     latents = LatentSet(config.annotation)
     network = build.network(config, latents)
+    if use_compile(config.compile, device):
+        network.unet.compile()
     module = DiffusionModule(network, build.objective(config), config)
     run = Path(config.out)
     claim(run, config, FREE)
-    _remember_annotation(run, config, latents)
+    _remember_annotation(run, config, latents.hash)
     done = checkpoint_step(run / "checkpoints" / "last.ckpt")
     if done >= config.steps and (run / "pipeline").is_dir():
         print(f"{run}: already trained for {done:,} steps (asked: {config.steps:,}); raise steps= to go on")
@@ -50,6 +64,7 @@ def train(config: TrainConfig) -> Path:
         start=lambda ema: writer.export(ema, run / "pipeline_untrained"),
         export=lambda ema: writer.export(ema, run / "pipeline"),
         draw=lambda ema, step: _draw(writer.pipeline(ema), run / "samples" / f"step_{step:07d}.png"),
+        keep=lambda ema, step: snapshots.keep(ema, run, step),
     )
     try:
         finished = fit(module, data, config, run, device, bf16, hooks)
@@ -57,30 +72,40 @@ def train(config: TrainConfig) -> Path:
         if err.errno != errno.ENOSPC:
             raise
         raise InputError(f"{run}: no space left on its disk; make some and give the same command, it resumes") from err
+    if module.global_rank == 0:
+        write_report(run, f"ldm-sg train {run / 'config.yaml'}")
     if not finished:
-        print(f"interrupted and saved in {run}; the same command resumes", file=sys.stderr)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"interrupted and saved in {run}; the same command resumes")
     print(run / "pipeline")
     return run
 
 
-def _remember_annotation(run: Path, config: TrainConfig, latents: LatentSet) -> None:
-    """A run belongs to one content of its annotation set."""
+def _remember_annotation(run: Path, config: TrainConfig, found: str) -> None:
+    """A run belongs to one content of its annotation set, whose hash is `found`."""
     path = run / "annotation.json"
     if path.is_file():
-        known = json.loads(path.read_text())["hash"]
-        if known != latents.hash:
+        try:
+            known = str(json.loads(path.read_text())["hash"])
+        except (ValueError, KeyError, TypeError) as err:
             raise InputError(
-                f"annotation={config.annotation!r} changed under {run}: its hash is {latents.hash[:12]}, the run was "
+                f"{path}: damaged (which set the run learns from); remove it if annotation={config.annotation!r} is that set"
+            ) from err
+        if known != found:
+            raise InputError(
+                f"annotation={config.annotation!r} changed under {run}: its hash is {found[:12]}, the run was "
                 f"trained on {known[:12]}; restore it, or train into another out="
             )
         return
-    path.write_text(json.dumps({"folder": config.annotation, "hash": latents.hash}) + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"folder": config.annotation, "hash": found}) + "\n")
+    temporary.replace(path)
 
 
-def _draw(pipe: SelfGuidedPipeline, path: Path) -> None:
+def _draw(pipe: "SelfGuidedPipeline", path: Path) -> None:
     """The same 40 signals and noises at every call, so that grids of one run can be compared."""
+    from ldm_sg.report.grids import grid
+
     path.parent.mkdir(exist_ok=True)
     pipe.unet.eval()
-    images = pipe(pipe.draw(40, seed=0), w=2.0, seed=0, precision="auto")
+    images = pipe(pipe.draw(40, seed=0), w=pipe.usual_w, seed=0, precision="auto")
     grid(images, columns=10).save(path)

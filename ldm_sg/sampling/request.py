@@ -3,7 +3,7 @@
 import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,12 +15,16 @@ from ldm_sg.data.images import MAX_PIXELS, BadImage, crop_resize, crop_resize_in
 from ldm_sg.data.latents import file_sha256
 from ldm_sg.data.signals import PackedMasks, Signals
 from ldm_sg.errors import InputError, choices
+from ldm_sg.guidance.compose import make_strategy
 from ldm_sg.guidance.spatial import VOID
-from ldm_sg.pipeline import SelfGuidedPipeline
+from ldm_sg.sampling.solvers import make_step
+
+if TYPE_CHECKING:
+    from ldm_sg.pipeline import SelfGuidedPipeline
 
 MOST_W = 1000  # beyond it all is saturated, and float32 overflows
 VARY = ("layout", "content")
-PRESETS = {"paper": {"scheduler": "ddim", "steps": 250, "eta": 0.0, "w": 2.0}}
+PRESETS = {"paper": {"scheduler": "ddim", "steps": 250, "spacing": "uniform", "eta": 0.0, "strategy": "cfg", "w": 2.0}}
 
 
 @dataclass
@@ -36,7 +40,11 @@ class SampleOptions:
     w: float = 2.0
     steps: int = 25
     scheduler: str = "dpmpp_2m"
+    spacing: str = "log_snr"
     eta: float = 0.0
+    strategy: str = "cfg"
+    rescale: float = 0.0
+    interval: list[float] = field(default_factory=list)  # noise levels between which w is not 1
     seed: int = 0
     batch_size: int = 64
     sweep_w: list[float] = field(default_factory=list)
@@ -44,11 +52,25 @@ class SampleOptions:
     trajectory: bool = False
     precision: str = "fp32"
     device: str = "auto"
+    checkpoint: str | None = None  # of the run: a step, or best
 
     def settings(self) -> dict[str, Any]:
         """What decides the pixels: files by their content too."""
         values = {k: v for k, v in asdict(self).items() if k not in ("batch_size", "device")}
         return values | {"sha256": [_digest(file) for file in (self.mask, self.like) if file]}
+
+    def solving(self) -> dict[str, Any]:
+        """What the pipeline takes besides signals and w."""
+        names = ("steps", "scheduler", "spacing", "eta", "seed", "precision")
+        limits = (self.interval[0], self.interval[1]) if self.interval else None
+        strategy = make_strategy(self.strategy, self.rescale, limits)
+        return {name: getattr(self, name) for name in names} | {"strategy": strategy}
+
+    def method(self) -> dict[str, Any]:
+        """How an image was made, beside its seed, signal and w: what stands in its record."""
+        rare = {name: getattr(self, name) for name in ("eta", "rescale", "interval")}
+        common = {name: getattr(self, name) for name in ("steps", "scheduler", "spacing", "strategy")}
+        return common | {name: value for name, value in rare.items() if value}
 
     def name(self) -> str:
         """The folder of these samples, where none is named."""
@@ -64,9 +86,17 @@ class SampleOptions:
             + ["sweep"] * bool(self.sweep_w)
             + [f"interpolate{'-'.join(map(str, self.interpolate))}"] * bool(self.interpolate)
             + ["trajectory"] * self.trajectory
+            + [f"step-{self.checkpoint}"] * (self.checkpoint is not None)
         )
         strength = "-".join(f"{w:g}" for w in self.sweep_w) or f"{self.w:g}"
-        return f"{what or 'drawn'}_n{self.n}_w{strength}_{self.scheduler}{self.steps}_seed{self.seed}"
+        usual = SampleOptions()
+        special = [
+            str(getattr(self, name)) for name in ("strategy", "spacing") if getattr(self, name) != getattr(usual, name)
+        ]
+        special += [f"rescale{self.rescale:g}"] * bool(self.rescale)
+        special += [f"interval{'-'.join(f'{level:g}' for level in self.interval)}"] * bool(self.interval)
+        how = "_".join([f"w{strength}", f"{self.scheduler}{self.steps}", *special, f"seed{self.seed}"])
+        return f"{what or 'drawn'}_n{self.n}_{how}"
 
     def check(self) -> None:
         """InputError where values or their combination mean nothing."""
@@ -83,6 +113,10 @@ class SampleOptions:
                 raise InputError(f"--{flag} '': a file is needed")
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta={self.eta}: a share between 0 and 1")
+        make_step(self.scheduler, self.eta)
+        if self.interval and len(self.interval) != 2:
+            raise InputError(f"--interval takes two noise levels, for example 0.2,0.8; got {self.interval}")
+        self.solving()
         modes = [bool(self.sweep_w), bool(self.interpolate), self.trajectory]
         if sum(modes) > 1:
             raise InputError("--sweep-w, --interpolate and --trajectory draw different pictures: give one")
@@ -126,7 +160,7 @@ def apply_preset(options: SampleOptions, preset: str | None) -> SampleOptions:
     return SampleOptions(**{**asdict(options), **PRESETS[preset]})
 
 
-def signals(pipe: SelfGuidedPipeline, options: SampleOptions) -> Signals:
+def signals(pipe: "SelfGuidedPipeline", options: SampleOptions) -> Signals:
     """What is asked for: n samples of each cluster, of a box or mask, of an image's own signal, or n signals drawn from the
     training distribution. Parts that are not asked for are drawn."""
     if options.like:
@@ -147,7 +181,7 @@ def signals(pipe: SelfGuidedPipeline, options: SampleOptions) -> Signals:
     return drawn
 
 
-def _need_spatial(pipe: SelfGuidedPipeline, part: str) -> None:
+def _need_spatial(pipe: "SelfGuidedPipeline", part: str) -> None:
     if pipe.spec.spatial != part:
         without = {None: "boxes or masks", "box": "masks", "mask": "boxes"}[pipe.spec.spatial]
         raise InputError(f"--{part}: this run was trained without {without}; it accepts {pipe.accepts()}")
@@ -163,7 +197,7 @@ def _box(corners: list[float], size: int) -> Tensor:
     return torch.tensor(corners).view(1, 1, 4) / size
 
 
-def _read_mask(path: Path, pipe: SelfGuidedPipeline) -> np.ndarray:
+def _read_mask(path: Path, pipe: "SelfGuidedPipeline") -> np.ndarray:
     """An index image of any size -> uint8 [S, S] of the run's mask size; InputError for ids that the run does not have."""
     try:
         with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as image:
@@ -188,7 +222,7 @@ def _read_mask(path: Path, pipe: SelfGuidedPipeline) -> np.ndarray:
     return mask
 
 
-def _like(pipe: SelfGuidedPipeline, file: str) -> Signals:
+def _like(pipe: "SelfGuidedPipeline", file: str) -> Signals:
     """The signal of an image file, by the run's own g and f."""
     annotator = load_annotator(pipe.annotator_folder, pipe.device)
     try:

@@ -1,0 +1,185 @@
+"""Who judges samples: feature networks, and the run's own g and f. Each sees every image once and gives figures of its space."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.annotate.kinds import LoadedAnnotator, load_annotator, load_f
+from ldm_sg.config import FeaturesConfig
+from ldm_sg.configfile import load
+from ldm_sg.data.signals import Signals
+from ldm_sg.errors import InputError
+from ldm_sg.evaluate import figures, layout
+from ldm_sg.evaluate.collect import Network
+from ldm_sg.evaluate.consistency import check_ids, consistency
+from ldm_sg.evaluate.inception import Inception, load_inception
+from ldm_sg.evaluate.options import Options
+from ldm_sg.evaluate.reference import Reference
+from ldm_sg.evaluate.subjects import Subject
+from ldm_sg.pipeline import SelfGuidedPipeline
+
+OWN = "own"  # the run's g, in a list of judges
+WEIGHTS, SETTINGS = (".safetensors", ".pth", ".pt"), (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Each image passes `network` once; `measure(what it gave of the samples [N, X], their positions [N] in the subject,
+    real images)` is then this judge's figures."""
+
+    space: str  # the name of the network that the figures are judged in
+    sees: str  # what of it: judges that see the same in one space share a pass
+    manifest: dict[str, Any]  # of the network
+    network: Network
+    measure: Callable[[Tensor, Tensor, Reference], dict[str, float]]
+
+
+def distances(space: str, network: Inception | FeatureExtractor, wanted: list[str], seed: int) -> Judge:
+    """Samples against real images by their features: fd, kid, prdc, is."""
+
+    def measure(samples: Tensor, _: Tensor, reference: Reference) -> dict[str, float]:
+        return figures.compute(wanted, samples, reference.features(network), network, seed)
+
+    return Judge(space, "features", network.manifest, network, measure)
+
+
+def by_cluster(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, ids: Tensor) -> Judge:
+    """Whether each sample lands in the cluster of `ids` [n] that it was asked for."""
+
+    def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
+        ceiling = reference.ceiling(own.features, what="features", annotator=own.digest)
+        assert pipe.signals.k is not None
+        return consistency(ids[places], samples, pipe.signals.k.cpu(), *ceiling, own.f)
+
+    return Judge(space, "features", own.extractor.manifest, own.features, measure)
+
+
+def by_layout(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, asked: Signals) -> Judge:
+    """Whether each sample shows, on the latent grid, the box or mask that it was asked for."""
+    grid = pipe.latent_shape[1:]
+
+    def network(images: Tensor) -> Tensor:
+        return layout.layout(own(images), grid)
+
+    def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
+        ceiling = reference.ceiling(network, what="layout", annotator=own.digest)
+        return layout.faithfulness(layout.layout(asked[places], grid), samples, *ceiling, pipe.spec.spatial)
+
+    return Judge(space, "layout", own.extractor.manifest, network, measure)
+
+
+def parse_features(text: str | None) -> dict[str, str]:
+    """'inception:FILE,demo-g' -> each judge's name and what was asked for; None: the run's own g. InputError for an empty
+    place, and for two of one name."""
+    asked = [part.strip() for part in (OWN if text is None else text).split(",")]
+    if not all(asked):
+        raise InputError(f"features={text!r}: a name is missing; write for example inception,demo-g")
+    names = [_name(part) for part in asked]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise InputError(f"features={text!r}: two judges are called {twice}: name each network once")
+    return dict(zip(names, asked))
+
+
+def _name(features: str) -> str:
+    if features.partition(":")[0] == "inception" or Path(features).suffix in WEIGHTS:
+        return Inception.name
+    if Path(features).suffix in SETTINGS:
+        return Path(features).stem
+    return Path(features).name if Path(features).is_dir() else features.replace("/", "-").replace(":", "-")
+
+
+def load_network(features: str, resize: str | None, device: torch.device) -> Inception | FeatureExtractor:
+    """`inception`, `inception:FILE`, a file of Inception weights, a YAML of FeaturesConfig, or any g by its name."""
+    if _name(features) == Inception.name:
+        return load_inception(features.removeprefix("inception").removeprefix(":") or None, resize or "tf").to(device)
+    if Path(features).suffix in SETTINGS:
+        return load_extractor(load(FeaturesConfig, features), device)
+    return load_extractor(FeaturesConfig(model=features), device)
+
+
+def open_judges(wanted: list[str], options: Options, subject: Subject, device: torch.device) -> list[Judge]:
+    """Everything that judges, checked before the first sample is drawn."""
+    named, resize, pipe = parse_features(options.features), options.resize, subject.pipe
+    compared = [name for name in wanted if name not in figures.GUIDANCE]
+    if not compared and options.features is not None:
+        raise InputError(f"features={options.features!r}: {wanted[0]} is judged by the run's own g: leave features out")
+    if resize and Inception.name not in named:
+        raise InputError(f"resize={resize!r} is for the judge inception: add it to features")
+    _check_guidance(wanted, subject)
+    own = _open_own(wanted, subject, device) if compared != wanted or OWN in named.values() else None
+    networks = {name: load_network(text, resize, device) for name, text in named.items() if compared and text != OWN}
+    space = _space(own.extractor, networks) if own else ""
+    if own and compared and OWN in named.values():
+        if space in networks:
+            raise InputError(f"features={options.features!r}: {space} is the run's own g: name each network once")
+        networks[space] = own.extractor
+    if "is" in wanted and not any(map(figures.classifies, networks.values())):
+        raise InputError(
+            "metric `is` reads a classifier's scores, and no feature network here has one (its last layer is empty or "
+            "missing): give --features inception with full weights, or leave `is` out"
+        )
+    judges = []
+    for name, network in networks.items():
+        able = [metric for metric in compared if metric != "is" or figures.classifies(network)]
+        judges.append(distances(name, network, able, options.seed))
+    if own and pipe and "consistency" in wanted:
+        judges.append(by_cluster(space, own, pipe, subject.ids()))
+    if own and pipe and subject.asked and "layout" in wanted:
+        judges.append(by_layout(space, own, pipe, subject.asked))
+    return judges
+
+
+def _check_guidance(wanted: list[str], subject: Subject) -> None:
+    """InputError where samples were asked for nothing, or nothing says what it was."""
+    for name in figures.GUIDANCE:
+        if name in wanted and not subject.guided:
+            raise InputError(
+                f"metric {name}: {subject.where} was trained without guidance (guidance.drop=1), so its samples follow no "
+                "signal: leave it out"
+            )
+    if "consistency" in wanted:
+        subject.ids()
+    if "layout" in wanted:
+        if subject.asked is None:
+            raise InputError(f"{subject.where}: the metric layout draws its samples itself: give a run")
+        layout.check(subject.asked, subject.where)
+
+
+def _open_own(wanted: list[str], subject: Subject, device: torch.device) -> LoadedAnnotator:
+    """The run's own g and f."""
+    if subject.pipe is None:
+        raise InputError(
+            f"{subject.where} belongs to no run, so there is no g of its own: name a feature network (--features "
+            "inception, for example) and leave consistency out, or judge the images from inside their run's folder"
+        )
+    folder = subject.pipe.annotator_folder
+    try:
+        own = load_annotator(folder, device)
+    except InputError as err:
+        raise InputError(f"{err}; name a feature network (--features) and leave consistency out") from err
+    if "consistency" in wanted:
+        if not own.f.spec.one_id:
+            raise InputError(f"{folder}: its annotator gives no cluster ids, so consistency cannot be judged by it")
+        check_ids(subject.ids(), own.f.k, subject.where)
+    return own
+
+
+def _space(own: FeatureExtractor, networks: dict[str, Inception | FeatureExtractor]) -> str:
+    """The name of the run's own g: that of a judge which is the same network, else its own where that is free."""
+    same = ("sha256", "layer", "pool", "size")
+    for name, network in networks.items():
+        if all(network.manifest.get(key) == own.manifest[key] for key in same):
+            return name
+    return OWN if own.name in networks else own.name
+
+
+def guide(pipe: SelfGuidedPipeline | None) -> str | None:
+    """sha256 of the g that made the run's signals; None without a run, and for signals that no g made."""
+    features = load_f(pipe.annotator_folder)[1]["features"] if pipe else None
+    return features["sha256"] if features else None

@@ -1,0 +1,53 @@
+"""What a person asks of `evaluate`."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ldm_sg.data.images import MAX_SIDE
+from ldm_sg.errors import InputError, choices
+from ldm_sg.evaluate.inception import RESIZES
+
+DRAWING: dict[str, Any] = {  # sample's, but faster
+    **{"steps": 25, "scheduler": "dpmpp_2m", "spacing": "log_snr", "precision": "auto"},
+    **{"strategy": "cfg", "rescale": 0.0, "interval": None},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """source: a run or pipeline folder (n samples are drawn, their signals from the training distribution), a folder of
+    images or of what `ldm-sg sample` made, or shards. None: the default."""
+
+    source: str
+    reference: str
+    metrics: str | None = None  # commas between; default fd and prdc, and what the run's signals allow
+    features: str | None = None  # judges, commas between: own (the run's g), inception, inception:FILE, any g, a YAML
+    resize: str | None = None  # how Inception's input is resized
+    n: int = 10_000
+    size: int | None = None  # pixels of the comparison
+    w: float | None = None
+    steps: int | None = None
+    scheduler: str | None = None
+    spacing: str | None = None
+    strategy: str | None = None
+    rescale: float | None = None
+    interval: list[float] | None = None
+    precision: str | None = None
+    seed: int = 0
+    batch_size: int = 64
+    checkpoint: str | None = None  # a step of the run that keeps its weights, or best
+    run: str | None = None  # whose g and f judge images on disk; default the run that holds them
+    out: str | None = None
+    device: str = "auto"
+
+    def check(self) -> None:
+        """InputError where values mean nothing."""
+        if self.size is not None and not 1 <= self.size <= MAX_SIDE:
+            raise InputError(f"size={self.size}: from 1 to {MAX_SIDE:,} pixels")
+        if self.n < 1 or self.batch_size < 1 or not math.isfinite(self.w or 0):
+            raise InputError(
+                f"n={self.n}, batch_size={self.batch_size}, w={self.w}: counts of at least 1 and a finite strength"
+            )
+        if self.resize not in (None, *RESIZES):
+            raise InputError(f"resize={self.resize!r}; {choices(self.resize, RESIZES)}")

@@ -1,0 +1,119 @@
+"""What is judged: samples drawn from a run as they are read, or images on disk."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_sg.data.signals import Signals
+from ldm_sg.errors import InputError
+from ldm_sg.evaluate import sources
+from ldm_sg.evaluate.options import DRAWING, Options
+from ldm_sg.guidance.compose import make_strategy
+from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The images, and the run that they are of, if any."""
+
+    where: str
+    total: int
+    size: int
+    batches: Callable[[sources.OnSkip], Iterator[tuple[Tensor, Tensor]]]  # -> positions [B], uint8 [B, 3, H, W]
+    ids: Callable[[], Tensor]  # the cluster each was asked for, by position; InputError where nothing says
+    asked: Signals | None  # the whole signals, where they were drawn from a run
+    sampling: dict[str, Any]  # w, steps, scheduler, seed, as far as they are known
+    out: Path  # where the result goes when nothing else is said
+    run: Path | None
+    pipe: SelfGuidedPipeline | None
+
+    @property
+    def guided(self) -> bool:
+        """False for a run that saw nothing but the null: its samples follow no signal."""
+        return self.pipe is None or self.pipe.config.drop != 1
+
+    @property
+    def notes(self) -> list[str]:
+        return [] if self.guided else ["trained without guidance (guidance.drop=1): w is 0, whatever was asked"]
+
+    @property
+    def within(self) -> int | None:
+        """Pixels at which reference images are seen before their centre is taken, for a run that learnt crops."""
+        return self.pipe.source_size if self.pipe and self.pipe.image_size == self.size else None
+
+
+def open_subject(options: Options, judges: list[str]) -> Subject:
+    """`judges`: names for the file of the figures. InputError where the source is neither a run nor images."""
+    source = Path(options.source)
+    run = _run_of(source, options.run)
+    pipe = open_pipeline(run, options.device, options.checkpoint) if run else None
+    if pipe and run == source:
+        return _from_run(pipe, run, options, judges)
+    drawing = ("w", *DRAWING, "checkpoint")
+    if any(getattr(options, name) is not None for name in drawing):
+        raise InputError(f"{', '.join(drawing)} are for drawing from a run; {source} holds images")
+    return _from_disk(sources.open_images(options.source), options, run, pipe)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((place / "model_index.json").is_file() for place in (folder, folder / "pipeline"))
+
+
+def _run_of(source: Path, named: str | Path | None) -> Path | None:
+    """The source itself where it is a run; for images on disk the run named, or the one whose folder holds them."""
+    if _is_run(source):
+        if named is not None:
+            raise InputError(f"run={str(named)!r}: {source} is a run itself; `run` is for images on disk")
+        return source
+    return Path(named) if named is not None else next(filter(_is_run, source.resolve().parents), None)
+
+
+def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: list[str]) -> Subject:
+    """n samples drawn as they are read; image i and its signal depend on (seed, i) only."""
+    n, own = options.n, pipe.image_size
+    if options.size not in (None, own):
+        raise InputError(f"size={options.size}: the samples of {folder} have {own} pixels, and so the reference")
+    given = {name: getattr(options, name) for name in DRAWING if getattr(options, name) is not None}
+    w = pipe.usual_w if options.w is None else pipe.strength(options.w)
+    settings = DRAWING | given | {"w": w, "seed": options.seed}
+    strategy = make_strategy(settings["strategy"], settings["rescale"], settings["interval"])
+    solving = {name: settings[name] for name in ("w", "steps", "scheduler", "spacing", "precision", "seed")}
+    drawn = pipe.draw(n, options.seed)
+
+    def batches(_: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, n, options.batch_size):
+            places = torch.arange(start, min(start + options.batch_size, n))
+            yield places, pipe(drawn[places], first_index=start, strategy=strategy, **solving)
+
+    def ids() -> Tensor:
+        if drawn.k is None or drawn.k.ndim != 1:
+            raise InputError(f"{folder}: cluster consistency is for runs with one cluster id an image; try layout")
+        return drawn.k
+
+    name = "w{w:g}_{scheduler}{steps}_seed{seed}".format(**settings)
+    made = settings | {"signals": "drawn from the training distribution"}
+    if pipe.checkpoint is not None:
+        name, made = f"step{pipe.checkpoint}_{name}", made | {"checkpoint": pipe.checkpoint}
+    inside = (folder / "model_index.json").is_file()  # a pipeline folder, which training replaces, of a run
+    home, prefix = (folder.parent, f"{folder.name}_") if inside else (folder, "")
+    file = home / "evaluations" / f"{prefix}{name}_n{n}_{'_'.join(judges)[:80]}.json"
+    return Subject(str(folder), n, own, batches, ids, drawn, made, file, folder, pipe)
+
+
+def _from_disk(
+    images: sources.ImageSet, options: Options, run: Path | None, pipe: SelfGuidedPipeline | None
+) -> Subject:
+    """At most n images, spread over the set."""
+    n, total, size = options.n, sources.count(images), options.size or sources.first_size(images)
+
+    def batches(on_skip: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
+        return sources.batches(images, size, options.batch_size, n, on_skip)
+
+    folder = Path(images.where)
+    out = (folder if folder.is_dir() else Path()) / "evaluation.json"
+    count = n if total is None else min(n, total)
+    return Subject(images.where, count, size, batches, images.ids, None, images.sampling(), out, run, pipe)

@@ -1,0 +1,56 @@
+"""What lies on a hub: from the cache, or downloaded; where neither can be, one line at once, and the way out."""
+
+import logging
+import queue
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+
+from ldm_sg.errors import InputError, one_line
+
+PATIENCE = 3.0  # seconds for a hub to answer; its own library asks for half a minute
+
+
+@contextmanager
+def hub(what: str, way_out: str) -> Iterator[None]:
+    """Around calls that may download from the Hugging Face hub: where it does not answer they read its cache, and what
+    its libraries log or raise becomes one InputError: `what` cannot be had, why, and the `way_out`."""
+    asked = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = asked or not answers(constants.ENDPOINT)
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as err:  # hub, HTTP, SSL, timm and diffusers errors have no common base
+        why = one_line(err)[:200]
+        if constants.HF_HUB_OFFLINE:
+            why = f"no network, and not in the cache {constants.HF_HUB_CACHE} ({why[:120]})"
+        raise InputError(f"{what} cannot be had: {why}; {way_out}") from err
+    finally:
+        constants.HF_HUB_OFFLINE = asked
+        logging.disable(logging.NOTSET)
+
+
+def answers(url: str) -> bool:
+    """Whether anything does, within PATIENCE: an error page is an answer too. In a thread, since looking a name up takes as
+    long as it likes."""
+    found: queue.Queue[bool] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE).close()
+            found.put(True)
+        except (OSError, ValueError) as err:
+            found.put(isinstance(err, urllib.error.HTTPError))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return found.get(timeout=PATIENCE)
+    except queue.Empty:
+        return False
