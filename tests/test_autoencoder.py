@@ -256,7 +256,9 @@ def test_shipped_autoencoder_reconstructs_held_out_fruit(fruit):
     images = to_float(fruit)
     z = auto.encode(images)
     assert z.shape == (100, auto.channels, 8, 8)
-    assert psnr(auto.decode(z), images) == pytest.approx(auto.manifest["psnr"]["fruit"], abs=0.05)
+    decoded = psnr(auto.decode(z), images)
+    assert decoded == pytest.approx(auto.manifest["psnr"]["fruit"], abs=0.05) and decoded > 25
+    assert min(auto.manifest["psnr"].values()) > 24
     assert z.mean().abs() < 0.2 and 0.8 < z.std() < 1.2
     torch.testing.assert_close(auto.encode(images[:3]), z[:3], atol=1e-4, rtol=1e-4)  # no matter the batch
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ldm_sg.pipeline import open_pipeline
 from ldm_sg.verbs.demo import demo
 
 KEYS = {"fd_untrained", "fd_w0", "fd_w1", "fd_w2", "seconds"}
@@ -31,6 +32,8 @@ def test_demo_runs_and_its_second_start_is_quick(config: str, tmp_path: Path, mo
     page = report.read_text()
     assert page.count("data:image/png;base64") >= 4 and "http" not in page.split("<body")[1].split("<footer")[0]
     assert (tmp_path / "demo" / picture).is_file()
+    if config == "demo":
+        assert open_pipeline(tmp_path / "demo", "cpu").clusters([42]).k.tolist() == [42]  # what the README types
     start = time.perf_counter()
     demo(tmp_path / "demo", config, steps=30)
     assert time.perf_counter() - start < 30
