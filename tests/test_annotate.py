@@ -19,13 +19,15 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from ldm_sg.annotate import run, stage, stream
 from ldm_sg.annotate.kinds import load_annotator
 from ldm_sg.annotate.run import annotate_shards
-from ldm_sg.annotate.stage import Stage, sample_features, write_array
+from ldm_sg.annotate.stage import Stage, sample_features
 from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig
 from ldm_sg.data.images import to_float
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import ShardWriter, image_batches
+from ldm_sg.data.signals import npy
 from ldm_sg.errors import InputError
+from ldm_sg.folder import write_bytes
 from ldm_sg.verbs.annotate import annotate
 
 SIZE = 32
@@ -172,7 +174,7 @@ def test_other_shards_and_foreign_folders_are_refused(finished, tmp_path):
     other = make_shards(tmp_path / "source")
     with pytest.raises(InputError, match="belongs to another config: shards"):
         annotate_shards(AnnotateConfig(**{**vars(cfg), "shards": other}))
-    with pytest.raises(InputError, match="did not make"):
+    with pytest.raises(InputError, match="choose another folder"):
         annotate_shards(AnnotateConfig(**{**vars(cfg), "out": str(tmp_path / "source")}))
 
 
@@ -364,7 +366,7 @@ def test_same_images_in_one_or_two_shards_give_the_same_latents(tmp_path):
 def test_features_for_the_fit_are_bounded_and_spread_over_shards(tmp_path):
     parts = [Stage(tmp_path, i) for i in range(4)]
     for i, part in enumerate(parts):
-        write_array(part.features, np.full((100, 2), i, np.float16))
+        write_bytes(part.features, npy(np.full((100, 2), i, np.float16)))
     assert len(sample_features(parts, [100] * 4, 1000, 0)) == 400
     some = sample_features(parts, [100] * 4, 80, 0)
     assert some.shape == (80, 2) and set(some[:, 0]) == {0, 1, 2, 3}

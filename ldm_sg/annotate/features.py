@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from ldm_sg.config import FeaturesConfig
 from ldm_sg.configfile import ASSETS, read_yaml
-from ldm_sg.data.latents import file_sha256
 from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.folder import file_sha256
 from ldm_sg.hardware import use_bf16
 
 EXTRACTORS = ASSETS / "extractors"

@@ -8,7 +8,6 @@ second run does only what is missing. In the folder of the annotation set, of sh
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +17,8 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
-from ldm_sg.data.shards import space_left
-from ldm_sg.data.signals import PackedMasks
-from ldm_sg.errors import InputError
+from ldm_sg.data.signals import PackedMasks, npy
+from ldm_sg.folder import disk_errors, temporary, write_bytes, write_text
 
 
 @dataclass
@@ -113,19 +111,16 @@ class StageWriter:
             self._write(which, values.half().cpu().contiguous().numpy().data)
 
     def _write(self, which: str, data: memoryview) -> None:
-        try:
+        with disk_errors(self.paths[which]):
             self.files[which].write(data)
             self.files[which].flush()
-        except OSError as err:
-            path = self.paths[which]
-            raise InputError(f"{path}: cannot write latents: {err.strerror or err}; {space_left(path)}") from err
 
     def finish(self) -> None:
         for which, file in self.files.items():
             file.close()
             temporary(self.paths[which]).replace(self.paths[which])
         if self.features:
-            write_array(self.stage.features, np.concatenate(self.features))
+            write_bytes(self.stage.features, npy(np.concatenate(self.features)))
         write_bytes(self.stage.observed, self._observed())
         write_text(self.stage.meta, json.dumps(asdict(self.meta)))
 
@@ -146,32 +141,6 @@ class StageWriter:
             for which, file in self.files.items():
                 file.close()
                 temporary(self.paths[which]).unlink(missing_ok=True)
-
-
-def temporary(path: Path) -> Path:
-    """Where a file grows until it is whole."""
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """The file appears under its name when whole; InputError when the disk is full or not writable."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary(path).write_bytes(data)
-        temporary(path).replace(path)
-    except OSError as err:
-        temporary(path).unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {err.strerror or err}; {space_left(path)}") from err
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write_bytes(path, buffer.getvalue())
 
 
 def stages(out: Path, count: int) -> Iterator[Stage]:

@@ -23,17 +23,12 @@ from tqdm import tqdm
 
 from ldm_sg.data.signals import PackedMasks, Signals, columns, extension
 from ldm_sg.errors import InputError
+from ldm_sg.folder import file_sha256
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.guidance.spatial import Crops
 
 LATENT, FLIP = "latent.npy", "flip.npy"
 _NPY_HEADER = 256  # more than the header of a plain array of few dimensions
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex digest of a file's content."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def set_hash(shard_hashes: Iterable[str]) -> str:

@@ -7,7 +7,6 @@ import functools
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -22,9 +21,10 @@ from tqdm import tqdm
 from ldm_sg.data.boxes import count_empty, crop_meta
 from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index
 from ldm_sg.data.pool import DecoderPool, cores
-from ldm_sg.data.shards import ShardWriter, disk_errors
+from ldm_sg.data.shards import ShardWriter
 from ldm_sg.data.sources import Item, Source
 from ldm_sg.errors import InputError
+from ldm_sg.folder import claim, disk_errors, read_mapping, write_text
 
 FORMATS = ("jpg", "png", "webp")
 _CHUNK = 16  # images a process works on at a time
@@ -74,10 +74,11 @@ class Summary:
 
 def pack_source(source: Source, dst: Path, form: Form, shard_size: int, workers: int, max_skipped: float) -> Summary:
     """Makes what is missing of DST/*.tar; InputError when DST belongs to another pack, or too much is unreadable."""
-    claim(dst, {"source": source.identity, **asdict(form), "shard_size": shard_size})
+    settings = {"source": source.identity, **asdict(form), "shard_size": shard_size}
+    claim(dst, "pack.yaml", {"version": 1, "settings": settings}, free=("done",))
     names = {"classes": source.classes, "mask_classes": source.mask_classes}
     if names := {kind: known for kind, known in names.items() if known}:
-        write_whole(dst / "classes.json", json.dumps(names, indent=1, ensure_ascii=False))
+        write_text(dst / "classes.json", json.dumps(names, indent=1, ensure_ascii=False))
     log = Log(dst)
     allowed = None if source.total is None else max_skipped * source.total
     chunks = _chunks(source.shards(shard_size, log.done))
@@ -184,7 +185,7 @@ class Log:
         self.done = {line["file"] for line in shards}
         skipped = [line for line in _read_lines(dst / _LOGS[1]) if line["shard"] in self.done]
         for path, lines in zip((dst / name for name in _LOGS), (shards, skipped)):
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         for line in shards:
             self._count(line)
 
@@ -212,43 +213,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
 
 
-def claim(dst: Path, settings: dict[str, Any]) -> None:
-    """Makes DST this pack's: writes pack.yaml, or compares with the one there. Removes what a killed run left behind."""
-    if dst.exists() and not dst.is_dir():
-        raise InputError(f"{dst} is a file: the shards need a folder")
-    path = dst / "pack.yaml"
-    if path.is_file():
-        there = yaml.safe_load(path.read_text()).get("settings", {})
-        for name in settings:
-            if there.get(name) == settings[name]:
-                continue
-            if name == "source":
-                raise InputError(
-                    f"{dst} was packed from another source, or its source has changed; choose another folder"
-                )
-            raise InputError(
-                f"{dst} was packed with {name}={there.get(name)}, not {settings[name]}; choose another folder"
-            )
-    elif dst.exists() and any(dst.iterdir()):
-        raise InputError(f"{dst} is not empty and was not made by pack; choose another folder")
-    else:
-        with disk_errors(dst):
-            dst.mkdir(parents=True, exist_ok=True)
-        write_whole(path, yaml.safe_dump({"version": 1, "settings": settings}, sort_keys=False))
-    for left in dst.glob("*.tmp-*"):
-        left.unlink()
-
-
 def finish(dst: Path, total: Summary) -> None:
     """Adds the totals to pack.yaml: its `done` says that the pack is complete."""
-    content = yaml.safe_load((dst / "pack.yaml").read_text())
+    content = read_mapping(dst / "pack.yaml")
     done = {name: count for name, count in asdict(total).items() if count or name != "empty_boxes"}
-    write_whole(dst / "pack.yaml", yaml.safe_dump({**content, "done": done}, sort_keys=False))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A small file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path):
-        temporary.write_text(text)
-        temporary.replace(path)
+    write_text(dst / "pack.yaml", yaml.safe_dump({**content, "done": done}, sort_keys=False))

@@ -5,12 +5,10 @@ import glob
 import io
 import itertools
 import json
-import os
 import re
-import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +20,7 @@ from ldm_sg.data.boxes import crop_meta
 from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index, to_array
 from ldm_sg.data.pool import DecoderPool, decoder_pool
 from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,66 +208,25 @@ class ShardWriter:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         self.written = 0  # samples
 
     def __enter__(self) -> Self:
-        with self._disk_errors():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.temporary.open("wb")
-            self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+        with ExitStack() as stack:
+            file = stack.enter_context(stack.enter_context(whole(self.path)).open("wb"))
+            self._tar = stack.enter_context(tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT))
+            self._stack = stack.pop_all()
         return self
 
     def write(self, key: str, files: dict[str, bytes]) -> None:
         """One sample: KEY.ext for each of `files`."""
-        with self._disk_errors():
-            for ext, data in files.items():
-                info = tarfile.TarInfo(f"{key}.{ext}")
-                info.size = len(data)
-                self._tar.addfile(info, io.BytesIO(data))
+        for ext, data in files.items():
+            info = tarfile.TarInfo(f"{key}.{ext}")
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
         self.written += 1
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is not None:
-            self._discard()
-            return
-        with self._disk_errors():
-            self._tar.close()
-            self._file.close()
-            self.temporary.replace(self.path)
-
-    def _discard(self) -> None:
-        try:
-            self._file.close()
-        except OSError:  # the disk is full: what was still in the buffer is not wanted any more
-            pass
-        finally:
-            self.temporary.unlink(missing_ok=True)
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            with disk_errors(self.path):
-                yield
-        except InputError:
-            if hasattr(self, "_file"):
-                self._discard()
-            raise
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A disk that is full, read-only or gone while `path` is written: InputError with the path and the space left."""
-    try:
-        yield
-    except OSError as err:
-        raise InputError(f"{path}: cannot be written: {err.strerror or err}; {space_left(path)}") from err
-
-
-def space_left(path: Path) -> str:
-    """'1.2 GB left on its disk', for messages."""
-    folder = next(p for p in path.absolute().parents if p.exists())
-    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB left on its disk"
+        self._stack.__exit__(kind, err, tb)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from ldm_sg.data.images import MAX_SIDE
 from ldm_sg.data.pack import FORMATS, Form, Summary, pack_source
 from ldm_sg.data.sources import open_source
 from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import locked
 
 
 def pack(
@@ -51,7 +52,10 @@ def pack(
     started = time.monotonic()
     annotations, masks = (Path(path) if path is not None else None for path in (annotations, masks))
     source = open_source(str(src), Beside(annotations, masks, merge, ignore_index, split))
-    summary = pack_source(source, Path(dst).expanduser(), Form(size, format, quality), shard_size, workers, max_skipped)
+    with locked(dst):
+        summary = pack_source(
+            source, Path(dst).expanduser(), Form(size, format, quality), shard_size, workers, max_skipped
+        )
     seconds = time.monotonic() - started
     extra = f", {len(source.classes)} classes" if source.classes else ""
     extra += "".join(f", {note}" for note in source.notes)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ldm_sg.annotate.kinds import load_annotator
 from ldm_sg.data.images import MAX_PIXELS, BadImage, crop_resize, crop_resize_index, decode, to_float, to_tensor
-from ldm_sg.data.latents import file_sha256
 from ldm_sg.data.signals import PackedMasks, Signals
 from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import file_sha256
 from ldm_sg.guidance.spatial import VOID
 from ldm_sg.pipeline import SelfGuidedPipeline
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ldm_sg import build
 from ldm_sg.config import TrainConfig
-from ldm_sg.configfile import claim
+from ldm_sg.configfile import to_mapping
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
+from ldm_sg.folder import claim, holds_out, write_json
 from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.pipeline import SelfGuidedPipeline
 from ldm_sg.report.grids import grid
@@ -22,6 +23,7 @@ from ldm_sg.training.fit import checkpoint_step, fit
 FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every")
 
 
+@holds_out
 def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
     config.check()
@@ -31,7 +33,7 @@ def train(config: TrainConfig) -> Path:
     network = build.network(config, latents)
     module = DiffusionModule(network, build.objective(config), config)
     run = Path(config.out)
-    claim(run, config, FREE)
+    claim(run, "config.yaml", to_mapping(config), FREE)
     _remember_annotation(run, config, latents)
     done = checkpoint_step(run / "checkpoints" / "last.ckpt")
     if done >= config.steps and (run / "pipeline").is_dir():
@@ -75,7 +77,7 @@ def _remember_annotation(run: Path, config: TrainConfig, latents: LatentSet) -> 
                 f"trained on {known[:12]}; restore it, or train into another out="
             )
         return
-    path.write_text(json.dumps({"folder": config.annotation, "hash": latents.hash}) + "\n")
+    write_json(path, {"folder": config.annotation, "hash": latents.hash})
 
 
 def _draw(pipe: SelfGuidedPipeline, path: Path) -> None:
