@@ -217,7 +217,9 @@ def test_bad_shards_are_named(tmp_path):
     cut.write_bytes(cut.read_bytes()[: 2048 + 700])
     write_shard(tmp_path / "src" / "2.tar", [("e", {"txt": b"no image here"})])
     write_shard(tmp_path / "src" / "3.tar", [("f", odd_boxes), ("g", {**good, "mask.png": encoded(picture(0, 9, 9))})])
-    summary = run(tmp_path / "src", tmp_path / "dst", max_skipped=0.9)
+    with pytest.raises(InputError, match=r"1\.tar: damaged tar, 1 images .* not known.*--allow-damaged"):
+        run(tmp_path / "src", tmp_path / "dst", max_skipped=0.9)
+    summary = run(tmp_path / "src", tmp_path / "dst", max_skipped=0.9, allow_damaged=True)
     assert (summary.images, summary.shards) == (4, 2)
     reasons = [(s["shard"], s["source"].removeprefix(str(tmp_path)), s["reason"]) for s in skips(tmp_path / "dst")]
     assert [(shard, source) for shard, source, _ in reasons] == [

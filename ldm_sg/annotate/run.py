@@ -71,7 +71,7 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
 def take(out: Path, cfg: AnnotateConfig, shards: list[str], late: frozenset[str]) -> None:
     """Makes OUT this config's. As long as no shard is done the folder binds nobody, and until f is fitted its `late` settings
     stay free: features are kept when k was too large."""
-    wanted = flat(to_mapping(cfg)) | {"shards": shards}
+    wanted = flat(to_mapping(cfg)) | {"shards": list(map(str, shards))}
     for key in FREE:
         wanted.pop(key)
     begun = (out / "manifest.yaml").is_file() or any((out / "work").glob("*.json"))

@@ -1,7 +1,7 @@
 """What an annotation set looks like: a wall with real members of each cluster, the sizes, and report.html around them."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.shards import read_members, read_shard
+from ldm_sg.data.shards import read_shard
+from ldm_sg.data.tars import MOST_TEXT, read_members
 from ldm_sg.report import grids, html
 from ldm_sg.report.signals import over, with_boxes
 
@@ -22,12 +23,15 @@ EXAMPLES = 32  # images with their boxes or masks
 WALL, SIZES, BOXES, MASKS = "clusters.png", "sizes.png", "boxes.png", "masks.png"
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Path:
     """FOLDER/report.html of a finished annotation set, and the pictures in it: clusters.png where images have one id each,
     boxes.png or masks.png where signals are spatial, sizes.png where there are labels. The source shards are read again for
-    the images. Raises InputError when the set is not finished or a source shard is gone."""
+    the images: those of the manifest, or `shards` as the user named them, which may be commands. Raises InputError when the
+    set is not finished or a source shard is gone."""
     folder = Path(folder)
     latents = LatentSet(folder)
+    if shards is not None:
+        latents.manifest["source"] = [{"url": url} for url in shards]
     manifest, signals = latents.manifest, latents.signals
     sizes = signals.counts()
     sections = []
@@ -93,7 +97,7 @@ def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
 
 def annotated_keys(shard: Path) -> list[str]:
     """The keys of an annotated shard, in order."""
-    return [key for key, ext, _ in read_members(str(shard)) if ext == "latent.npy"]
+    return [member.key for member in read_members(str(shard), {}) if member.ext == "latent.npy"]
 
 
 def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
@@ -124,9 +128,9 @@ def members(folder: Path, manifest: Mapping[str, Any], clusters: list[int], each
 
 def signals(shard: Path) -> Iterator[tuple[str, int]]:
     """(key, k) of an annotated shard."""
-    for key, ext, data in read_members(str(shard)):
-        if ext == "k.npy":
-            yield key, int(np.load(io.BytesIO(data), allow_pickle=False))
+    for member in read_members(str(shard), {"k.npy": MOST_TEXT}):
+        if member.ext == "k.npy":
+            yield member.key, int(np.load(io.BytesIO(member.data), allow_pickle=False))
 
 
 def pictures(url: str, keys: set[str], size: int) -> Iterator[tuple[str, Tensor]]:
