@@ -203,6 +203,24 @@ def test_resume_does_only_what_is_missing_and_gives_the_same_set(tmp_path, monke
     assert not (out / "work").exists()
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_replaced_source_shard_is_told(tmp_path, finished, monkeypatch, no_leftovers):
+    cfg = config(tmp_path, make_shards(tmp_path / "source"))
+    if finished:
+        annotate_shards(cfg)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(run, "summarise", lambda *_: 1 / 0)
+            annotate_shards(cfg)
+    path = tmp_path / "source" / "000001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data)  # another time, the same content
+    annotate_shards(cfg) if finished else None
+    path.write_bytes(data.replace(b"image0010", b"image0999"))
+    with pytest.raises(InputError, match=r"source shard '.*000001\.tar' has changed since it was annotated"):
+        annotate_shards(cfg)
+
+
 def test_resume_while_writing_shards(tmp_path, monkeypatch, no_leftovers):
     shards = make_shards(tmp_path / "source")
     whole = annotate_shards(config(tmp_path, shards, out=str(tmp_path / "whole")))

@@ -17,7 +17,7 @@ from ldm_sg.annotate.baselines import corrupted
 from ldm_sg.annotate.clusters import ari, contingency, entropy, nmi
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.kinds import load_f, make_annotator, save_annotator
-from ldm_sg.annotate.stage import ShardMeta, Stage, stages
+from ldm_sg.annotate.stage import ShardMeta, Stage, check_unchanged, stages
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
 from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
@@ -26,7 +26,7 @@ from ldm_sg.data.latents import set_hash
 from ldm_sg.data.shards import ShardWriter, expand
 from ldm_sg.data.signals import files_of, npy
 from ldm_sg.errors import InputError
-from ldm_sg.folder import claim, file_sha256, flat, write_text
+from ldm_sg.folder import claim, file_sha256, flat, read_mapping, write_text
 from ldm_sg.hardware import pick_device
 
 # what may change between two starts of one annotation without making it another one
@@ -42,8 +42,13 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
         raise no_ids(cfg.annotator)
     take(out, cfg, shards, annotator.late)
     if (out / "manifest.yaml").is_file():
+        for entry in read_mapping(out / "manifest.yaml", {"source": [{"url": str}]})["source"]:
+            check_unchanged(entry["url"], entry)
         return out
     all_stages = list(stages(out, len(shards)))
+    for stage in all_stages:
+        if stage.done:
+            check_unchanged(shards[stage.index], stage.read_meta().source)
     device = pick_device(cfg.device)
     size = cfg.size or first_size(shards)
     autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
@@ -84,6 +89,7 @@ def take(out: Path, cfg: AnnotateConfig, shards: list[str], late: frozenset[str]
 class Summary:
     counts: list[int]  # images a shard
     urls: list[str]
+    sources: list[dict[str, Any]]  # their fingerprints
     classes: np.ndarray  # the class numbers that occur, sorted
     skipped: int
     latent_shape: list[int]
@@ -91,12 +97,13 @@ class Summary:
 
 def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summary:
     """Counts over all shards; InputError when there is no image, or too large a share was skipped."""
-    counts, urls, skipped, shape, first = [], [], 0, None, None
+    counts, urls, sources, skipped, shape, first = [], [], [], 0, None, None
     classes = np.empty(0, np.int64)
     for stage in all_stages:
         meta = stage.read_meta()
         counts.append(len(meta.keys))
         urls.append(meta.url)
+        sources.append(meta.source)
         skipped += len(meta.skipped)
         first = first or next(iter(meta.skipped), None)
         classes = np.union1d(classes, np.array(meta.cls, np.int64))
@@ -109,7 +116,7 @@ def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summa
         raise InputError(
             f"{skipped} of {total + skipped} images cannot be used, more than max_skipped={max_skipped} of them{example}"
         )
-    return Summary(counts, urls, classes[classes >= 0], skipped, shape)
+    return Summary(counts, urls, sources, classes[classes >= 0], skipped, shape)
 
 
 def no_ids(cfg: AnnotatorConfig) -> InputError:
@@ -219,7 +226,9 @@ def describe(
         "annotator": f,
         "autoencoder": first_stage,
         "size": size,
-        "source": [{"url": url, "images": n} for url, n in zip(summary.urls, summary.counts)],
+        "source": [
+            {"url": url, "images": n} | known for url, n, known in zip(summary.urls, summary.counts, summary.sources)
+        ],
         "num_images": sum(summary.counts),
         "num_skipped": summary.skipped,
         "latent_shape": summary.latent_shape,

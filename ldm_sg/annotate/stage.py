@@ -9,7 +9,7 @@ second run does only what is missing. In the folder of the annotation set, of sh
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -18,7 +18,9 @@ import numpy as np
 from torch import Tensor
 
 from ldm_sg.data.signals import PackedMasks, npy
-from ldm_sg.folder import disk_errors, temporary, write_bytes, write_text
+from ldm_sg.data.tars import is_remote
+from ldm_sg.errors import InputError
+from ldm_sg.folder import disk_errors, file_sha256, read_mapping, temporary, write_bytes, write_text
 
 
 @dataclass
@@ -30,6 +32,7 @@ class ShardMeta:
     cls: list[int]  # -1 = unknown
     skipped: list[tuple[str, str, str]]  # (shard, key, reason)
     latent_shape: list[int] | None  # [C, h, w]; None when the shard had no image
+    source: dict[str, Any] = field(default_factory=dict)  # bytes, modified and sha256 of a local one
 
 
 @dataclass
@@ -59,7 +62,9 @@ class Stage:
         return self.meta.is_file()
 
     def read_meta(self) -> ShardMeta:
-        return ShardMeta(**json.loads(self.meta.read_text()))
+        kinds = {"url": str, "keys": [str], "cls": [int], "skipped": [[str]], "latent_shape": (list, type(None))}
+        meta = read_mapping(self.meta, kinds)
+        return ShardMeta(**{f.name: meta[f.name] for f in fields(ShardMeta) if f.name in meta})
 
     def read_features(self) -> np.ndarray:
         """float16 [n, D], memory-mapped."""
@@ -122,6 +127,7 @@ class StageWriter:
         if self.features:
             write_bytes(self.stage.features, npy(np.concatenate(self.features)))
         write_bytes(self.stage.observed, self._observed())
+        self.meta.source = fingerprint(self.meta.url)
         write_text(self.stage.meta, json.dumps(asdict(self.meta)))
 
     def _observed(self) -> bytes:
@@ -141,6 +147,29 @@ class StageWriter:
             for which, file in self.files.items():
                 file.close()
                 temporary(self.paths[which]).unlink(missing_ok=True)
+
+
+def fingerprint(url: str) -> dict[str, Any]:
+    """What tells a local source shard from another one of its name; nothing of a remote one."""
+    if is_remote(url):
+        return {}
+    stat = Path(url).stat()
+    return {"bytes": stat.st_size, "modified": stat.st_mtime_ns, "sha256": file_sha256(url)}
+
+
+def check_unchanged(url: str, known: dict[str, Any]) -> None:
+    """InputError where a source shard is not the one whose `fingerprint` is known. It is read again only where its time alone
+    is another."""
+    if not isinstance(known.get("bytes"), int) or is_remote(url):  # an older set, or nothing to tell it by
+        return
+    stat = Path(url).stat()
+    if stat.st_size == known["bytes"] and stat.st_mtime_ns == known.get("modified"):
+        return
+    if stat.st_size != known["bytes"] or file_sha256(url) != known.get("sha256"):
+        raise InputError(
+            f"source shard {url!r} has changed since it was annotated (then {known['bytes']:,} bytes, now {stat.st_size:,}): bring "
+            "the old one back, or annotate into another out="
+        )
 
 
 def stages(out: Path, count: int) -> Iterator[Stage]:
