@@ -135,7 +135,7 @@ def test_manifest_tells_what_made_it(finished):
     assert [entry["images"] for entry in manifest["source"]] == [9, 9]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         ["annotator", "autoencoder", "clusters.png", "config.yaml", "features", "index", "manifest.yaml", "report.html",
-         "shards", "sizes.png", "skipped.jsonl"]
+         "shards", "skipped.jsonl"]
     )  # fmt: skip
 
 
