@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 import threading
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import photo
 from test_annotate import annotate, annotate_shards, config, make_shards
 
+from ldm_sg.annotate.kinds import load_f
 from ldm_sg.annotate.stream import Passing, ahead
-from ldm_sg.data import shards, tars
+from ldm_sg.data import images, shards, tars
 from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.pool import decoder_pool
 from ldm_sg.data.shards import INDEX, Damage, ShardWriter, expand, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.report.annotation import write_report
@@ -283,3 +287,49 @@ def test_odd_labels_are_told(tmp_path):
     assert keys == ["e"] and [key for _, key, _ in skipped] == ["a", "b", "c", "d"]
     assert all(reason.startswith("unreadable cls or json") and "\n" not in reason for *_, reason in skipped)
     assert tars.MOST_TEXT == 2**20
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    inside, most = [], []
+
+    def slow(image):
+        inside.append(image)
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.remove(image)
+        return image
+
+    monkeypatch.setattr(images, "_to_rgb", slow)
+    large, small = photo(1, (90, 90)), photo(1, (40, 40))
+    monkeypatch.setattr(images, "LARGE", 50 * 50)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(images.decode, [large] * 8))
+        assert max(most) == 1
+        list(pool.map(images.decode, [small] * 8))
+    assert max(most) > 1
+
+
+def test_the_lock_of_large_images_is_one_for_all_processes_of_a_pool():
+    lock = "__import__('ldm_sg.data.images', fromlist=['images'])._large.__class__.__module__"
+    with decoder_pool(1) as pool:
+        assert pool.submit(eval, lock).result() == "multiprocessing.synchronize"
+
+
+def test_an_annotators_state_sets_only_what_it_declares(finished, tmp_path):
+    _, out = finished
+    folder = shutil.copytree(out / "annotator", tmp_path / "annotator")
+    settings = yaml.safe_load((folder / "annotator.yaml").read_text())
+    for state in ({"k": 3, "annotate": 1}, {"k": "3"}, {"k": [3]}, {"__class__": 1}):
+        (folder / "annotator.yaml").write_text(yaml.safe_dump(settings | {"state": state}))
+        with pytest.raises(InputError, match=r"not what annotator\.kind=clusters keeps there"):
+            load_f(folder)
+
+
+def test_pack_tells_what_it_enlarged(tmp_path, capsys):
+    make_shards(tmp_path / "source", shards=1)
+    pack(tmp_path / "source", tmp_path / "dst", size=48, workers=0)
+    assert ", 9 enlarged: they were smaller" in capsys.readouterr().out
+    pack(tmp_path / "source", tmp_path / "same", size=32, workers=0)
+    assert "enlarged" not in capsys.readouterr().out

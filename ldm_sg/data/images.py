@@ -176,5 +176,9 @@ def decode_index(data: bytes, size: tuple[int, int] | None = None) -> Image.Imag
             return mask.copy()
     except BadImage:
         raise
+    except Image.DecompressionBombError:
+        raise BadImage(f"its mask has more than {MAX_PIXELS:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise BadImage("its mask cannot be decoded: it is no PNG") from None
     except Exception as err:  # as in `decode`
         raise BadImage(f"its mask cannot be decoded: {one_line(err)}") from err

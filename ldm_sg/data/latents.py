@@ -317,7 +317,7 @@ class _NpyHeaders:
             stream = io.BytesIO(header)
             np.lib.format.read_magic(stream)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        except (ValueError, TypeError, SyntaxError, RecursionError) as err:
+        except Exception as err:  # numpy tokenizes and evaluates it: TokenError, SyntaxError, TypeError ...
             raise InputError(f"{self.path}: holds something that is not a plain .npy array") from err
         if fortran or dtype.hasobject:
             raise InputError(f"{self.path}: holds a Fortran-ordered or object array")
