@@ -129,13 +129,16 @@ def pack(
             help="Of a VOC folder: a list in ImageSets/, as train or Segmentation/train. Else: a file of image names."
         ),
     ] = None,
+    allow_damaged: Annotated[
+        bool, typer.Option("--allow-damaged", help="Of shards that are cut off, take what is whole.")
+    ] = False,
 ) -> None:
     """Images -> webdataset shards: centre crop, antialiased resize; boxes and masks go with them."""
     from ldm_sg.verbs.pack import pack as run
 
     run(src, dst, size=size, shard_size=shard_size, format=image_format, quality=quality, max_skipped=max_skipped,
         workers=workers, annotations=annotations, masks=masks, merge=merge, ignore_index=ignore_index,
-        split=split)  # fmt: skip
+        split=split, allow_damaged=allow_damaged)  # fmt: skip
 
 
 @app.command(

@@ -98,6 +98,7 @@ class AnnotateConfig:
     precision: str = "auto"  # of the first stage: auto, fp32, bf16 (latents move by under 1% of their spread)
     workers: int = -1  # decoding processes; -1 = one a core, less one
     max_skipped: float = 0.01  # share of images that may be unreadable before the command fails
+    allow_damaged: bool = False  # go on with what is whole of shards that are damaged or cut off
     device: str = "auto"
 
     def check(self) -> None:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.clusters import Clusters, normalise
 from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.stage import Stage, sample_features, write_bytes
+from ldm_sg.annotate.stage import Stage, sample_features
 from ldm_sg.data.signals import Signals
+from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 
 BANK = "bank.safetensors"

@@ -14,9 +14,10 @@ from ldm_sg.annotate.annotator import Study
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.lost import correct_localisation, lost, to_relative, typical_key
-from ldm_sg.annotate.stage import Observed, Stage, write_bytes
+from ldm_sg.annotate.stage import Observed, Stage
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Signals
+from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 
 MEAN = "mean_key.safetensors"

@@ -18,10 +18,11 @@ from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_sc
 
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.stage import Stage, sample_features, write_bytes
+from ldm_sg.annotate.stage import Stage, sample_features
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
+from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 
 CENTROIDS = "centroids.safetensors"

@@ -16,16 +16,16 @@ from typing import Any
 import timm
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_sg.config import FeaturesConfig
 from ldm_sg.configfile import ASSETS, read_yaml
-from ldm_sg.data.latents import file_sha256
 from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.folder import file_sha256
 from ldm_sg.hardware import use_bf16
 from ldm_sg.hub import hub
+from ldm_sg.weights import read_weights
 
 EXTRACTORS = ASSETS / "extractors"
 POOLS = ("auto", "cls", "mean")
@@ -322,27 +322,6 @@ def _open_clip(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
         "size": size,
         "mean": [float(v) for v in tower.image_mean],
         "std": [float(v) for v in tower.image_std],
-    }
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or a torch file that holds tensors and nothing else; InputError for anything that could run code."""
-    if not path.is_file():
-        raise InputError(f"features.weights={path}: no such file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as err:  # zip, pickle, header errors
-        raise InputError(
-            f"{path}: not a safetensors file or a torch file of plain tensors (files with code in them are refused)"
-        ) from err
-    for wrapper in ("state_dict", "model", "teacher"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: expected a mapping of names to tensors")
-    return {
-        key.removeprefix("module."): value.float() if value.is_floating_point() else value
-        for key, value in state.items()
     }
 
 

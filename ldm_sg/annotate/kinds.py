@@ -17,12 +17,12 @@ from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.oracle import Oracle
 from ldm_sg.annotate.segments import Segments
-from ldm_sg.annotate.stage import write_text
 from ldm_sg.config import AnnotatorConfig, FeaturesConfig
 from ldm_sg.configfile import from_mapping
-from ldm_sg.data.latents import file_sha256, set_hash
+from ldm_sg.data.latents import set_hash
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.folder import file_sha256, read_mapping, whole, write_text
 
 KINDS: dict[str, type[Annotator]] = {
     f.kind: f for f in (Clusters, Boxes, Segments, Oracle, Random, Features, Centroids, Neighbours)
@@ -59,7 +59,8 @@ def save_annotator(folder: Path, annotator: Annotator, extractor: FeatureExtract
     annotator.save(folder)
     own = extractor.folder if extractor else None
     if own and sum(file.stat().st_size for file in own.iterdir()) <= SMALL:
-        shutil.copytree(own, folder / "g", dirs_exist_ok=True)
+        with whole(folder / "g") as new:
+            shutil.copytree(own, new)
     settings: dict[str, Any] = {"kind": annotator.kind, "state": annotator.state(), "config": asdict(annotator.cfg)}
     settings["features"] = extractor.manifest if extractor else None
     write_text(folder / "annotator.yaml", yaml.safe_dump(settings, sort_keys=False, width=118, default_flow_style=None))
@@ -70,14 +71,14 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
     path = folder / "annotator.yaml"
     if not path.is_file():
         raise InputError(f"{folder}: no annotator.yaml there; give the annotator/ folder of an annotation set or a run")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise InputError(f"{path} is damaged: {one_line(err)}") from err
-    if not isinstance(settings, dict) or not {"kind", "state", "config", "features"} <= set(settings):
-        raise InputError(f"{path}: not of this version of ldm_sg: make the annotation set again")
+    settings = read_mapping(path, {"kind": str, "state": dict, "config": dict, "features": (dict, type(None))})
     annotator = make_annotator(from_mapping(AnnotatorConfig, settings["config"], str(path)))
+    declared = annotator.state()
     for name, value in settings["state"].items():
+        if name not in declared or type(value) is not type(declared[name]):
+            raise InputError(
+                f"{path}: state: {name}={value!r:.60}: not what annotator.kind={annotator.kind} keeps there"
+            )
         setattr(annotator, name, value)
     try:
         annotator.restore(folder)

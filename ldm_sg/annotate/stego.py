@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_sg.annotate.clusters import normalise, on_gpu
-from ldm_sg.annotate.stage import write_bytes
 from ldm_sg.annotate.stego_head import Head, fit_head, subset
 from ldm_sg.config import SegmentsConfig
 from ldm_sg.errors import InputError
+from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.spatial import VOID
 
 WEIGHTS = "segments.safetensors"

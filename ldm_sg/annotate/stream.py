@@ -6,7 +6,7 @@ import queue
 import tarfile
 import threading
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisat
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data.images import BadImage, decode, to_float
 from ldm_sg.data.pool import decoder_pool
-from ldm_sg.data.shards import IMAGE_EXTENSIONS, ImageBatch, image_batches, is_remote, read_shard
+from ldm_sg.data.shards import IMAGE_EXTENSIONS, Damage, ImageBatch, image_batches, is_remote, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.hardware import use_bf16
 
@@ -66,22 +66,39 @@ class Passing:
     shard: int
     batch: ImageBatch | None
     skipped: list[tuple[str, str, str]]
+    damage: str = ""  # at its end: why it is not to be used
+
+
+class _Refused(Exception):
+    """Damage that is not allowed, on its way out of the reading."""
 
 
 def batches_of(
-    shards: list[str], todo: list[int], size: int, batch_size: int, workers: int, truth: bool = False
+    shards: list[str],
+    todo: list[int],
+    size: int,
+    batch_size: int,
+    workers: int,
+    truth: bool = False,
+    allow_damaged: bool = True,
 ) -> Iterator[Passing]:
     """Batches of the shards `todo`, one after the other, each followed by its end mark."""
     skipped: list[tuple[str, str, str]] = []
 
     def on_skip(*entry: str) -> None:
+        if isinstance(entry[2], Damage) and not allow_damaged:
+            raise _Refused(f"{entry[0]}: {entry[2]}")
         skipped.append(entry)  # type: ignore[arg-type]
 
     with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
         for index in todo:
-            for batch in image_batches([shards[index]], size, batch_size, pool, on_skip, truth):
-                yield Passing(index, batch, [])
-            yield Passing(index, None, skipped.copy())
+            damage = ""
+            try:
+                for batch in image_batches([shards[index]], size, batch_size, pool, on_skip, truth):
+                    yield Passing(index, batch, [])
+            except _Refused as err:
+                damage = str(err)
+            yield Passing(index, None, skipped.copy(), damage)
             skipped.clear()
 
 
@@ -115,7 +132,7 @@ def ahead(source: Iterator[Passing], depth: int = 4) -> Iterator[Passing]:
             yield item
     finally:
         stop.set()
-        thread.join()
+        thread.join(timeout=2)  # it may wait for a server; it ends with the process
 
 
 def extract(
@@ -132,13 +149,18 @@ def extract(
     if not todo:
         return
     bf16 = use_bf16(cfg.precision, autoencoder.mean.device)
-    batches = batches_of(shards, todo, size, cfg.features.batch_size, cfg.workers, annotator.reads_truth)
-    total = expected_images([shards[index] for index in todo])
+    batches = batches_of(
+        shards, todo, size, cfg.features.batch_size, cfg.workers, annotator.reads_truth, cfg.allow_damaged
+    )
+    total, damaged = expected_images([shards[index] for index in todo]), []
     with closing(ahead(batches)) as source, tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
         for done, index in enumerate(todo):
-            with StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
+            with suppress(_Refused), StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
                 for passing in source:
                     batch = passing.batch
+                    if passing.damage:
+                        damaged.append(passing.damage)
+                        raise _Refused
                     if batch is None:
                         writer.meta.skipped = passing.skipped
                         break
@@ -150,6 +172,11 @@ def extract(
                     bar.update(len(batch.keys))
                 writer.finish()
             bar.total = round(bar.n / (done + 1) * len(todo))  # a better guess than the first, and right at the end
+    if damaged:
+        raise InputError(
+            f"{len(damaged)} of {len(shards)} shards are damaged, the others are done; the first: {damaged[0]}; mend them and "
+            "give the same command, or go on without what is lost by allow_damaged=true"
+        )
 
 
 def expected_images(shards: list[str]) -> int | None:

@@ -240,10 +240,10 @@ def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: int) -> dic
             box = [min(max(corner, 0.0), float(size)) for corner in corners]
             if box[0] < box[2] and box[1] < box[3]:
                 kept.append([*box, label])
-    except (TypeError, ValueError) as err:
-        raise BadImage("its json has boxes that are not [x0, y0, x1, y1, label]") from err
-    gone = {box[4] for box in meta["boxes"]} - {box[4] for box in kept}
-    labels = {"labels": [label for label in meta["labels"] if label not in gone]} if "labels" in meta else {}
+        gone = {box[4] for box in meta["boxes"]} - {box[4] for box in kept}
+        labels = {"labels": [label for label in meta["labels"] if label not in gone]} if "labels" in meta else {}
+    except (TypeError, ValueError, OverflowError) as err:
+        raise BadImage("its json has boxes that are not [x0, y0, x1, y1, label], or no list of labels") from err
     return {**meta, **labels, "boxes": kept}
 
 

@@ -2,8 +2,10 @@
 processes start in a fraction of a second."""
 
 import io
+import threading
 import warnings
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import (  # noqa: F401  (a format exists once its plugin is imported)
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 # Formats that are pixels and nothing else: Pillow would also run Ghostscript on an EPS that is called .jpg.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_SIDE = 8192  # pixels of a square that images are cropped to
+LARGE = (
+    2**25
+)  # pixels, 0.1 GB as RGB and up to four times that while it is decoded: one such at a time over all decoders
 MAX_PIXELS = 2**27  # 134 megapixels, 0.4 GB as RGB: more than cameras make; beyond it a header is taken for an attack
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {  # EXIF orientation -> what brings the image upright
@@ -39,6 +44,15 @@ _UPRIGHT = {  # EXIF orientation -> what brings the image upright
 }
 # Pillow warns of odd EXIF blocks and of sizes below our own limit; what matters here is an error, not a warning.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+_large: AbstractContextManager[Any] = threading.Lock()
+
+
+def share_large(lock: AbstractContextManager[Any]) -> None:
+    """The lock under which large images are decoded: one for all processes of a pool."""
+    global _large
+    _large = lock
 
 
 class BadImage(Exception):
@@ -59,7 +73,8 @@ def decode(data: bytes, key: str = "") -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise BadImage(f"its header claims {width} x {height} pixels, more than {MAX_PIXELS:,}", key)
             turn = _UPRIGHT.get(_orientation(image))
-            rgb = _to_rgb(image)
+            with _large if width * height > LARGE else nullcontext():
+                rgb = _to_rgb(image)
     except BadImage:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, for headers far beyond ours
@@ -147,17 +162,23 @@ def to_uint8(images: "Tensor") -> "Tensor":
     return images.detach().float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def decode_index(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """An index PNG (segmentation mask) that belongs to an image of `size` -> its indices, mode P or L. Raises BadImage."""
+def decode_index(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """An index PNG (segmentation mask), which belongs to an image of `size` -> its indices, mode P or L. Raises BadImage."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
-            if mask.size != size:
+            if size is not None and mask.size != size:
                 raise BadImage(f"its mask is {mask.size[0]} x {mask.size[1]}, the image {size[0]} x {size[1]}")
             if mask.mode not in ("P", "L"):
                 raise BadImage(f"its mask has mode {mask.mode}: an index image is 8-bit greyscale or palette")
+            if mask.width * mask.height > MAX_PIXELS:
+                raise BadImage(f"its mask has {mask.width} x {mask.height} pixels, more than {MAX_PIXELS:,}")
             mask.load()
             return mask.copy()
     except BadImage:
         raise
+    except Image.DecompressionBombError:
+        raise BadImage(f"its mask has more than {MAX_PIXELS:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise BadImage("its mask cannot be decoded: it is no PNG") from None
     except Exception as err:  # as in `decode`
         raise BadImage(f"its mask cannot be decoded: {one_line(err)}") from err

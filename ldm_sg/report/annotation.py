@@ -1,33 +1,36 @@
 """What an annotation set looks like: a wall with real members of each cluster, the sizes, and report.html around them."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.shards import read_members, read_shard
-from ldm_sg.report import grids, html
+from ldm_sg.data.shards import read_shard
+from ldm_sg.data.tars import MOST_TEXT, read_members
+from ldm_sg.report import charts, grids, html
 from ldm_sg.report.signals import over, with_boxes
 
 ROWS, COLUMNS = 40, 10  # of the wall
 EXAMPLES = 32  # images with their boxes or masks
-WALL, SIZES, BOXES, MASKS = "clusters.png", "sizes.png", "boxes.png", "masks.png"
+WALL, BOXES, MASKS = "clusters.png", "boxes.png", "masks.png"
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Path:
     """FOLDER/report.html of a finished annotation set, and the pictures in it: clusters.png where images have one id each,
-    boxes.png or masks.png where signals are spatial, sizes.png where there are labels. The source shards are read again for
-    the images. Raises InputError when the set is not finished or a source shard is gone."""
+    boxes.png or masks.png where signals are spatial. The source shards are read again for
+    the images: those of the manifest, or `shards` as the user named them, which may be commands. Raises InputError when the
+    set is not finished or a source shard is gone."""
     folder = Path(folder)
     latents = LatentSet(folder)
+    if shards is not None:
+        latents.manifest["source"] = [{"url": url} for url in shards]
     manifest, signals = latents.manifest, latents.signals
     sizes = signals.counts()
     sections = []
@@ -36,9 +39,7 @@ def write_report(folder: str | Path) -> Path:
     if signals.spec.spatial:
         sections.append(_spatial(folder, latents))
     if len(sizes):
-        size_chart(sizes, folder / SIZES)
-        picture = html.picture(folder / SIZES, alt="label sizes")
-        sections.append(html.section("Sizes", "Images with each label.", picture))
+        sections.append(html.section("Sizes", "Images with each label.", html.chart(charts.sizes(sizes.tolist()))))
     return html.write(folder / "report.html", document(folder, manifest, sections))
 
 
@@ -93,7 +94,7 @@ def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
 
 def annotated_keys(shard: Path) -> list[str]:
     """The keys of an annotated shard, in order."""
-    return [key for key, ext, _ in read_members(str(shard)) if ext == "latent.npy"]
+    return [member.key for member in read_members(str(shard), {}) if member.ext == "latent.npy"]
 
 
 def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
@@ -124,9 +125,9 @@ def members(folder: Path, manifest: Mapping[str, Any], clusters: list[int], each
 
 def signals(shard: Path) -> Iterator[tuple[str, int]]:
     """(key, k) of an annotated shard."""
-    for key, ext, data in read_members(str(shard)):
-        if ext == "k.npy":
-            yield key, int(np.load(io.BytesIO(data), allow_pickle=False))
+    for member in read_members(str(shard), {"k.npy": MOST_TEXT}):
+        if member.ext == "k.npy":
+            yield member.key, int(np.load(io.BytesIO(member.data), allow_pickle=False))
 
 
 def pictures(url: str, keys: set[str], size: int) -> Iterator[tuple[str, Tensor]]:
@@ -137,21 +138,6 @@ def pictures(url: str, keys: set[str], size: int) -> Iterator[tuple[str, Tensor]
                 yield sample.key, to_tensor(crop_resize(decode(sample.image, sample.key), size))
             except BadImage:  # a key that came twice: its annotated copy is the good one
                 continue
-
-
-def size_chart(sizes: np.ndarray, path: Path) -> None:
-    """Bars of the cluster sizes, largest first, with the even split as a line."""
-    fig = Figure(figsize=(8, 2.8), dpi=120)
-    ax = fig.subplots()
-    ax.bar(np.arange(len(sizes)), np.sort(sizes)[::-1], width=1.0 if len(sizes) > 100 else 0.8, color="#0969da")
-    ax.axhline(sizes.mean(), color="#6e7781", linewidth=1, linestyle="--", label=f"even split: {sizes.mean():,.1f}")
-    ax.set(xlabel="clusters, largest first", ylabel="images")
-    ax.set_xlim(-0.5, len(sizes) - 0.5)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
-    temporary = path.with_suffix(".tmp.png")
-    fig.savefig(temporary, bbox_inches="tight")
-    temporary.replace(path)
 
 
 def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:

@@ -1,12 +1,13 @@
 """PNG pictures from uint8 images [N, 3, H, W]: plain grids, rows with captions, and the cluster picture."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ldm_sg.folder import whole
 
 PAPER, INK, FAINT = "#ffffff", "#1f2328", "#6e7781"
 PAD = 2  # pixels between images
@@ -46,10 +47,8 @@ def best_scale(images: Tensor, target: int = 128) -> int:
 
 def save(image: Image.Image, path: Path) -> Path:
     """PNG that appears under its name when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    image.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    with whole(path) as new:
+        image.save(new, format="PNG", optimize=True)
     return path
 
 

@@ -1,10 +1,11 @@
 """Self-contained HTML: inline CSS, pictures as base64, light and dark, nothing loaded from anywhere."""
 
 import base64
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+
+from ldm_sg.folder import write_text
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --faint: #656d76; --paper: #ffffff; --card: #f6f8fa; --line: #d8dee4;
@@ -111,7 +112,5 @@ def folded(label: str, inner: str) -> str:
 
 def write(path: Path, text: str) -> Path:
     """The file appears under its name when whole."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)
     return path

@@ -4,11 +4,11 @@ images."""
 import time
 from pathlib import Path
 
-from ldm_sg.data.datasets import Beside
+from ldm_sg.data.datasets import Beside, open_source
 from ldm_sg.data.images import MAX_SIDE
 from ldm_sg.data.pack import FORMATS, Form, Summary, pack_source
-from ldm_sg.data.sources import open_source
 from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import locked
 
 
 def pack(
@@ -25,12 +25,14 @@ def pack(
     merge: str | None = None,
     ignore_index: int | None = None,
     split: str | None = None,
+    allow_damaged: bool = False,
 ) -> Summary:
     """Packs `src` into DST/000000.tar, ...; what is finished already is kept.
 
     src: image folder, .txt list (path, optionally a tab and an integer label), LMDB folder, shards, or a Pascal VOC
     folder (objects marked difficult are kept). size: pixels. workers: processes, -1 = one a core, 0 = this one.
-    max_skipped: share of unusable images above which it fails.
+    max_skipped: share of unusable images above which it fails. allow_damaged: of
+    shards that are cut off, what is whole.
 
     Beside an image folder: annotations, a JSON of boxes (COCO's instances, crowds left out, or {"FILE NAME": [[x0, y0,
     x1, y1, label], ...]}); masks, a folder of index PNGs called like the images; merge, "cocostuff27" for COCO-Stuff's
@@ -50,12 +52,16 @@ def pack(
             raise InputError(f"{name}={value}: choose from {low} to {high}")
     started = time.monotonic()
     annotations, masks = (Path(path) if path is not None else None for path in (annotations, masks))
-    source = open_source(str(src), Beside(annotations, masks, merge, ignore_index, split))
-    summary = pack_source(source, Path(dst).expanduser(), Form(size, format, quality), shard_size, workers, max_skipped)
+    source = open_source(str(src), Beside(annotations, masks, merge, ignore_index, split), allow_damaged)
+    with locked(dst):
+        summary = pack_source(
+            source, Path(dst).expanduser(), Form(size, format, quality), shard_size, workers, max_skipped
+        )
     seconds = time.monotonic() - started
     extra = f", {len(source.classes)} classes" if source.classes else ""
     extra += "".join(f", {note}" for note in source.notes)
     extra += f", {summary.empty_boxes} boxes without area in their image left out" if summary.empty_boxes else ""
+    extra += f", {summary.enlarged} enlarged: they were smaller" if summary.enlarged else ""
     extra += f", {source.ignored} files that are not images left alone" if source.ignored else ""
     print(
         f"{dst}: {summary.images} images of {size} x {size} in {summary.shards} shards{extra}, "
