@@ -51,7 +51,12 @@ class SegmentsConfig:
     patience: int = 3  # stop when so many windows of 50 steps have not lowered the mean loss ...
     min_improvement: float = 0.03  # ... by this share of it
     images: int = 4000  # at most this many images' patch features are used for the fit
+    crops: bool = False  # learn from the four corners and the centre of each image, half its sides each
+    augment: bool = False  # learn from images with their colours changed a little, half of them mirrored
     flips: bool = True  # average with the mirrored image
+    weights: str | None = (
+        None  # an official STEGO checkpoint instead of a fit: its g is DINO's ViT with 8-pixel patches
+    )
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be."""
@@ -59,6 +64,8 @@ class SegmentsConfig:
         least = {"width": 1, "steps": 1, "batch_size": 2, "neighbours": 1, "patience": 1, "images": 1}
         for name, n in least.items():
             _need(f"annotator.segments.{name}", getattr(self, name), getattr(self, name) >= n, f"at least {n}")
+        own = self.method == "stego" or not self.weights
+        _need("annotator.segments.weights", self.weights, own, "belongs to annotator.segments.method=stego")
         _need("annotator.segments.lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
 
 

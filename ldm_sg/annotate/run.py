@@ -44,9 +44,10 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
         leftover.unlink()
     all_stages = list(stages(out, len(shards)))
     device = pick_device(cfg.device)
-    size = cfg.size or first_size(shards)
+    source = first_size(shards) if cfg.size is None or cfg.features.size is None else None
+    size = cfg.size or source
     autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
-    extractor = load_extractor(cfg.features, device) if annotator.reads_g else None
+    extractor = load_extractor(cfg.features, device, source) if annotator.reads_g else None
     study = Study(cfg, shards, all_stages, size, extractor, [])
     fitted = (out / "annotator" / "annotator.yaml").is_file()
     if not fitted:
@@ -251,6 +252,7 @@ def describe(
         "annotator": f,
         "autoencoder": first_stage,
         "size": size,
+        "view": view(annotator, extractor, size),
         "source": [{"url": url, "images": n} for url, n in zip(summary.urls, summary.counts)],
         "num_images": sum(summary.counts),
         "num_skipped": summary.skipped,
@@ -260,6 +262,15 @@ def describe(
         "hash": set_hash(entry["sha256"] for entry in files),
         "shards": files,
     }
+
+
+def view(annotator: Annotator, extractor: FeatureExtractor | None, size: int) -> dict[str, str] | None:
+    """What g and f saw (`images.show`), in words."""
+    if extractor is None:
+        return None
+    g = f"the centre square at {extractor.size} pixels, from the source's own where it has more than {size}"
+    whole = f"the uncropped image, its short side {extractor.size} pixels, padded to whole patches"
+    return {"g": g} | ({"boxes": whole if extractor.any_shape else "what g sees"} if annotator.whole else {})
 
 
 def total(all_stages: list[Stage]) -> dict[str, np.ndarray]:
