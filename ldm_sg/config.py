@@ -91,6 +91,20 @@ class AnnotatorConfig:
     segments: SegmentsConfig = field(default_factory=SegmentsConfig)
 
 
+_ANY = ("clusters", "boxes", "segments", "oracle", "random", "features", "centroids", "neighbours")
+_KMEANS = ("clusters", "boxes", "centroids")
+READ_BY = {  # which kinds of annotator read a setting
+    **dict.fromkeys(("kind", "seed", "shuffle"), _ANY),  # shuffle says itself where it has nothing to shuffle
+    **dict.fromkeys(("niter", "restarts"), _KMEANS),
+    **dict.fromkeys(("keys_layer", "keys_flips", "k_patches", "centre", "centre_place"), ("boxes",)),
+    "k": (*_KMEANS, "segments", "random"),
+    "sample": (*_KMEANS, "neighbours"),
+    "truth": ("oracle",),
+    "neighbours": ("neighbours",),
+    "segments": ("segments",),
+}
+
+
 @dataclass
 class AnnotateConfig:
     shards: str = "???"  # glob, brace list or URL of source shards
@@ -119,6 +133,19 @@ class AnnotateConfig:
         _need("size", self.size, self.size is None or self.size >= 8, "at least 8 pixels, or null")
         _need("features.batch_size", self.features.batch_size, self.features.batch_size >= 1, "at least 1")
         _need("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a share between 0 and 1")
+
+    def check_given(self, layers: list[Any]) -> None:
+        """InputError for a setting of the annotator that was given together with its kind, or on top of it, and that this kind
+        does not read; `layers`: the mappings that made this config. What lies below an exchanged kind was for another one."""
+        given = [layer.get("annotator") or {} for layer in layers]
+        start = max((i for i, layer in enumerate(given) if "kind" in layer), default=0)
+        for key, value in ((key, value) for layer in given[start:] for key, value in layer.items()):
+            readers = READ_BY[key]
+            if self.annotator.kind in _ANY and self.annotator.kind not in readers:
+                raise InputError(
+                    f"annotator.{key}={value}: annotator.kind={self.annotator.kind} does not read it; {', '.join(readers)} "
+                    f"{'does' if len(readers) == 1 else 'do'}"
+                )
 
 
 @dataclass

@@ -43,7 +43,7 @@ class Boxes(Clusters):
             total, count = torch.zeros(()), 0
             for seen in study.some_images(CENTRED, whole=study.extractor.any_shape):
                 for _, images in seen.by_shape(study.extractor.patch):
-                    keys = _on(self._read(study.extractor, images)[1], self.mean.shape[1:])
+                    keys = on_grid(self._read(study.extractor, images)[1], self.mean.shape[1:])
                     total = total + keys.double().sum(0).cpu()
                 count += len(seen.squares)
             self.mean = typical_key((total / count).float(), self.cfg.centre_place)
@@ -71,7 +71,7 @@ class Boxes(Clusters):
         boxes, found, features = torch.empty(count, 4), torch.empty(count, dtype=torch.bool), None
         for places, images in seen.by_shape(g.patch):
             features, keys = self._read(g, images)
-            mean = _on(self.mean.to(keys.device)[None], keys.shape[2:])
+            mean = on_grid(self.mean.to(keys.device)[None], keys.shape[2:])
             some, found_there = lost(keys - mean, self.cfg.k_patches)
             grid: float | Tensor = g.grid
             if not isinstance(images, Tensor):
@@ -123,6 +123,6 @@ class Boxes(Clusters):
         return GuidanceSpec(self.kind, num_labels=self.k, spatial="box")
 
 
-def _on(keys: Tensor, shape: Sequence[int]) -> Tensor:
+def on_grid(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Keys [B, D, h, w], or their means, on another grid."""
     return keys if keys.shape[2:] == shape else F.interpolate(keys, tuple(shape), mode="bilinear")

@@ -107,7 +107,7 @@ def to_crop(boxes: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
     shares of the parts' sides, clipped, [B, 4], and which have no area there [B]: they become the whole part."""
     start, extent = crops[:, :2].repeat(1, 2), (crops[:, 2:] - crops[:, :2]).repeat(1, 2)
     moved = ((boxes - start) / extent).clamp(0, 1)
-    outside = (moved[:, 2:] <= moved[:, :2]).any(1)
+    outside = (moved[:, 2:] - moved[:, :2] < 1e-5).any(1)  # edges that touch leave a rounding error of area
     return torch.where(outside[:, None], torch.tensor([0.0, 0, 1, 1]), moved), outside
 
 

@@ -68,8 +68,8 @@ def calibration_images(shards: list[str], size: int) -> Iterator[Tensor]:
     each = CALIBRATION_IMAGES // len(chosen)
     for url in chosen:
         count = expected_images([url]) if len(chosen) < CALIBRATION_SHARDS else None
-        step = max(1, (count or 0) // each)
-        for sample in itertools.islice(read_shard(url, lambda *_: None), 0, each * step, step):
+        step = max(1, -(-(count or 0) // each))
+        for sample in itertools.islice(read_shard(url, lambda *_: None), step // 2, each * step, step):
             try:
                 yield to_tensor(crop_resize(decode(sample.image, sample.key), size))
             except BadImage:  # the pass will report it

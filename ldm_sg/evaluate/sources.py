@@ -162,6 +162,17 @@ def batches(
             yield from _finish(waiting.popleft(), on_skip)
 
 
+def pictures(images: ImageSet, limit: int) -> Iterator[Image.Image]:
+    """At most `limit` images as they are, spread as in `batches`; those that cannot be read are left out."""
+    total = count(images)
+    chosen = range(limit) if total is None else spread(total, limit)
+    for _, _, data in _pick(_encoded(images, lambda *_: None), iter(chosen)):
+        try:
+            yield _open(data)
+        except BadImage:
+            continue
+
+
 def _finish(group: list[tuple[int, str, Future[Tensor]]], on_skip: OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
     positions, loaded = [], []
     for position, name, future in group:

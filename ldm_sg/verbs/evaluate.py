@@ -1,5 +1,6 @@
 """evaluate: samples of a run, or any images, against real images -> figures with all that is needed to make them again."""
 
+import itertools
 import math
 import time
 from importlib.metadata import version
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.kinds import LoadedAnnotator
@@ -177,13 +179,18 @@ def _ceiling(
         pixels = to_uint8(pipe.autoencoder.decode(pipe.autoencoder.encode(images)))
         return judge(to_float(pixels))
 
+    @torch.no_grad()
     def compute() -> Tensor:
-        networks: dict[str, Network] = {"before": judge, "after": rebuilt}
-        batches = sources.batches(real, pipe.image_size, batch_size, CEILING, lambda *_: None, pipe.source_size)
-        total = min(sources.count(real) or CEILING, CEILING)
-        return torch.stack(list(collect(batches, networks, on, total, "real, rebuilt")[1].values()))
+        photos, before, after = sources.pictures(real, CEILING), [], []
+        bar = tqdm(desc="real, rebuilt", total=min(sources.count(real) or CEILING, CEILING), unit="image")
+        while batch := list(itertools.islice(photos, batch_size)):
+            squares, seen = annotator.see(batch, pipe.image_size, pipe.source_size)
+            before.append(judge(seen).float().cpu())
+            after.append(rebuilt(squares).float().cpu())
+            bar.update(len(batch))
+        return torch.stack([torch.cat(before), torch.cat(after)])
 
     made = {"what": what, "annotator": annotator.digest, "autoencoder": pipe.autoencoder.manifest.get("sha256")}
-    made |= {"size": pipe.image_size, "within": pipe.source_size, "limit": CEILING, "device": on.type}
+    made |= {"size": pipe.image_size, "within": pipe.source_size, "limit": CEILING, "device": on.type, "view": 2}
     before, after = cached(sources.fingerprint(real, **made), compute)
     return before, after

@@ -45,7 +45,8 @@ class Judges:
     def describe(self, run: Path | None) -> dict[str, Any] | None:
         if self.annotator is None:
             return None
-        return {"run": str(run), "k": self.annotator.f.k, "g": self.annotator.extractor.manifest}
+        seen = "samples and reconstructions as they are; real photos at g's own size from their own pixels, as annotate"
+        return {"run": str(run), "k": self.annotator.f.k, "g": self.annotator.extractor.manifest, "view": seen}
 
 
 def layouts(annotator: LoadedAnnotator, pipe: SelfGuidedPipeline) -> Network:
