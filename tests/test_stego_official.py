@@ -137,7 +137,7 @@ def test_a_planted_payload_stays_inert(
 
 def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path, theirs: Theirs, tower: nn.Module) -> None:
     path = checkpoint(tmp_path / "a.ckpt", theirs)
-    with pytest.raises(InputError, match="annotator.k=4: .*a.ckpt has 5 classes"):
+    with pytest.raises(InputError, match=r"annotator.k=4: .*a.ckpt has 5 classes"):
         annotate_shards(config(tmp_path, tower, k=4, weights=str(path)))
     torch.manual_seed(5)
     other = timm.create_model("test_vit", num_classes=0, img_size=G)
@@ -149,7 +149,7 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path, theirs: Theirs, t
     torch.save({"weight": torch.zeros(2)}, tmp_path / "c.ckpt")
     with pytest.raises(InputError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "c.ckpt")
-    with pytest.raises(InputError, match="belongs to annotator.segments.method=stego"):
+    with pytest.raises(InputError, match=r"belongs to annotator.segments.method=stego"):
         SegmentsConfig(method="patch_kmeans", weights="x").check()
 
 
