@@ -54,9 +54,7 @@ class SegmentsConfig:
     crops: bool = False  # learn from the four corners and the centre of each image, half its sides each
     augment: bool = False  # learn from images with their colours changed a little, half of them mirrored
     flips: bool = True  # average with the mirrored image
-    weights: str | None = (
-        None  # an official STEGO checkpoint instead of a fit: its g is DINO's ViT with 8-pixel patches
-    )
+    weights: str | None = None  # an official STEGO checkpoint instead of a fit; its g: DINO ViT-B/8
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be."""

@@ -41,7 +41,9 @@ class Study:
         assert g is not None
         for shard in self.shards:
             left, together = each, min(each, self.config.features.batch_size)
-            for batch in image_batches([shard], self.size, together, 0, lambda *_: None, False, g.size * zoom, whole):
+            for batch in image_batches(
+                [shard], self.size, together, 0, lambda *_: None, view=g.size * zoom, whole=whole
+            ):
                 yield Views.of(to_float(batch.images[:left].to(g.mean.device)), batch.shown[:left])
                 left, found = left - len(batch.keys), found + 1
                 if left <= 0:

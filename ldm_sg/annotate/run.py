@@ -246,13 +246,18 @@ def describe(
         for stage, n in zip(all_stages, summary.counts)
     ]
     first_stage = {key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256")}
+    seen = {}  # images.show, in words
+    if extractor:
+        seen["g"] = f"the centre square at {extractor.size} pixels, from the source's own where it has more than {size}"
+    if extractor and annotator.whole and extractor.any_shape:
+        seen["boxes"] = f"the uncropped image, its short side {extractor.size} pixels, padded to whole patches"
     return {
         "version": 2,
         "features": extractor.manifest if extractor else None,
         "annotator": f,
         "autoencoder": first_stage,
         "size": size,
-        "view": view(annotator, extractor, size),
+        "view": seen,
         "source": [{"url": url, "images": n} for url, n in zip(summary.urls, summary.counts)],
         "num_images": sum(summary.counts),
         "num_skipped": summary.skipped,
@@ -262,15 +267,6 @@ def describe(
         "hash": set_hash(entry["sha256"] for entry in files),
         "shards": files,
     }
-
-
-def view(annotator: Annotator, extractor: FeatureExtractor | None, size: int) -> dict[str, str] | None:
-    """What g and f saw (`images.show`), in words."""
-    if extractor is None:
-        return None
-    g = f"the centre square at {extractor.size} pixels, from the source's own where it has more than {size}"
-    whole = f"the uncropped image, its short side {extractor.size} pixels, padded to whole patches"
-    return {"g": g} | ({"boxes": whole if extractor.any_shape else "what g sees"} if annotator.whole else {})
 
 
 def total(all_stages: list[Stage]) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,14 +87,7 @@ class Passing:
 
 
 def batches_of(
-    shards: list[str],
-    todo: list[int],
-    size: int,
-    batch_size: int,
-    workers: int,
-    truth: bool = False,
-    view: int | None = None,
-    whole: bool = False,
+    shards: list[str], todo: list[int], size: int, batch_size: int, workers: int, truth: bool = False, **looks: Any
 ) -> Iterator[Passing]:
     """Batches (`image_batches`) of the shards `todo`, one after the other, each followed by its end mark."""
     skipped: list[tuple[str, str, str]] = []
@@ -103,7 +97,7 @@ def batches_of(
 
     with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
         for index in todo:
-            for batch in image_batches([shards[index]], size, batch_size, pool, on_skip, truth, view, whole):
+            for batch in image_batches([shards[index]], size, batch_size, pool, on_skip, truth, **looks):
                 yield Passing(index, batch, [])
             yield Passing(index, None, skipped.copy())
             skipped.clear()
@@ -156,8 +150,8 @@ def extract(
     if not todo:
         return
     bf16 = use_bf16(cfg.precision, autoencoder.mean.device)
-    looks = (None, False) if extractor is None else (extractor.size, annotator.whole and extractor.any_shape)
-    batches = batches_of(shards, todo, size, cfg.features.batch_size, cfg.workers, annotator.reads_truth, *looks)
+    looks = {"view": extractor.size, "whole": annotator.whole and extractor.any_shape} if extractor else {}
+    batches = batches_of(shards, todo, size, cfg.features.batch_size, cfg.workers, annotator.reads_truth, **looks)
     total = expected_images([shards[index] for index in todo])
     with closing(ahead(batches)) as source, tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
         for done, index in enumerate(todo):

@@ -23,9 +23,8 @@ class Views:
     @classmethod
     def of_squares(cls, images: Tensor) -> "Views":
         """Images [B, 3, H, H] of which there are no more pixels: samples, reconstructions."""
-        return cls(
-            images, images.shape[-1], [None] * len(images), torch.tensor([[0.0, 0, 1, 1]]).expand(len(images), 4)
-        )
+        n = len(images)
+        return cls(images, images.shape[-1], [None] * n, torch.tensor([[0.0, 0, 1, 1]]).expand(n, 4))
 
     @classmethod
     def of(cls, squares: Tensor, shown: Sequence[Shown]) -> "Views":
@@ -45,9 +44,8 @@ class Views:
         the same rows and columns of patches."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, whole in enumerate(self.wholes):
-            groups.setdefault(
-                () if whole is None else tuple(-(-n // (patch or 1)) for n in whole.shape[1:]), []
-            ).append(i)
+            shape = () if whole is None else tuple(-(-n // (patch or 1)) for n in whole.shape[1:])
+            groups.setdefault(shape, []).append(i)
         for shape, chosen in groups.items():
             places = torch.tensor(chosen)
             wholes = [whole for whole in (self.wholes[i] for i in chosen) if whole is not None]

@@ -1,5 +1,5 @@
-"""Image bytes -> the one RGB square that every verb sees, and what g sees of the image beside it. Torch is imported only where tensors are made, so that decoding
-processes start in a fraction of a second."""
+"""Image bytes -> the one RGB square that every verb sees, and what g sees of the image beside it. Torch is imported only
+where tensors are made, so that decoding processes start in a fraction of a second."""
 
 import io
 import warnings

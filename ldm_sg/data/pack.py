@@ -49,11 +49,6 @@ class Form:
     quality: int
     crop: bool = True  # to the centre square; without it `size` is the short side
 
-    def settings(self) -> dict[str, Any]:
-        """For pack.yaml."""
-        size = self.size if self.crop else f"{self.size}, uncropped"
-        return {"size": size, "format": self.format, "quality": self.quality}
-
     def resize(self, image: Image.Image) -> Image.Image:
         """RGB image -> the pixels that are packed. Raises BadImage where a side would be too long to store."""
         if self.crop:
@@ -99,7 +94,9 @@ class Summary:
 
 def pack_source(source: Source, dst: Path, form: Form, shard_size: int, workers: int, max_skipped: float) -> Summary:
     """Makes what is missing of DST/*.tar; InputError when DST belongs to another pack, or too much is unreadable."""
-    claim(dst, {"source": source.identity, **form.settings(), "shard_size": shard_size})
+    size = form.size if form.crop else f"{form.size}, uncropped"
+    shape = {"size": size, "format": form.format, "quality": form.quality, "shard_size": shard_size}
+    claim(dst, {"source": source.identity, **shape})
     names = {"classes": source.classes, "mask_classes": source.mask_classes}
     if names := {kind: known for kind, known in names.items() if known}:
         write_whole(dst / "classes.json", json.dumps(names, indent=1, ensure_ascii=False))

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
-from PIL import Image
 
 from ldm_sg.data.boxes import crop_meta
 from ldm_sg.data.images import BadImage, Shown, crop_resize_index, decode, decode_index, fitted, show
@@ -300,22 +299,19 @@ def image_batches(
     workers: int | DecoderPool,
     on_skip: OnSkip,
     truth: bool = False,
-    view: int | None = None,
-    whole: bool = False,
+    **looks: Any,
 ) -> Iterator[ImageBatch]:
     """All good images in the order of the shards; with `truth`, labels, boxes and masks too, where the shards have them;
-    `view` and `whole` as in `images.show`.
+    `looks`: `view` and `whole` of `images.show`.
 
     `workers`: processes that decode (0 = this one, -1 = one a core, less one), or a pool from `decoder_pool`. A batch
     is short only where images were skipped and at the end. Memory: about two encoded and decoded batches a worker."""
     if isinstance(workers, int) and workers != 0:
         with decoder_pool(workers) as pool:
-            yield from image_batches(shards, size, batch_size, pool, on_skip, truth, view, whole)
+            yield from image_batches(shards, size, batch_size, pool, on_skip, truth, **looks)
         return
     samples = ((shard, sample) for shard in shards for sample in read_shard(shard, on_skip))
-    decode_one = functools.partial(
-        _decode_batch, functools.partial(show, size=size, view=view, whole=whole), size, truth
-    )
+    decode_one = functools.partial(_decode_batch, size, truth, looks)
     batches = _batched(samples, batch_size, truth)
     decoded = map(decode_one, batches) if isinstance(workers, int) else workers.in_order(decode_one, batches)
     yield from _tensors(decoded, on_skip)
@@ -337,14 +333,12 @@ def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int, truth: bool
         yield batch
 
 
-def _decode_batch(
-    look: Callable[[Image.Image], Shown], size: int, truth: bool, batch: list[tuple[str, Sample]]
-) -> _Decoded:
+def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tuple[str, Sample]]) -> _Decoded:
     out = _Decoded([], [], [], [], [])
     for shard, sample in batch:
         try:
             image = decode(sample.image)
-            shown = look(image)
+            shown = show(image, size, **looks)
             if truth:
                 out.truth.append(read_truth(sample, image.size, size))
         except BadImage as err:
