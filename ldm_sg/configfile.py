@@ -23,7 +23,8 @@ def load(schema: type[Schema], path: str | Path | None = None, overrides: list[s
 
     Raises InputError naming the file, the key and the nearest right key, a wrong type, or a missing required value."""
     merged = OmegaConf.structured(schema)
-    for source, layer in [*_layers(path), *_dotlist(overrides or [])]:
+    files, typed = _layers(path), list(_dotlist(overrides or []))
+    for source, layer in [*files, *typed]:
         check_keys(layer, merged, source)
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -35,6 +36,8 @@ def load(schema: type[Schema], path: str | Path | None = None, overrides: list[s
     loaded: Any = OmegaConf.to_object(merged)
     if hasattr(loaded, "check"):
         loaded.check()
+    if hasattr(loaded, "check_given"):
+        loaded.check_given([*(layer for _, layer in files), OmegaConf.merge(*(layer for _, layer in typed))])
     return loaded
 
 

@@ -50,9 +50,10 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
         if stage.done:
             check_unchanged(shards[stage.index], stage.read_meta().source)
     device = pick_device(cfg.device)
-    size = cfg.size or first_size(shards)
+    source = first_size(shards) if cfg.size is None or cfg.features.size is None else None
+    size = cfg.size or source
     autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
-    extractor = load_extractor(cfg.features, device) if annotator.reads_g else None
+    extractor = load_extractor(cfg.features, device, source) if annotator.reads_g else None
     study = Study(cfg, shards, all_stages, size, extractor, [])
     fitted = (out / "annotator" / "annotator.yaml").is_file()
     if not fitted:
@@ -220,6 +221,11 @@ def describe(
         for stage, n in zip(all_stages, summary.counts)
     ]
     first_stage = {key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256")}
+    seen = {}  # images.show, in words
+    if extractor:
+        seen["g"] = f"the centre square at {extractor.size} pixels, from the source's own where it has more than {size}"
+    if extractor and annotator.whole and extractor.any_shape:
+        seen["boxes"] = f"the uncropped image, its short side {extractor.size} pixels, padded to whole patches"
     return {
         "version": 2,
         "features": extractor.manifest if extractor else None,
@@ -229,6 +235,7 @@ def describe(
         "source": [
             {"url": url, "images": n} | known for url, n, known in zip(summary.urls, summary.counts, summary.sources)
         ],
+        "view": seen,
         "num_images": sum(summary.counts),
         "num_skipped": summary.skipped,
         "latent_shape": summary.latent_shape,

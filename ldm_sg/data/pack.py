@@ -1,4 +1,4 @@
-"""Images of any source -> square images in webdataset shards, over all cores, resumable, with flat memory.
+"""Images of any source -> square, or whole, images in webdataset shards, over all cores, resumable, with flat memory.
 
 Processes decode, crop and encode small chunks; this process alone writes, shard after shard. A shard that is whole and
 has its line in shards.jsonl is never made again."""
@@ -19,7 +19,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_sg.data.boxes import count_empty, crop_meta
-from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index
+from ldm_sg.data.images import (
+    MAX_SIDE,
+    BadImage,
+    crop_resize,
+    crop_resize_index,
+    decode,
+    decode_index,
+    fit_resize,
+    fitted,
+)
 from ldm_sg.data.pool import DecoderPool, cores
 from ldm_sg.data.shards import INDEX, ShardWriter
 from ldm_sg.data.sources import Item, Source
@@ -38,6 +47,17 @@ class Form:
     size: int
     format: str
     quality: int
+    crop: bool = True  # to the centre square; without it `size` is the short side
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """RGB image -> the pixels that are packed. Raises BadImage where a side would be too long to store."""
+        if self.crop:
+            return crop_resize(image, self.size)
+        if max(fitted(*image.size, self.size)) > MAX_SIDE:
+            raise BadImage(
+                f"{image.width} x {image.height} pixels: --size {self.size} makes its long side longer than {MAX_SIDE}"
+            )
+        return fit_resize(image, self.size)
 
     def encode(self, image: Image.Image) -> bytes:
         """RGB image -> file content; JPEG keeps full colour resolution (4:4:4)."""
@@ -130,16 +150,16 @@ def pack_item(form: Form, item: Item) -> Packed:
         drawn = item.boxes.size if item.boxes else None
         if drawn not in (None, image.size):
             raise BadImage("its boxes are of {} x {} pixels, the image has {} x {}".format(*drawn, *image.size))
-        files = {form.format: form.encode(crop_resize(image, form.size))}
+        files = {form.format: form.encode(form.resize(image))}
         if sample.cls is not None:
             files["cls"] = str(sample.cls).encode()
         if sample.meta is not None:
-            files["json"] = json.dumps(crop_meta(sample.meta, image.size, form.size)).encode()
+            files["json"] = json.dumps(crop_meta(sample.meta, image.size, form.size, form.crop)).encode()
             empty_boxes = count_empty(sample.meta, image.size)
         if sample.mask is not None:
             mask = renumber(decode_index(sample.mask, image.size), item.table)
             buffer = io.BytesIO()
-            crop_resize_index(mask, form.size).save(buffer, format="PNG")
+            crop_resize_index(mask, form.size, form.crop).save(buffer, format="PNG")
             files["mask.png"] = buffer.getvalue()
     except BadImage as err:
         return Packed(item.key, item.source, None, err.reason)

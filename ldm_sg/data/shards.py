@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ldm_sg.data.boxes import crop_meta
-from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index, to_array
+from ldm_sg.data.images import BadImage, Shown, crop_resize_index, decode, decode_index, fitted, show
 from ldm_sg.data.pool import DecoderPool, decoder_pool
 from ldm_sg.data.tars import MOST_IMAGE, MOST_TEXT, Command, Damaged, Member, is_remote, open_shard, read_members
 from ldm_sg.errors import InputError, choices, one_line
@@ -238,6 +238,7 @@ class Truth:
     labels: list[int] | None = None
     boxes: np.ndarray | None = None  # float32 [M, 4] as shares of the sides
     mask: np.ndarray | None = None  # uint8 [size, size], 255 = ignore
+    whole_boxes: np.ndarray | None = None  # float32 [M', 4] as shares of the uncropped image's sides
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,7 @@ class ImageBatch:
     images: "Tensor"  # uint8 [B, 3, size, size]
     cls: "Tensor"  # [B] long, -1 = unknown
     truth: list[Truth]  # empty unless asked for
+    shown: list[Shown]
 
 
 def image_batches(
@@ -257,17 +259,19 @@ def image_batches(
     workers: int | DecoderPool,
     on_skip: OnSkip,
     truth: bool = False,
+    **looks: Any,
 ) -> Iterator[ImageBatch]:
-    """All good images in the order of the shards; with `truth`, labels, boxes and masks too, where the shards have them.
+    """All good images in the order of the shards; with `truth`, labels, boxes and masks too, where the shards have them;
+    `looks`: `view` and `whole` of `images.show`.
 
     `workers`: processes that decode (0 = this one, -1 = one a core, less one), or a pool from `decoder_pool`. A batch
     is short only where images were skipped and at the end. Memory: about two encoded and decoded batches a worker."""
     if isinstance(workers, int) and workers != 0:
         with decoder_pool(workers) as pool:
-            yield from image_batches(shards, size, batch_size, pool, on_skip, truth)
+            yield from image_batches(shards, size, batch_size, pool, on_skip, truth, **looks)
         return
     samples = ((shard, sample) for shard in shards for sample in read_shard(shard, on_skip))
-    decode_one = functools.partial(_decode_batch, size, truth)
+    decode_one = functools.partial(_decode_batch, size, truth, looks)
     batches = _batched(samples, batch_size, truth)
     decoded = map(decode_one, batches) if isinstance(workers, int) else workers.in_order(decode_one, batches)
     yield from _tensors(decoded, on_skip)
@@ -276,7 +280,7 @@ def image_batches(
 @dataclass
 class _Decoded:
     keys: list[str]
-    images: np.ndarray
+    shown: list[Shown]
     cls: list[int]
     truth: list[Truth]
     skipped: list[tuple[str, str, str]]
@@ -289,23 +293,20 @@ def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int, truth: bool
         yield batch
 
 
-def _decode_batch(size: int, truth: bool, batch: list[tuple[str, Sample]]) -> _Decoded:
-    out = _Decoded([], np.empty((0, 3, size, size), np.uint8), [], [], [])
-    images = []
+def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tuple[str, Sample]]) -> _Decoded:
+    out = _Decoded([], [], [], [], [])
     for shard, sample in batch:
         try:
             image = decode(sample.image)
-            pixels = to_array(crop_resize(image, size))
+            shown = show(image, size, **looks)
             if truth:
                 out.truth.append(read_truth(sample, image.size, size))
         except BadImage as err:
             out.skipped.append((shard, sample.key, err.reason))
             continue
-        images.append(pixels)
+        out.shown.append(shown)
         out.keys.append(sample.key)
         out.cls.append(-1 if sample.cls is None else sample.cls)
-    if images:
-        out.images = np.stack(images)
     return out
 
 
@@ -323,7 +324,12 @@ def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
     mask = None
     if sample.mask is not None:
         mask = np.array(crop_resize_index(decode_index(sample.mask, original), size))
-    return Truth(labels, boxes, mask)
+    whole = None
+    if boxes is not None and sample.meta:
+        sides = fitted(*original, size)
+        all_boxes = [box[:4] for box in crop_meta(sample.meta, original, size, crop=False)["boxes"]]
+        whole = np.array(all_boxes, np.float32).reshape(-1, 4) / np.array(sides * 2, np.float32)
+    return Truth(labels, boxes, mask, whole)
 
 
 def _tensors(decoded: Iterable[_Decoded], on_skip: OnSkip) -> Iterator[ImageBatch]:
@@ -333,4 +339,5 @@ def _tensors(decoded: Iterable[_Decoded], on_skip: OnSkip) -> Iterator[ImageBatc
         for entry in batch.skipped:
             on_skip(*entry)
         if batch.keys:
-            yield ImageBatch(batch.keys, torch.from_numpy(batch.images), torch.tensor(batch.cls), batch.truth)
+            images = torch.from_numpy(np.stack([shown.square for shown in batch.shown]))
+            yield ImageBatch(batch.keys, images, torch.tensor(batch.cls), batch.truth, batch.shown)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_sg.annotate.kinds import load_annotator
-from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index, to_float, to_tensor
+from ldm_sg.data.images import BadImage, crop_resize_index, decode, decode_index
 from ldm_sg.data.signals import PackedMasks, Signals
 from ldm_sg.errors import InputError, choices, one_line
 from ldm_sg.folder import file_sha256
@@ -215,9 +215,9 @@ def _like(pipe: "SelfGuidedPipeline", file: str) -> Signals:
     """The signal of an image file, by the run's own g and f."""
     annotator = load_annotator(pipe.annotator_folder, pipe.device)
     try:
-        image = crop_resize(decode(Path(file).read_bytes()), pipe.image_size, pipe.source_size)
+        image = decode(Path(file).read_bytes())
     except OSError as err:
         raise InputError(f"--like {file}: cannot be read: {err.strerror or err}") from err
     except BadImage as err:
         raise InputError(f"--like {file}: {err.reason}") from err
-    return annotator(to_float(to_tensor(image)[None].to(pipe.device)))
+    return annotator.of_image(image, pipe.image_size, pipe.source_size)
