@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from ldm_sg.configfile import read_yaml
 from ldm_sg.errors import InputError
 from ldm_sg.report import charts, html
-from ldm_sg.report.annotation import BOXES, MASKS, WALL
+from ldm_sg.report.annotation import BOXES, MASKS, WORDS, wall
 
 METRICS = {  # key in a JSON -> what a reader sees
     "fd": "Fréchet distance ↓",
@@ -53,7 +54,7 @@ def write_report(run: Path, command: str | None = None, timings: Mapping[str, fl
     """RUN/report.html, in one file.
 
     Read when present: config.yaml, metrics.csv, metrics.json, evaluations/*.json, clusters.png, the PICTURES,
-    samples/step_*.png, the annotation set that config.yaml names (manifest.yaml and its wall). `command` and `timings`
+    samples/step_*.png, the annotation set that config.yaml names (manifest.yaml and its pictures). `command` and `timings`
     (seconds a stage) are taken from command.txt and timings.json when not given. Raises InputError if `run` is no folder."""
     if not run.is_dir():
         raise InputError(f"run {str(run)!r}: no such folder")
@@ -70,7 +71,8 @@ def write_report(run: Path, command: str | None = None, timings: Mapping[str, fl
         _training(curves),
         *(html.section(*words, html.picture(run / name, alt=words[0])) for name, words in PICTURES.items()),
         _progress(run),
-        _wall(annotation, manifest),
+        _signals(annotation, manifest),
+        wall(annotation, manifest, shlex.quote(str(run))) if annotation else "",
         html.section("Time", "", html.chart(charts.stages(timings))),
         _recipe(command, config, manifest),
     ]
@@ -200,7 +202,7 @@ def _step(path: Path) -> int:
     return int(digits) if digits else 0
 
 
-def _wall(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
+def _signals(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
     annotator = manifest.get("annotator") or {}
     counts = [c for c in annotator.get("counts") or [] if isinstance(c, int)]
     facts = {
@@ -218,8 +220,9 @@ def _wall(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
         "What the signals are",
         "Ground truth, read from the shards: a baseline." if oracle else text,
         html.facts({name: value for name, value in facts.items() if value}),
+        html.paragraph(WORDS) if counts else "",
         html.chart(charts.sizes(counts)),
-        *(html.picture(annotation / name, alt=name) for name in (WALL, BOXES, MASKS) if annotation),
+        *(html.picture(annotation / name, alt=name) for name in (BOXES, MASKS) if annotation),
     )
 
 
