@@ -27,7 +27,7 @@ figure img { display: block; max-width: 100%; height: auto; border: 1px solid va
 figcaption { color: var(--faint); font-size: 13px; margin: 4px 0 0; }
 .chart svg { display: block; width: 100%; height: auto; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 20px; align-items: start; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 10px; margin: 24px 0 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 180px), 1fr)); gap: 10px; margin: 24px 0 14px; }
 dl div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; min-width: 0; }
 dt { color: var(--faint); font-size: 13px; }
 dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
@@ -49,7 +49,7 @@ a { color: var(--accent); text-decoration: none; }
             user-select: all; cursor: copy; overflow-wrap: anywhere; }
 @media (max-width: 700px) {  /* a phone: pictures with writing in them keep its size and are pushed sideways */
   main { padding: 24px 16px 64px; }
-  figure { overflow-x: auto; } figure img, .chart svg { max-width: none; width: max(100%, 620px); }
+  figure { overflow-x: auto; } figure img, .chart svg { max-width: none; width: max(100%, 900px); }
   .row { grid-template-columns: minmax(0, 1fr); } }
 footer { margin-top: 72px; color: var(--faint); font-size: 13px; }
 """
