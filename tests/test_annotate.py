@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from ldm_sg.annotate import run, stage, stream
@@ -28,6 +29,7 @@ from ldm_sg.data.shards import ShardWriter, image_batches
 from ldm_sg.data.signals import npy
 from ldm_sg.errors import InputError
 from ldm_sg.folder import write_bytes
+from ldm_sg.report import annotation as report
 from ldm_sg.verbs.annotate import annotate
 
 SIZE = 32
@@ -134,17 +136,34 @@ def test_manifest_tells_what_made_it(finished):
     assert manifest["guidance"]["num_labels"] == 3 and manifest["size"] == SIZE
     assert [entry["images"] for entry in manifest["source"]] == [9, 9]
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["annotator", "autoencoder", "clusters.png", "config.yaml", "features", "index", "manifest.yaml", "report.html",
-         "shards", "skipped.jsonl"]
+        ["annotator", "autoencoder", "clusters", "config.yaml", "features", "index", "manifest.yaml", "report.html",
+         "shards", "sizes.png", "skipped.jsonl"]
     )  # fmt: skip
 
 
 def test_report_is_self_contained(finished):
     _, out = finished
     text = (out / "report.html").read_text()
-    assert "http" not in text and text.count("data:image/png;base64,") == 2
-    wall = Image.open(out / "clusters.png")
-    assert wall.width > 6 * SIZE and wall.height > 3 * SIZE
+    assert "http" not in text and text.count("data:image/webp;base64,") == 4 and "<script" not in text
+    assert "ldm-sg sample RUN --cluster 2" in text and 'href="#what-each-cluster-holds"' in text
+    strips = sorted(path.name for path in (out / "clusters").iterdir())
+    assert strips == ["000000.webp", "000001.webp", "000002.webp"]
+
+
+def test_the_wall_shows_who_is_nearest_and_who_is_farthest(finished, monkeypatch):
+    _, out = finished
+    monkeypatch.setattr(report, "NEAR", 2)
+    monkeypatch.setattr(report, "FAR", 1)
+    features = np.concatenate([np.load(out / "features" / f"{i:06d}.npy") for i in range(2)]).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    centroids, ids = load_file(out / "annotator" / "centroids.safetensors")["centroids"], LatentSet(out).signals.k
+    manifest = yaml.safe_load((out / "manifest.yaml").read_text())
+    everyone = [p for i, s in enumerate(manifest["source"]) for p in report.pictures(s["url"], set(report.annotated_keys(out / f"shards/{i:06d}.tar")), SIZE)]  # fmt: skip
+    for k, groups in report.extremes(out, manifest, [0, 1, 2]).items():
+        own = (ids == k).nonzero()[:, 0].tolist()
+        order = sorted(own, key=lambda i: float(np.linalg.norm(features[i] - centroids[k].numpy())))
+        wanted = [everyone[i][1] for i in [*order[:2], *order[2:][-1:]]]
+        assert torch.equal(torch.cat(groups), torch.stack(wanted))
 
 
 def test_a_finished_set_returns_at_once(finished, monkeypatch):
