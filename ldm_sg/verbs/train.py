@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,10 @@ def train(config: TrainConfig) -> Path:
     module = DiffusionModule(network, build.objective(config), config)
     run = Path(config.out)
     claim(run, config, FREE)
+    for leftover in (*run.glob("pipeline*.new-*"), *run.glob("pipeline*.old-*")):  # of a start that was killed
+        shutil.rmtree(leftover)
+    for leftover in run.glob("checkpoints/*.tmp-*"):
+        leftover.unlink()
     _remember_annotation(run, config, latents.hash)
     done = checkpoint_step(run / "checkpoints" / "last.ckpt")
     if done >= config.steps and (run / "pipeline").is_dir():
