@@ -63,7 +63,10 @@ def whole(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_resumed_run_equals_an_uninterrupted_one(whole: Path, colours: Path, tmp_path: Path) -> None:
     run = train(config(colours, tmp_path / "run", steps=5, checkpoint_every=5))
+    (run / "pipeline.new-1").mkdir()  # what a killed start leaves
+    (run / "checkpoints" / "last.ckpt.tmp-1").touch()
     assert run == train(config(colours, run, checkpoint_every=4))
+    assert not [*run.glob("pipeline.new*"), *run.rglob("*.tmp*")]
     assert weights(run).keys() == weights(whole).keys()
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(run)[name]), name
@@ -450,4 +453,4 @@ def test_a_killed_rank_is_one_line(colours: Path, tmp_path: Path) -> None:
     os.kill(int(rank), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in err
-    assert "another of its 2 processes has ended" in err.splitlines()[-1]
+    assert "another of its 2 processes has ended" in err.splitlines()[-1], err
