@@ -19,8 +19,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as err:  # zip, pickle and header errors; an unpickler that reads something else raises anything
         raise InputError(
-            f"{path}: not a safetensors file or a torch file of plain tensors ({one_line(err)[:100]}). One with code in it is "
-            "not opened: save its tensors with safetensors.torch.save_file"
+            f"{path}: not a safetensors file or a torch file of plain tensors ({one_line(err)[:100]}). Files with code in them "
+            "are refused: save the tensors with safetensors.torch.save_file"
         ) from err
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
