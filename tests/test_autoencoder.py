@@ -208,7 +208,7 @@ def test_wrong_input_is_named(tmp_path, monkeypatch):
         load_autoencoder("teasd3")
     with pytest.raises(InputError, match=r"no manifest\.yaml"):
         load_autoencoder(tmp_path)
-    with pytest.raises(InputError, match="`kind:` is missing"):
+    with pytest.raises(InputError, match="no kind in it"):
         load_autoencoder(manifest(tmp_path / "a", knid="kl"))
     with pytest.raises(InputError, match=r"kind 'klx'.*'kl'"):
         load_autoencoder(manifest(tmp_path / "b", kind="klx", source="none"))
