@@ -37,7 +37,7 @@ def load(schema: type[Schema], path: str | Path | None = None, overrides: list[s
     if hasattr(loaded, "check"):
         loaded.check()
     if hasattr(loaded, "check_given"):
-        loaded.check_given([*(layer for _, layer in files), OmegaConf.merge(*(layer for _, layer in typed))])
+        loaded.check_given([*(layer for _, layer in files), OmegaConf.merge({}, *(layer for _, layer in typed))])
     return loaded
 
 

@@ -215,7 +215,9 @@ def test_resume_does_only_what_is_missing_and_gives_the_same_set(tmp_path, monke
     assert Stage(out, 1).done and not Stage(out, 2).done and not (out / "manifest.yaml").exists()
     monkeypatch.setattr(stage.StageWriter, "finish", finish)
     seen = []
-    monkeypatch.setattr(stream, "image_batches", lambda urls, *rest: seen.extend(urls) or image_batches(urls, *rest))
+    monkeypatch.setattr(
+        stream, "image_batches", lambda urls, *rest, **looks: seen.extend(urls) or image_batches(urls, *rest, **looks)
+    )
     annotate_shards(cfg)
     assert [Path(url).name for url in seen] == ["000002.tar"]
     assert LatentSet(out).hash == LatentSet(whole).hash
@@ -256,7 +258,7 @@ def test_resume_while_writing_shards(tmp_path, monkeypatch, no_leftovers):
         annotate_shards(cfg)
     first = Stage(Path(cfg.out), 0).tar.stat().st_mtime_ns
     monkeypatch.setattr(run, "write_shard", write)
-    monkeypatch.setattr(stream, "image_batches", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(stream, "image_batches", lambda *_, **__: pytest.fail("decoded again"))
     assert LatentSet(annotate_shards(cfg)).hash == LatentSet(whole).hash
     assert Stage(Path(cfg.out), 0).tar.stat().st_mtime_ns == first
 
@@ -266,7 +268,7 @@ def test_k_too_large_says_so_and_keeps_the_features(tmp_path, monkeypatch, no_le
     with pytest.raises(InputError, match=r"annotator\.k=19: only 18 images"):
         annotate_shards(cfg)
     assert not (Path(cfg.out) / "manifest.yaml").exists()
-    monkeypatch.setattr(stream, "image_batches", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(stream, "image_batches", lambda *_, **__: pytest.fail("decoded again"))
     cfg.annotator.k = 18
     assert len(LatentSet(annotate_shards(cfg)).signals.k.unique()) == 18
     assert yaml.safe_load((Path(cfg.out) / "config.yaml").read_text())["annotator.k"] == 18
