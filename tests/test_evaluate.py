@@ -72,7 +72,7 @@ def tiny_g(folder: Path) -> Path:
     return folder
 
 
-def perfect(self, guidance, w=2.0, steps=25, scheduler="dpmpp_2m", seed=0, first_index=0, precision="fp32"):
+def perfect(self, guidance, w=2.0, steps=25, scheduler="dpmpp_2m", seed=0, first_index=0, precision="fp32", **_):
     """A generator that gives each cluster one of its real latents, and with w = 0 any."""
     k, known = guidance.k, self.signals.k
     if w == 0:

@@ -10,7 +10,7 @@ from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.errors import InputError
-from ldm_sg.folder import claim, holds_out, write_json
+from ldm_sg.folder import claim, holds_out, write_json, write_text
 
 if TYPE_CHECKING:
     from ldm_sg.pipeline import SelfGuidedPipeline
@@ -75,7 +75,8 @@ def train(config: TrainConfig) -> Path:
             raise
         raise InputError(f"{run}: no space left on its disk; make some and give the same command, it resumes") from err
     if module.global_rank == 0:
-        write_report(run, f"ldm-sg train {run / 'config.yaml'}")
+        write_text(run / "command.txt", f"ldm-sg train {run / 'config.yaml'}\n")
+        write_report(run)
     if not finished:
         raise KeyboardInterrupt(f"interrupted and saved in {run}; the same command resumes")
     print(run / "pipeline")
