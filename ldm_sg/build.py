@@ -1,17 +1,15 @@
 """Config -> objects: the only place that knows which class a word in a config stands for."""
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import TrainConfig, model_config
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.errors import InputError, one_line
+from ldm_sg.errors import InputError
+from ldm_sg.folder import whole
 from ldm_sg.models.unet import GuidedUNet, make_unet
 from ldm_sg.objective import Objective
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
@@ -78,14 +76,5 @@ class PipelineWriter:
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Replaces `folder` by the pipeline of `network`; there is a whole pipeline under that name at any time but one."""
-        new, old = (folder.with_name(f"{folder.name}.{what}-{os.getpid()}") for what in ("new", "old"))
-        try:
+        with whole(folder) as new:
             self.pipeline(network).save_pretrained(new)
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except SafetensorError as err:
-            raise InputError(f"{folder}: cannot be written, is its disk full? {one_line(err)}") from err
-        finally:
-            for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)

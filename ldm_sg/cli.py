@@ -109,6 +109,9 @@ def pack(
     ],
     dst: Annotated[Path, typer.Argument(help="Folder of the new shards.")],
     size: Annotated[int, typer.Option(help="Side of the square images, pixels.")] = 256,
+    crop: Annotated[
+        str, typer.Option(help="square (centre), or none: whole images, --size is their short side.")
+    ] = "square",
     shard_size: Annotated[int, typer.Option(help="Images a shard.")] = 1000,
     image_format: Annotated[str, typer.Option("--format", help="jpg, png or webp.")] = "jpg",
     quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
@@ -129,13 +132,16 @@ def pack(
             help="Of a VOC folder: a list in ImageSets/, as train or Segmentation/train. Else: a file of image names."
         ),
     ] = None,
+    allow_damaged: Annotated[
+        bool, typer.Option("--allow-damaged", help="Of shards that are cut off, take what is whole.")
+    ] = False,
 ) -> None:
     """Images -> webdataset shards: centre crop, antialiased resize; boxes and masks go with them."""
     from ldm_sg.verbs.pack import pack as run
 
     run(src, dst, size=size, shard_size=shard_size, format=image_format, quality=quality, max_skipped=max_skipped,
         workers=workers, annotations=annotations, masks=masks, merge=merge, ignore_index=ignore_index,
-        split=split)  # fmt: skip
+        split=split, crop=crop, allow_damaged=allow_damaged)  # fmt: skip
 
 
 @app.command(

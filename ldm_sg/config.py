@@ -53,7 +53,10 @@ class SegmentsConfig:
     patience: int = 3  # stop when so many windows of 50 steps have not lowered the mean loss ...
     min_improvement: float = 0.03  # ... by this share of it
     images: int = 4000  # at most this many images' patch features are used for the fit
+    crops: bool = False  # learn from the four corners and the centre of each image, half its sides each
+    augment: bool = False  # learn from images with their colours changed a little, half of them mirrored
     flips: bool = True  # average with the mirrored image
+    weights: str | None = None  # an official STEGO checkpoint instead of a fit; its g: DINO ViT-B/8
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be."""
@@ -61,6 +64,8 @@ class SegmentsConfig:
         least = {"width": 1, "steps": 1, "batch_size": 2, "neighbours": 1, "patience": 1, "images": 1}
         for name, n in least.items():
             _need(f"annotator.segments.{name}", getattr(self, name), getattr(self, name) >= n, f"at least {n}")
+        own = self.method == "stego" or not self.weights
+        _need("annotator.segments.weights", self.weights, own, "belongs to annotator.segments.method=stego")
         _need("annotator.segments.lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
 
 
@@ -86,6 +91,20 @@ class AnnotatorConfig:
     segments: SegmentsConfig = field(default_factory=SegmentsConfig)
 
 
+_ANY = ("clusters", "boxes", "segments", "oracle", "random", "features", "centroids", "neighbours")
+_KMEANS = ("clusters", "boxes", "centroids")
+READ_BY = {  # which kinds of annotator read a setting
+    **dict.fromkeys(("kind", "seed", "shuffle"), _ANY),  # shuffle says itself where it has nothing to shuffle
+    **dict.fromkeys(("niter", "restarts"), _KMEANS),
+    **dict.fromkeys(("keys_layer", "keys_flips", "k_patches", "centre", "centre_place"), ("boxes",)),
+    "k": (*_KMEANS, "segments", "random"),
+    "sample": (*_KMEANS, "neighbours"),
+    "truth": ("oracle",),
+    "neighbours": ("neighbours",),
+    "segments": ("segments",),
+}
+
+
 @dataclass
 class AnnotateConfig:
     shards: str = "???"  # glob, brace list or URL of source shards
@@ -98,6 +117,7 @@ class AnnotateConfig:
     precision: str = "auto"  # of the first stage: auto, fp32, bf16 (latents move by under 1% of their spread)
     workers: int = -1  # decoding processes; -1 = one a core, less one
     max_skipped: float = 0.01  # share of images that may be unreadable before the command fails
+    allow_damaged: bool = False  # go on with what is whole of shards that are damaged or cut off
     device: str = "auto"
 
     def check(self) -> None:
@@ -114,6 +134,19 @@ class AnnotateConfig:
         _need("size", self.size, self.size is None or self.size >= 8, "at least 8 pixels, or null")
         _need("features.batch_size", self.features.batch_size, self.features.batch_size >= 1, "at least 1")
         _need("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a share between 0 and 1")
+
+    def check_given(self, layers: list[Any]) -> None:
+        """InputError for a setting of the annotator that was given together with its kind, or on top of it, and that this kind
+        does not read; `layers`: the mappings that made this config. What lies below an exchanged kind was for another one."""
+        given = [layer.get("annotator") or {} for layer in layers]
+        start = max((i for i, layer in enumerate(given) if "kind" in layer), default=0)
+        for key, value in ((key, value) for layer in given[start:] for key, value in layer.items()):
+            readers = READ_BY[key]
+            if self.annotator.kind in _ANY and self.annotator.kind not in readers:
+                raise InputError(
+                    f"annotator.{key}={value}: annotator.kind={self.annotator.kind} does not read it; {', '.join(readers)} "
+                    f"{'does' if len(readers) == 1 else 'do'}"
+                )
 
 
 @dataclass

@@ -23,7 +23,8 @@ def load(schema: type[Schema], path: str | Path | None = None, overrides: list[s
 
     Raises InputError naming the file, the key and the nearest right key, a wrong type, or a missing required value."""
     merged = OmegaConf.structured(schema)
-    for source, layer in [*_layers(path), *_dotlist(overrides or [])]:
+    files, typed = _layers(path), list(_dotlist(overrides or []))
+    for source, layer in [*files, *typed]:
         check_keys(layer, merged, source)
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -35,6 +36,8 @@ def load(schema: type[Schema], path: str | Path | None = None, overrides: list[s
     loaded: Any = OmegaConf.to_object(merged)
     if hasattr(loaded, "check"):
         loaded.check()
+    if hasattr(loaded, "check_given"):
+        loaded.check_given([*(layer for _, layer in files), OmegaConf.merge({}, *(layer for _, layer in typed))])
     return loaded
 
 
@@ -99,32 +102,11 @@ def from_mapping(schema: type[Schema], values: dict[str, Any], where: str) -> Sc
         raise InputError(f"{where}: not of this version of ldm_sg: {str(err).splitlines()[0]}") from err
 
 
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A config's keys and values as plain mappings and lists."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
 def to_yaml(config: Any) -> str:
     """The resolved, complete config as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config) if dataclasses.is_dataclass(config) else config)
-
-
-def claim(folder: Path, config: Any, free: tuple[str, ...] = ()) -> None:
-    """Make `folder` the home of `config` (config.yaml), or check that it already is; keys in `free` may change.
-
-    Raises InputError naming the first key whose value differs: a folder never mixes two configs."""
-    path = folder / "config.yaml"
-    wanted = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(wanted, dict)
-    if path.is_file():
-        there = OmegaConf.to_container(read_yaml(path))
-        assert isinstance(there, dict)
-        for key in sorted({*wanted, *there} - set(free)):
-            if there.get(key) != wanted.get(key):
-                raise InputError(
-                    f"{folder} belongs to another config: there {key} is {there.get(key)!r}, now {wanted.get(key)!r}; "
-                    "choose another out= or remove the folder"
-                )
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and has no config.yaml: choose another out=")
-    if path.is_file() and path.read_text() == to_yaml(config):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_yaml(config))
-    temporary.replace(path)

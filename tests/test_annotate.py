@@ -14,18 +14,22 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from ldm_sg.annotate import run, stage, stream
 from ldm_sg.annotate.kinds import load_annotator
 from ldm_sg.annotate.run import annotate_shards
-from ldm_sg.annotate.stage import Stage, sample_features, write_array
+from ldm_sg.annotate.stage import Stage, sample_features
 from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig
 from ldm_sg.data.images import to_float
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import ShardWriter, image_batches
+from ldm_sg.data.signals import npy
 from ldm_sg.errors import InputError
+from ldm_sg.folder import write_bytes
+from ldm_sg.report import annotation as report
 from ldm_sg.verbs.annotate import annotate
 
 SIZE = 32
@@ -132,7 +136,7 @@ def test_manifest_tells_what_made_it(finished):
     assert manifest["guidance"]["num_labels"] == 3 and manifest["size"] == SIZE
     assert [entry["images"] for entry in manifest["source"]] == [9, 9]
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["annotator", "autoencoder", "clusters.png", "config.yaml", "features", "index", "manifest.yaml", "report.html",
+        ["annotator", "autoencoder", "clusters", "config.yaml", "features", "index", "manifest.yaml", "report.html",
          "shards", "sizes.png", "skipped.jsonl"]
     )  # fmt: skip
 
@@ -140,9 +144,26 @@ def test_manifest_tells_what_made_it(finished):
 def test_report_is_self_contained(finished):
     _, out = finished
     text = (out / "report.html").read_text()
-    assert "http" not in text and text.count("data:image/png;base64,") == 2
-    wall = Image.open(out / "clusters.png")
-    assert wall.width > 6 * SIZE and wall.height > 3 * SIZE
+    assert "http" not in text and text.count("data:image/webp;base64,") == 4 and "<script" not in text
+    assert "ldm-sg sample RUN --cluster 2" in text and 'href="#what-each-cluster-holds"' in text
+    strips = sorted(path.name for path in (out / "clusters").iterdir())
+    assert strips == ["000000.webp", "000001.webp", "000002.webp"]
+
+
+def test_the_wall_shows_who_is_nearest_and_who_is_farthest(finished, monkeypatch):
+    _, out = finished
+    monkeypatch.setattr(report, "NEAR", 2)
+    monkeypatch.setattr(report, "FAR", 1)
+    features = np.concatenate([np.load(out / "features" / f"{i:06d}.npy") for i in range(2)]).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    centroids, ids = load_file(out / "annotator" / "centroids.safetensors")["centroids"], LatentSet(out).signals.k
+    manifest = yaml.safe_load((out / "manifest.yaml").read_text())
+    everyone = [p for i, s in enumerate(manifest["source"]) for p in report.pictures(s["url"], set(report.annotated_keys(out / f"shards/{i:06d}.tar")), SIZE)]  # fmt: skip
+    for k, groups in report.extremes(out, manifest, [0, 1, 2]).items():
+        own = (ids == k).nonzero()[:, 0].tolist()
+        order = sorted(own, key=lambda i: float(np.linalg.norm(features[i] - centroids[k].numpy())))
+        wanted = [everyone[i][1] for i in [*order[:2], *order[2:][-1:]]]
+        assert torch.equal(torch.cat(groups), torch.stack(wanted))
 
 
 def test_a_finished_set_returns_at_once(finished, monkeypatch):
@@ -172,7 +193,7 @@ def test_other_shards_and_foreign_folders_are_refused(finished, tmp_path):
     other = make_shards(tmp_path / "source")
     with pytest.raises(InputError, match="belongs to another config: shards"):
         annotate_shards(AnnotateConfig(**{**vars(cfg), "shards": other}))
-    with pytest.raises(InputError, match="did not make"):
+    with pytest.raises(InputError, match="choose another folder"):
         annotate_shards(AnnotateConfig(**{**vars(cfg), "out": str(tmp_path / "source")}))
 
 
@@ -194,11 +215,31 @@ def test_resume_does_only_what_is_missing_and_gives_the_same_set(tmp_path, monke
     assert Stage(out, 1).done and not Stage(out, 2).done and not (out / "manifest.yaml").exists()
     monkeypatch.setattr(stage.StageWriter, "finish", finish)
     seen = []
-    monkeypatch.setattr(stream, "image_batches", lambda urls, *rest: seen.extend(urls) or image_batches(urls, *rest))
+    monkeypatch.setattr(
+        stream, "image_batches", lambda urls, *rest, **looks: seen.extend(urls) or image_batches(urls, *rest, **looks)
+    )
     annotate_shards(cfg)
     assert [Path(url).name for url in seen] == ["000002.tar"]
     assert LatentSet(out).hash == LatentSet(whole).hash
     assert not (out / "work").exists()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_replaced_source_shard_is_told(tmp_path, finished, monkeypatch, no_leftovers):
+    cfg = config(tmp_path, make_shards(tmp_path / "source"))
+    if finished:
+        annotate_shards(cfg)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(run, "summarise", lambda *_: 1 / 0)
+            annotate_shards(cfg)
+    path = tmp_path / "source" / "000001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data)  # another time, the same content
+    annotate_shards(cfg) if finished else None
+    path.write_bytes(data.replace(b"image0010", b"image0999"))
+    with pytest.raises(InputError, match=r"source shard '.*000001\.tar' has changed since it was annotated"):
+        annotate_shards(cfg)
 
 
 def test_resume_while_writing_shards(tmp_path, monkeypatch, no_leftovers):
@@ -217,7 +258,7 @@ def test_resume_while_writing_shards(tmp_path, monkeypatch, no_leftovers):
         annotate_shards(cfg)
     first = Stage(Path(cfg.out), 0).tar.stat().st_mtime_ns
     monkeypatch.setattr(run, "write_shard", write)
-    monkeypatch.setattr(stream, "image_batches", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(stream, "image_batches", lambda *_, **__: pytest.fail("decoded again"))
     assert LatentSet(annotate_shards(cfg)).hash == LatentSet(whole).hash
     assert Stage(Path(cfg.out), 0).tar.stat().st_mtime_ns == first
 
@@ -227,7 +268,7 @@ def test_k_too_large_says_so_and_keeps_the_features(tmp_path, monkeypatch, no_le
     with pytest.raises(InputError, match=r"annotator\.k=19: only 18 images"):
         annotate_shards(cfg)
     assert not (Path(cfg.out) / "manifest.yaml").exists()
-    monkeypatch.setattr(stream, "image_batches", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(stream, "image_batches", lambda *_, **__: pytest.fail("decoded again"))
     cfg.annotator.k = 18
     assert len(LatentSet(annotate_shards(cfg)).signals.k.unique()) == 18
     assert yaml.safe_load((Path(cfg.out) / "config.yaml").read_text())["annotator.k"] == 18
@@ -252,7 +293,7 @@ def test_a_cut_off_shard_keeps_its_good_members(tmp_path, no_leftovers):
     make_shards(tmp_path / "source")
     path = tmp_path / "source" / "000000.tar"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    cfg = config(tmp_path, str(tmp_path / "source" / "*.tar"), max_skipped=0.2)
+    cfg = config(tmp_path, str(tmp_path / "source" / "*.tar"), max_skipped=0.2, allow_damaged=True)
     out = annotate_shards(cfg)
     assert 9 < len(LatentSet(out)) < 18
     assert "000000.tar" in (out / "skipped.jsonl").read_text()
@@ -364,7 +405,7 @@ def test_same_images_in_one_or_two_shards_give_the_same_latents(tmp_path):
 def test_features_for_the_fit_are_bounded_and_spread_over_shards(tmp_path):
     parts = [Stage(tmp_path, i) for i in range(4)]
     for i, part in enumerate(parts):
-        write_array(part.features, np.full((100, 2), i, np.float16))
+        write_bytes(part.features, npy(np.full((100, 2), i, np.float16)))
     assert len(sample_features(parts, [100] * 4, 1000, 0)) == 400
     some = sample_features(parts, [100] * 4, 80, 0)
     assert some.shape == (80, 2) and set(some[:, 0]) == {0, 1, 2, 3}

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from ldm_sg.autoencoder import load_autoencoder, measure_normalisation
 from ldm_sg.autoencoder.kinds import KINDS
-from ldm_sg.autoencoder.manifest import DIFFUSERS_KINDS, read, sha256
+from ldm_sg.autoencoder.manifest import DIFFUSERS_KINDS, read
 from ldm_sg.configfile import ASSETS, ROOT
 from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
 from ldm_sg.data.shards import expand, image_batches
 from ldm_sg.errors import InputError
+from ldm_sg.folder import file_sha256
 
 SHARED = Path(__file__).parents[2] / "shared"
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -152,7 +153,7 @@ def test_save_and_load_give_the_same_autoencoder(tmp_path):
     again = load_autoencoder(tmp_path / "saved")
     assert torch.equal(again.encode(images), auto.encode(images))
     assert torch.equal(again.decode(auto.encode(images)), auto.decode(auto.encode(images)))
-    assert again.name == auto.name and again.manifest["sha256"] == sha256(tmp_path / "saved" / "model.safetensors")
+    assert again.name == auto.name and again.manifest["sha256"] == file_sha256(tmp_path / "saved" / "model.safetensors")
     again.save(tmp_path / "twice")
     assert (tmp_path / "twice/manifest.yaml").read_text() == (tmp_path / "saved/manifest.yaml").read_text()
     assert not list(tmp_path.rglob("*.tmp-*"))
@@ -207,7 +208,7 @@ def test_wrong_input_is_named(tmp_path, monkeypatch):
         load_autoencoder("teasd3")
     with pytest.raises(InputError, match=r"no manifest\.yaml"):
         load_autoencoder(tmp_path)
-    with pytest.raises(InputError, match="`kind:` is missing"):
+    with pytest.raises(InputError, match="no kind in it"):
         load_autoencoder(manifest(tmp_path / "a", knid="kl"))
     with pytest.raises(InputError, match=r"kind 'klx'.*'kl'"):
         load_autoencoder(manifest(tmp_path / "b", kind="klx", source="none"))

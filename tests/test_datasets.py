@@ -188,7 +188,7 @@ def test_coco(coco, tmp_path, capsys):
     assert classes(tmp_path / "again") == classes(dst) and meta(tmp_path / "again", "001.jpg") == meta(dst, "001.jpg")
     with (dst / "000001.tar").open("ab") as shard:
         shard.write(bytes(512))
-    with pytest.raises(InputError, match="another source, or its source has changed"):
+    with pytest.raises(InputError, match=r"belongs to another config: settings\.source\."):
         run(dst, tmp_path / "again")
 
 
@@ -238,7 +238,7 @@ def test_a_list_takes_some_images_of_a_folder(coco, tmp_path, capsys):
     for name in ("001.jpg", "003.jpg", "my photo.jpg"):
         assert meta(tmp_path / "dst", name) == meta(tmp_path / "all", name)
     write(names, "001\n")
-    with pytest.raises(InputError, match="another source, or its source has changed"):
+    with pytest.raises(InputError, match=r"belongs to another config: settings\.source\."):
         run(tmp_path / "images", tmp_path / "dst", **beside)
 
 
@@ -342,7 +342,7 @@ def test_a_second_run_does_nothing_and_a_changed_source_is_another(voc, coco, tm
         (dst / "000000.tar").unlink()
         run(source, dst, **options)
         assert (dst / "000000.tar").read_bytes() == before
-    other = pytest.raises(InputError, match="another source, or its source has changed")
+    other = pytest.raises(InputError, match=r"belongs to another config: settings\.source\.")
     for options in ({}, {**beside, "merge": None}, {**beside, "ignore_index": 1}, {"masks": maps}):
         with other:
             run(images, tmp_path / "coco", **options)

@@ -173,8 +173,12 @@ def test_unknown_names_say_what_was_meant(model, hint):
 
 
 def test_weights_that_cannot_be_fetched_name_the_model_and_the_way_out(monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no route to host")
+    real = timm.create_model
+
+    def offline(*args, pretrained=False, **kwargs):
+        if pretrained:
+            raise OSError("no route to host")
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(InputError, match=r"resnet18.*no network.*no route to host.*features\.weights=FILE"):

@@ -207,7 +207,7 @@ def test_wrong_input_is_named(config, shard):
 
 
 def test_another_configs_folder_is_refused(config):
-    verb.claim(Path(config.out), config, verb.FREE)
+    verb.claim(Path(config.out), "config.yaml", verb.to_mapping(config), verb.FREE)
     with pytest.raises(InputError, match="channels"):
         fit_autoencoder(dataclasses.replace(config, channels=8))
 

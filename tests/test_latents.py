@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -123,10 +124,10 @@ def test_unfinished_or_foreign_folder(tmp_path):
     with pytest.raises(InputError, match="has not finished"):
         LatentSet(folder)
     (folder / "manifest.yaml").write_text("- a list\n")
-    with pytest.raises(InputError, match="not the manifest"):
+    with pytest.raises(InputError, match="a mapping of keys to values is expected"):
         LatentSet(folder)
     (folder / "manifest.yaml").write_text("a: [1,\n")
-    with pytest.raises(InputError, match="not a readable YAML"):
+    with pytest.raises(InputError, match="not readable YAML"):
         LatentSet(folder)
 
 
@@ -136,15 +137,72 @@ def test_changed_files_are_noticed(tmp_path, indexed):
     if indexed:
         LatentSet(folder)
     shard = folder / "shards" / "000002.tar"
-    whole = shard.read_bytes()
+    whole, when = shard.read_bytes(), shard.stat().st_mtime_ns
     shard.write_bytes(whole[:-512])  # another size: always noticed
     with pytest.raises(InputError, match=r"000002\.tar has changed"):
         LatentSet(folder)
-    shard.write_bytes(whole.replace(b"long", b"LONG"))  # the same size: noticed on request
+    shard.write_bytes(
+        whole.replace(b"long", b"LONG")
+    )  # the same size: noticed at the next opening, whatever its time is
+    os.utime(shard, ns=(when, when))
     with pytest.raises(InputError, match=r"000002\.tar has changed"):
-        LatentSet(folder, verify=True)
+        LatentSet(folder)
     shard.unlink()
     with pytest.raises(InputError, match="is missing"):
+        LatentSet(folder)
+
+
+def test_contents_are_checked_once(tmp_path, monkeypatch):
+    folder, _, _ = make(tmp_path)
+    LatentSet(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "file_sha256", lambda _: pytest.fail("read again"))
+        LatentSet(folder)
+    (folder / "index" / "checked.json").write_text("[1]")
+    LatentSet(folder, verify=True)
+    moved = shutil.copytree(folder, tmp_path / "copy")  # with the times, as cp -a does
+    (moved / "shards" / "000000.tar").write_bytes(
+        (folder / "shards" / "000000.tar").read_bytes().replace(b"0", b"1", 1)
+    )
+    with pytest.raises(InputError, match=r"000000\.tar has changed"):
+        LatentSet(moved)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"x" * 300, None])
+def test_a_damaged_index_is_made_again(tmp_path, damage):
+    folder, _, _ = make(tmp_path)
+    whole = LatentSet(folder)
+    for name in ("where", "k"):
+        (file,) = (folder / "index").glob(f"{name}-*.npy")
+        content = file.read_bytes()
+        file.write_bytes(npy(np.load(file)[:-1]) if damage is None else damage)
+        again = LatentSet(folder)
+        assert torch.equal(again.signals.k, whole.signals.k) and torch.equal(again[3][0], whole[3][0])
+        assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hash": 5},
+        {"shards": 7},
+        {"shards": [{"file": "a", "bytes": 1, "sha256": 5}]},
+        {"shards": [{"file": "../../x.tar", "bytes": 1, "sha256": "a"}]},
+        {"latent_shape": [4, 8]},
+        {"latent_shape": ["4", 8, 8]},
+        {"latent_shape": [-4, 8, 8]},
+        {"num_images": "12"},
+        {"guidance": []},
+        {"guidance": {"kind": "clusters", "num_labels": "x"}},
+        {"guidance": {"kind": "clusters", "spatial": ["box"]}},
+        {"guidance": {"kind": "clusters", "num_labels": -3, "multi_hot": 1}},
+    ],
+)
+def test_wrong_types_in_a_manifest_are_told(tmp_path, change):
+    folder, _, _ = make(tmp_path)
+    manifest = yaml.safe_load((folder / "manifest.yaml").read_text()) | change
+    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    with pytest.raises(InputError):
         LatentSet(folder)
 
 

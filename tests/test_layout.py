@@ -192,7 +192,7 @@ def test_what_a_mask_run_refuses(mask_run: Path, tmp_path: Path) -> None:
     code, output = invoke("sample", mask_run, "--mask", tmp_path / "beyond.png", "--cluster", "1")
     assert code == 2 and "leave --cluster out" in output
     (tmp_path / "text.png").write_text("no image")
-    for name, message in (("text.png", "cannot be read as PNG"), ("none.png", "No such file")):
+    for name, message in (("text.png", "it is no PNG"), ("none.png", "No such file")):
         code, output = invoke("sample", mask_run, "--mask", tmp_path / name, "--out", tmp_path / "s")
         assert code == 2 and message in output
     code, output = invoke("sample", mask_run, "--box", "1,1,5,5", "--out", tmp_path / "s")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm_sg.errors import InputError
 from ldm_sg.report import charts, grids, html
+from ldm_sg.report.annotation import OPEN, wall
 from ldm_sg.report.run import metrics_table, read_curves, split_key, write_report
 
 
@@ -229,7 +230,8 @@ def full(tmp_path: Path) -> Path:
         "samples/step_10.png",
     ):
         grids.save(grids.grid(flat(1, 2), 2), run / name)
-    grids.save(grids.grid(flat(1, 2), 2), annotation / "clusters.png")
+    for k in range(3):
+        grids.save(grids.strip([flat(1, 2), flat(3)]), annotation / "clusters" / f"{k:06d}.webp")
     (run / "config.yaml").write_text(yaml.safe_dump({"annotation": str(annotation), "steps": 40, "batch_size": 8}))
     (run / "metrics.csv").write_text(
         "step,train_loss,val_loss_guided,val_loss_null,images_per_s,lr\n10,0.5,,,100,0.1\n20,0.4,,,110,0.1\n20,,0.3,0.35,,\n"
@@ -272,8 +274,8 @@ def test_full_report_is_one_file_that_loads_nothing(full: Path) -> None:
     path = write_report(full)
     text = path.read_text()
     page = Page(text)
-    pictures = [value for value in page.loads if value.startswith("data:image/png;base64,")]
-    assert len(pictures) == 7
+    pictures = [value for value in page.loads if value.startswith("data:image/")]
+    assert len(pictures) == 6 + 3
     for value in pictures:
         Image.open(io.BytesIO(base64.b64decode(value.split(",")[1]))).verify()
     assert all(value.startswith(("data:", "#")) for value in page.loads), page.loads
@@ -281,11 +283,34 @@ def test_full_report_is_one_file_that_loads_nothing(full: Path) -> None:
     for word in (
         "my run <1>", "ldm-sg demo --out 'a&b'", "90", "4.5", "50.0%", "w = 2, 25 dpmpp_2m", "100 / 200", "0.700", "g (its guide)", "inception (resize clean)", "221", "reach 62.5%", "chance 4.0%",
         "20 of 40", "8 × 8 × 8", "1 min 01 s", "held out, guided", "0.610", "1 / 5", "step 9", "batch_size: 8",
+        "Entropy says", "5 images", "1 image", "nobody named them",
     ):  # fmt: skip
         assert word in page.text, word
+    assert f"ldm-sg sample '{full}' --cluster 2" in page.text  # as a shell reads it
+    headings = re.findall(r'<section id="(.*?)">', text)
+    assert [value[1:] for value in page.loads if value.startswith("#")][: len(headings)] == headings
     assert page.text.index("step 9") < page.text.index("step 10")
     assert re.search(r"1 min 03 s", page.text)  # both stages
     assert not list(full.glob("*.tmp*"))
+
+
+def test_photos_are_embedded_smaller_than_as_png(tmp_path: Path) -> None:
+    noise = torch.nn.functional.interpolate(torch.rand(1, 3, 40, 40), (400, 400), mode="bicubic").clamp(0, 1)
+    path = grids.save(grids.grid((noise * 255).byte(), 1), tmp_path / "photo.png")
+    assert len(html.picture(path)) < path.stat().st_size / 2
+    tall = grids.save(Image.new("RGB", (1, 20_000)), tmp_path / "tall.png")  # taller than WebP can be
+    assert "data:image/png" in html.picture(tall)
+
+
+def test_many_clusters_are_folded_away(tmp_path: Path) -> None:
+    for k in range(OPEN + 5):
+        grids.save(grids.strip([flat(1)]), tmp_path / "clusters" / f"{k:06d}.webp")
+    manifest = {"annotator": {"kind": "clusters", "counts": [1] * (OPEN + 5) + [3]}}
+    text = wall(tmp_path, manifest, "RUN")
+    assert "5 more clusters" in text and text.index("--cluster 39<") < text.index("<details") < text.index(
+        "--cluster 40<"
+    )
+    assert f"{OPEN + 5} of {OPEN + 6} are shown" in text
 
 
 def test_clip_paths_of_several_charts_do_not_collide(full: Path) -> None:

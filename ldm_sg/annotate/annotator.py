@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.annotate.views import Views
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.data.images import to_float
 from ldm_sg.data.shards import ImageBatch, image_batches
@@ -34,16 +34,17 @@ class Study:
     def out(self) -> Path:
         return Path(self.config.out)
 
-    def some_images(self, limit: int) -> Iterator[Tensor]:
-        """Batches [B, 3, size, size] in [-1, 1] of at most about `limit` images: the first ones of every shard.
-        InputError where there is none."""
-        each, found = max(1, limit // len(self.shards)), 0
-        device = "cpu" if self.extractor is None else self.extractor.mean.device
+    def some_images(self, limit: int, zoom: int = 1, whole: bool = False) -> Iterator[Views]:
+        """At most about `limit` images in batches, as g sees them or, with `zoom`, from so many times nearer: the first
+        ones of every shard; `whole` as in `images.show`. InputError where there is none."""
+        each, found, g = max(1, limit // len(self.shards)), 0, self.extractor
+        assert g is not None
         for shard in self.shards:
-            left = each
-            batches = image_batches([shard], self.size, min(each, self.config.features.batch_size), 0, lambda *_: None)
-            for batch in batches:
-                yield to_float(batch.images[:left].to(device))
+            left, together = each, min(each, self.config.features.batch_size)
+            for batch in image_batches(
+                [shard], self.size, together, 0, lambda *_: None, view=g.size * zoom, whole=whole
+            ):
+                yield Views.of(to_float(batch.images[:left].to(g.mean.device)), batch.shown[:left])
                 left, found = left - len(batch.keys), found + 1
                 if left <= 0:
                     break
@@ -58,6 +59,7 @@ class Annotator(ABC):
     kind: ClassVar[str]
     reads_g: ClassVar[bool] = True  # needs g at all
     reads_truth: ClassVar[bool] = False  # looks at labels, boxes and masks of the shards, where there are any
+    whole: ClassVar[bool] = False  # looks at uncropped images, where shards hold them and g reads any shape
     gives_ids: ClassVar[bool] = True  # one cluster id an image, which `annotator.shuffle` can shuffle
     # settings that only `fit` and what follows it read: another value needs no second look at the images
     late: ClassVar[frozenset[str]] = frozenset({"k", "niter", "restarts", "seed", "sample", "shuffle", "neighbours"})
@@ -68,9 +70,9 @@ class Annotator(ABC):
     def prepare(self, study: Study) -> None:
         """Learns what `observe` needs."""
 
-    def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
-        """Looks at the images [B, 3, H, W] in [-1, 1] of a batch as they pass; g's features of them stay on disk."""
-        return Observed(features=None if g is None else g(images))
+    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch) -> Observed:
+        """Looks at the images of a batch as they pass; g's features of them stay on disk."""
+        return Observed(features=None if g is None else g(seen.squares))
 
     def fit(self, study: Study) -> None:
         """Learns from the features that the pass left on disk."""
@@ -88,8 +90,8 @@ class Annotator(ABC):
         """What the manifest says of `observe`'s totals over the set."""
         return {}
 
-    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
-        """The signals of new images [B, 3, H, W] in [-1, 1]."""
+    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
+        """The signals of new images."""
         raise InputError(f"annotator.kind={self.kind} has nothing to say of a new image")
 
     def state(self) -> dict[str, Any]:

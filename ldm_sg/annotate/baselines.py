@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.clusters import Clusters, normalise
 from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.stage import Stage, sample_features, write_bytes
+from ldm_sg.annotate.stage import Stage, sample_features
+from ldm_sg.annotate.views import Views
 from ldm_sg.data.signals import Signals
+from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 
 BANK = "bank.safetensors"
@@ -58,8 +60,8 @@ class Features(Annotator):
     def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
         return {"feature": normalise(stage.read_features()).astype(np.float16)}
 
-    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
-        return self._of(F.normalize(g(images), dim=1))
+    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
+        return self._of(F.normalize(g(seen.squares), dim=1))
 
     def _of(self, features: Tensor) -> Signals:
         return Signals(self.spec, feature=features.half().cpu(), count=len(features))
@@ -85,8 +87,8 @@ class Centroids(Features):
     def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
         return {"feature": self._centroids(stage.read_features()).half().numpy()}
 
-    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
-        return self._of(self._centroids(g(images)))
+    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
+        return self._of(self._centroids(g(seen.squares)))
 
     def _centroids(self, features: np.ndarray | Tensor) -> Tensor:
         return F.normalize(self.clusters.centroids[self.clusters.assign(features)], dim=1)
@@ -113,8 +115,8 @@ class Neighbours(Features):
         generator = np.random.default_rng([self.cfg.seed, stage.index])
         return {"feature": self._neighbours(stage.read_features(), generator).astype(np.float16)}
 
-    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
-        return self._of(torch.from_numpy(self._neighbours(g(images), np.random.default_rng(self.cfg.seed))))
+    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
+        return self._of(torch.from_numpy(self._neighbours(g(seen.squares), np.random.default_rng(self.cfg.seed))))
 
     def _neighbours(self, features: np.ndarray | Tensor, generator: np.random.Generator) -> np.ndarray:
         index = faiss.IndexFlatIP(self.dim)

@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm_sg.annotate.annotator import Study
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.lost import correct_localisation, lost, to_relative, typical_key
-from ldm_sg.annotate.stage import Observed, Stage, write_bytes
+from ldm_sg.annotate.lost import correct_localisation, lost, to_crop, to_relative, typical_key
+from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.annotate.views import Views
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Signals
+from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 
 MEAN = "mean_key.safetensors"
@@ -24,11 +27,13 @@ CENTRED = 512  # images whose keys the mean is taken over
 
 
 class Boxes(Clusters):
-    """LOST on the patch keys of g, a ViT, while images pass; where it finds nothing the box is the whole image. Shards with
-    boxes of their own give CorLoc too."""
+    """LOST on the patch keys of g, a ViT, while images pass: on uncropped images where shards hold them and g reads any shape.
+    Its box is mapped through the crop to the square that is trained on; where it finds nothing, or nothing of it is in the
+    square, the box is the whole square. Shards with boxes of their own give CorLoc too, on the image that LOST saw."""
 
     kind = "boxes"
     reads_truth = True
+    whole = True
 
     def prepare(self, study: Study) -> None:
         """The mean keys, from the first images of every shard, where `annotator.centre` asks for them."""
@@ -37,47 +42,59 @@ class Boxes(Clusters):
         self.mean = torch.zeros_like(study.extractor.keys(blank, self.cfg.keys_layer)[0], device="cpu")  # [Dk, h, w]
         if self.cfg.centre:
             total, count = torch.zeros(()), 0
-            for images in study.some_images(CENTRED):
-                total = total + self._read(study.extractor, images)[1].double().sum(0).cpu()
-                count += len(images)
+            for seen in study.some_images(CENTRED, whole=study.extractor.any_shape):
+                for _, images in seen.by_shape(study.extractor.patch):
+                    keys = on_grid(self._read(study.extractor, images)[1], self.mean.shape[1:])
+                    total = total + keys.double().sum(0).cpu()
+                count += len(seen.squares)
             self.mean = typical_key((total / count).float(), self.cfg.centre_place)
 
-    def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
+    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch) -> Observed:
         assert g is not None
-        features, keys = self._read(g, images)
-        boxes, found = self._boxes(g, keys)
-        true = [
-            (box, torch.from_numpy(t.boxes))
-            for box, t in zip(boxes, batch.truth)
-            if t.boxes is not None and len(t.boxes)
-        ]
+        features, there, found = self._locate(g, seen)
+        boxes, outside = to_crop(there, seen.crops)
+        truths = [t.boxes if whole is None else t.whole_boxes for whole, t in zip(seen.wholes, batch.truth)]
+        true = [(box, torch.from_numpy(t)) for box, t in zip(there, truths) if t is not None and len(t)]
         totals = {
             "images": len(boxes),
             "not_found": int((~found).sum()),
+            "outside": int(outside.sum()),
             "with_boxes": len(true),
             "located": sum(correct_localisation(box, those) for box, those in true),
         }
         counts = {name: np.int64(n) for name, n in totals.items()}
         return Observed({"box": boxes[:, None].numpy()}, counts, features)
 
-    def _read(self, g: FeatureExtractor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] -> image-level features [B, D] and the keys [B, Dk, h, w] that LOST reads."""
+    def _locate(self, g: FeatureExtractor, seen: Views) -> tuple[Tensor, Tensor, Tensor]:
+        """-> image-level features of the squares [B, D]; boxes [B, 4] as shares of the sides of the image that LOST saw, the
+        whole one where there is one; and whether it found something [B]."""
+        count = len(seen.squares)
+        boxes, found, features = torch.empty(count, 4), torch.empty(count, dtype=torch.bool), None
+        for places, images in seen.by_shape(g.patch):
+            features, keys = self._read(g, images)
+            mean = on_grid(self.mean.to(keys.device)[None], keys.shape[2:])
+            some, found_there = lost(keys - mean, self.cfg.k_patches)
+            grid: float | Tensor = g.grid
+            if not isinstance(images, Tensor):
+                grid = torch.tensor([image.shape[:0:-1] * 2 for image in images], device=some.device) / g.patch
+            boxes[places], found[places] = to_relative(some, grid).cpu(), found_there.cpu()
+        alone = features is not None and all(whole is None for whole in seen.wholes)  # one pass gave both
+        return features if alone else g(seen.squares), boxes, found
+
+    def _read(self, g: FeatureExtractor, images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Images as g takes them -> image-level features [B, D] and the keys [B, Dk, h, w] that LOST reads."""
         features, keys = g.features_and_keys(images, self.cfg.keys_layer)
         if self.cfg.keys_flips:
             keys = (keys + g.keys(images, self.cfg.keys_layer, mirrored=True)) / 2
         return features, keys
 
-    def _boxes(self, g: FeatureExtractor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [B, D, h, w] -> boxes [B, 4] as shares of the sides, and whether LOST found something [B]."""
-        boxes, found = lost(keys - self.mean.to(keys.device), self.cfg.k_patches)
-        return to_relative(boxes, g.grid).cpu(), found.cpu()
-
     def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
         return super().signals(stage) | {"box": stage.read_observed().columns["box"]}
 
-    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
-        features, keys = self._read(g, images)
-        return Signals(self.spec, self.assign(features), self._boxes(g, keys)[0][:, None], count=len(images))
+    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
+        features, there, _ = self._locate(g, seen)
+        boxes, _ = to_crop(there, seen.crops)
+        return Signals(self.spec, self.assign(features), boxes[:, None], count=len(boxes))
 
     def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
         found: dict[str, Any] = {"not_found": int(totals["not_found"])}
@@ -87,6 +104,8 @@ class Boxes(Clusters):
                 "some extractors (DINOv2) need annotator.centre=true",
                 file=sys.stderr,
             )
+        if totals["outside"]:
+            found["outside_crop"] = int(totals["outside"])
         if totals["with_boxes"]:
             found["corloc"] = round(float(totals["located"] / totals["with_boxes"]), 4)
             found["corloc_images"] = int(totals["with_boxes"])
@@ -103,3 +122,8 @@ class Boxes(Clusters):
     @property
     def spec(self) -> GuidanceSpec:
         return GuidanceSpec(self.kind, num_labels=self.k, spatial="box")
+
+
+def on_grid(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """Keys [B, D, h, w], or their means, on another grid."""
+    return keys if keys.shape[2:] == shape else F.interpolate(keys, tuple(shape), mode="bilinear")

@@ -18,10 +18,12 @@ from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_sc
 
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.stage import Stage, sample_features, write_bytes
+from ldm_sg.annotate.stage import Stage, sample_features
+from ldm_sg.annotate.views import Views
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
+from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 
 CENTROIDS = "centroids.safetensors"
@@ -78,8 +80,8 @@ class Clusters(Annotator):
     def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
         return {"k": self.assign(stage.read_features()).numpy()}
 
-    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
-        return Signals.of_ids(self.spec, self.assign(g(images)))
+    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
+        return Signals.of_ids(self.spec, self.assign(g(seen.squares)))
 
     def assign(self, features: np.ndarray | Tensor) -> Tensor:
         """Features [B, D] -> ids [B] long, of the nearest centroid."""

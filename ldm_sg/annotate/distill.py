@@ -26,12 +26,11 @@ from tqdm import tqdm
 
 from ldm_sg.annotate.clusters import Clusters, contingency, nmi
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
-from ldm_sg.annotate.stage import write_bytes, write_text
 from ldm_sg.config import AnnotatorConfig, DistillConfig, FeaturesConfig
 from ldm_sg.data.images import crop_resize, decode, to_float, to_tensor
-from ldm_sg.data.latents import file_sha256
 from ldm_sg.data.shards import expand, read_shard
 from ldm_sg.errors import InputError
+from ldm_sg.folder import file_sha256, whole, write_bytes, write_text
 from ldm_sg.hardware import pick_device
 
 
@@ -97,10 +96,8 @@ def teacher_views(cfg: DistillConfig, teacher: FeatureExtractor, cache: Path) ->
         ):
             small.append(small_views.numpy())
             features.append(teacher(to_float(large_views)).cpu().numpy().astype(np.float16))
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, small=np.stack(small), features=np.stack(features))
-        temporary.replace(path)
+        with whole(path) as new, new.open("wb") as file:
+            np.savez(file, small=np.stack(small), features=np.stack(features))
     with np.load(path) as both:
         return both["small"], both["features"]
 

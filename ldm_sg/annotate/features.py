@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,21 @@ from typing import Any
 import timm
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_sg.config import FeaturesConfig
 from ldm_sg.configfile import ASSETS, read_yaml
-from ldm_sg.data.latents import file_sha256
 from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.folder import file_sha256
 from ldm_sg.hardware import use_bf16
 from ldm_sg.hub import hub
+from ldm_sg.weights import read_weights
 
 EXTRACTORS = ASSETS / "extractors"
 POOLS = ("auto", "cls", "mean")
+LEAST = 224  # pixels
 
 
 class FeatureExtractor(nn.Module):
@@ -47,6 +49,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("std", torch.tensor(manifest["std"]).view(3, 1, 1), persistent=False)
         self.tower = tower
         self.patch = patch_size(tower)  # pixels
+        self.any_shape = bool(getattr(tower, "dynamic_img_size", False))  # reads images that are no squares too
         self.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
         self.bf16 = use_bf16(str(manifest["precision"]), self.mean.device)
         try:
@@ -76,14 +79,16 @@ class FeatureExtractor(nn.Module):
             image_level = self._image_level(prepared) if self._own_pooling else self._pooled(spatial, prefix)
         return image_level.float(), spatial.flip(-1).float() if mirrored else spatial.float()
 
-    def keys(self, images: Tensor, layer: int = -1, mirrored: bool = False) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> patch keys [B, Dk, h, w] of a block's self-attention (the last one's unless told),
+    def keys(self, images: Tensor | Sequence[Tensor], layer: int = -1, mirrored: bool = False) -> Tensor:
+        """Images as `prepare` takes them -> patch keys [B, Dk, h, w] of a block's self-attention (the last one's unless told),
         its heads side by side, float32: what LOST reads. The image spans `grid` rows and columns of them; `mirrored`
         as in `patches`."""
         return self.features_and_keys(images, layer, mirrored)[1]
 
     @torch.no_grad()
-    def features_and_keys(self, images: Tensor, layer: int = -1, mirrored: bool = False) -> tuple[Tensor, Tensor]:
+    def features_and_keys(
+        self, images: Tensor | Sequence[Tensor], layer: int = -1, mirrored: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """What `forward` and `keys` give, in one pass."""
         attention, prepared = _fused_attention(self.tower, layer), self.prepare(images, mirrored)
         read: list[Tensor] = []  # what the attention reads [B, P + N, C], prefix tokens first
@@ -112,16 +117,19 @@ class FeatureExtractor(nn.Module):
         assert self.patch is not None, self.name
         return self.size / self.patch
 
-    def prepare(self, images: Tensor, mirrored: bool = False) -> Tensor:
-        """[-1, 1] at any size -> g's own size (antialiased bicubic) and normalisation, [B, 3, size, size]; where
-        patches do not divide the size, zeros (the mean colour) on the right and below fill the last ones. It is mirrored
-        last: the same pixels share a patch."""
-        images = images.to(self.mean.device)
-        if images.shape[-2:] != (self.size, self.size):
-            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+    def prepare(self, images: Tensor | Sequence[Tensor], mirrored: bool = False) -> Tensor:
+        """[B, 3, H, W] in [-1, 1], which becomes `size` wide, or images [3, h, w] at g's scale that fill the same patches,
+        as they are -> g's normalisation; where patches do not divide the sides, zeros (the mean colour) on the right and
+        below fill the last ones. It is mirrored last: the same pixels share a patch."""
+        if not isinstance(images, Tensor):
+            return torch.cat([self._normalised(image[None].to(self.mean.device), mirrored) for image in images])
+        return self._normalised(resize(images.to(self.mean.device), self.size), mirrored)
+
+    def _normalised(self, images: Tensor, mirrored: bool) -> Tensor:
         images = (images * 0.5 + 0.5 - self.mean) / self.std
-        if self.patch and self.size % self.patch:
-            images = F.pad(images, (0, -self.size % self.patch) * 2)
+        height, width = images.shape[2:]
+        if self.patch and (height % self.patch or width % self.patch):
+            images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         return (images.flip(-1) if mirrored else images).contiguous(memory_format=torch.channels_last)
 
     def _autocast(self) -> torch.autocast:
@@ -166,6 +174,13 @@ class FeatureExtractor(nn.Module):
         return spatial, None if prefix is None or prefix.shape[1] == 0 else prefix
 
 
+def resize(images: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] in [-1, 1] -> [B, 3, size, size], antialiased bicubic."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 def patch_size(tower: nn.Module) -> int | None:
     """Pixels a side of a timm ViT's patches; None for towers that cut the image up in another way."""
     embed = getattr(tower, "patch_embed", None)
@@ -187,8 +202,11 @@ def _fused_attention(tower: nn.Module, layer: int) -> nn.Module | None:
     return attention if isinstance(getattr(attention, "qkv", None), nn.Linear) else None
 
 
-def load_extractor(cfg: FeaturesConfig, device: torch.device | str = "cpu") -> FeatureExtractor:
+def load_extractor(
+    cfg: FeaturesConfig, device: torch.device | str = "cpu", source: int | None = None
+) -> FeatureExtractor:
     """The g of a config: a shipped name, a folder with manifest.yaml, `open_clip:MODEL[/PRETRAINED]`, or a timm name.
+    Where the config leaves its input size open, `own_size` fits it to images of `source` pixels.
 
     Raises InputError for an unknown name, weights that cannot be had or do not fit, a block or pooling it lacks."""
     if cfg.pool not in POOLS:
@@ -197,7 +215,7 @@ def load_extractor(cfg: FeaturesConfig, device: torch.device | str = "cpu") -> F
     folder = None if clip else _shipped(cfg.model)
     if folder is not None:
         return _load_folder(folder, cfg, device)
-    tower, own = _open_clip(cfg) if clip else _timm(cfg)
+    tower, own = _open_clip(cfg) if clip else _timm(cfg, source)
     weights = str(Path(cfg.weights).resolve()) if cfg.weights else None
     chosen = {"layer": cfg.layer, "pool": cfg.pool, "precision": cfg.precision}
     manifest = {"name": cfg.model, "model": cfg.model, "weights": weights, **own, **chosen}
@@ -243,7 +261,16 @@ def _load_folder(folder: Path, cfg: FeaturesConfig, device: torch.device | str) 
     return extractor
 
 
-def _timm(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
+def own_size(model: int, patch: int, source: int | None) -> int:
+    """The input size of a ViT that takes any and is named none: the multiple of its patches nearest to the images' own
+    size, for there is no more to see, but at most the model's own and at least what most ViTs are trained at, since a few
+    large patches tell little (benchmarks/RESULTS.md)."""
+    if source is None:
+        return model
+    return min(model, max(round(source / patch), round(LEAST / patch)) * patch)
+
+
+def _timm(cfg: FeaturesConfig, source: int | None) -> tuple[nn.Module, dict[str, Any]]:
     base = cfg.model.split(".")[0]  # ARCHITECTURE.PRETRAINED_TAG
     if not timm.is_model(base):
         shipped = [path.parent.name for path in EXTRACTORS.glob("*/manifest.yaml")]
@@ -258,13 +285,16 @@ def _timm(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
         raise InputError(f"features.model={cfg.model!r}: {choices(cfg.model, tags)}") from err
     own = own or timm.get_pretrained_cfg(base)
     kwargs: dict[str, Any] = {"num_classes": 0}
-    if cfg.size is not None and own.fixed_input_size:
-        kwargs["img_size"] = cfg.size
+    with torch.device("meta"):  # shapes only
+        draft = timm.create_model(cfg.model, **kwargs)
+    data = timm.data.resolve_model_data_config(draft)
+    patch, size = patch_size(draft) or 1, cfg.size or data["input_size"][-1]
+    if isinstance(draft, VisionTransformer | Eva) and patch > 1:
+        kwargs["dynamic_img_size"] = True
+        size = cfg.size or own_size(size, patch, source)
+    if own.fixed_input_size and size != data["input_size"][-1]:
+        kwargs["img_size"] = size + -size % patch  # `prepare` pads to it
     tower = _create(cfg, kwargs)
-    if "img_size" in kwargs and cfg.size % (patch := patch_size(tower) or 1):
-        tower = _create(cfg, kwargs | {"img_size": cfg.size + -cfg.size % patch})  # `prepare` pads to it
-    data = timm.data.resolve_model_data_config(tower)
-    size = cfg.size or data["input_size"][-1]
     return tower, {"size": size, "mean": [float(v) for v in data["mean"]], "std": [float(v) for v in data["std"]]}
 
 
@@ -322,27 +352,6 @@ def _open_clip(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
         "size": size,
         "mean": [float(v) for v in tower.image_mean],
         "std": [float(v) for v in tower.image_std],
-    }
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or a torch file that holds tensors and nothing else; InputError for anything that could run code."""
-    if not path.is_file():
-        raise InputError(f"features.weights={path}: no such file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as err:  # zip, pickle, header errors
-        raise InputError(
-            f"{path}: not a safetensors file or a torch file of plain tensors (files with code in them are refused)"
-        ) from err
-    for wrapper in ("state_dict", "model", "teacher"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: expected a mapping of names to tensors")
-    return {
-        key.removeprefix("module."): value.float() if value.is_floating_point() else value
-        for key, value in state.items()
     }
 
 

@@ -1,12 +1,15 @@
 """f by its name, kept in OUT/annotator together with its g, and loaded again to annotate new images."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -17,12 +20,14 @@ from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.oracle import Oracle
 from ldm_sg.annotate.segments import Segments
-from ldm_sg.annotate.stage import write_text
+from ldm_sg.annotate.views import Views
 from ldm_sg.config import AnnotatorConfig, FeaturesConfig
 from ldm_sg.configfile import from_mapping
-from ldm_sg.data.latents import file_sha256, set_hash
+from ldm_sg.data.images import show, to_float
+from ldm_sg.data.latents import set_hash
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.folder import file_sha256, read_mapping, whole, write_text
 
 KINDS: dict[str, type[Annotator]] = {
     f.kind: f for f in (Clusters, Boxes, Segments, Oracle, Random, Features, Centroids, Neighbours)
@@ -39,18 +44,30 @@ def make_annotator(cfg: AnnotatorConfig) -> Annotator:
 
 @dataclass
 class LoadedAnnotator:
-    """g and f of an annotation set or a run, ready for new images [B, 3, H, W] in [-1, 1]."""
+    """g and f of an annotation set or a run, ready for new images: `Views` of photos, or squares [B, 3, H, H] in [-1, 1] of
+    which there is no more to see, such as samples."""
 
     extractor: FeatureExtractor
     f: Annotator
     digest: str  # sha256 over the files of its folder
 
-    def __call__(self, images: Tensor) -> Signals:
-        return self.f.annotate(self.extractor, images)
+    def __call__(self, images: Tensor | Views) -> Signals:
+        return self.f.annotate(self.extractor, images if isinstance(images, Views) else Views.of_squares(images))
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor | Views) -> Tensor:
         """[B, D] float32."""
-        return self.extractor(images)
+        return self.extractor(images.squares if isinstance(images, Views) else images)
+
+    def see(self, images: Sequence[Image.Image], size: int, within: int | None = None) -> tuple[Tensor, Views]:
+        """Photos -> the squares that the autoencoder sees, [B, 3, size, size] in [-1, 1], and what g and f see."""
+        g = self.extractor
+        shown = [show(image, size, within, g.size, self.f.whole and g.any_shape) for image in images]
+        squares = to_float(torch.from_numpy(np.stack([image.square for image in shown])).to(g.mean.device))
+        return squares, Views.of(squares, shown)
+
+    def of_image(self, image: Image.Image, size: int, within: int | None = None) -> Signals:
+        """The signals of one photo, as `annotate` would have given them to it; `size` and `within` as in `images.show`."""
+        return self(self.see([image], size, within)[1])
 
 
 def save_annotator(folder: Path, annotator: Annotator, extractor: FeatureExtractor | None) -> None:
@@ -59,7 +76,8 @@ def save_annotator(folder: Path, annotator: Annotator, extractor: FeatureExtract
     annotator.save(folder)
     own = extractor.folder if extractor else None
     if own and sum(file.stat().st_size for file in own.iterdir()) <= SMALL:
-        shutil.copytree(own, folder / "g", dirs_exist_ok=True)
+        with whole(folder / "g") as new:
+            shutil.copytree(own, new)
     settings: dict[str, Any] = {"kind": annotator.kind, "state": annotator.state(), "config": asdict(annotator.cfg)}
     settings["features"] = extractor.manifest if extractor else None
     write_text(folder / "annotator.yaml", yaml.safe_dump(settings, sort_keys=False, width=118, default_flow_style=None))
@@ -70,14 +88,14 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
     path = folder / "annotator.yaml"
     if not path.is_file():
         raise InputError(f"{folder}: no annotator.yaml there; give the annotator/ folder of an annotation set or a run")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise InputError(f"{path} is damaged: {one_line(err)}") from err
-    if not isinstance(settings, dict) or not {"kind", "state", "config", "features"} <= set(settings):
-        raise InputError(f"{path}: not of this version of ldm_sg: make the annotation set again")
+    settings = read_mapping(path, {"kind": str, "state": dict, "config": dict, "features": (dict, type(None))})
     annotator = make_annotator(from_mapping(AnnotatorConfig, settings["config"], str(path)))
+    declared = annotator.state()
     for name, value in settings["state"].items():
+        if name not in declared or type(value) is not type(declared[name]):
+            raise InputError(
+                f"{path}: state: {name}={value!r:.60}: not what annotator.kind={annotator.kind} keeps there"
+            )
         setattr(annotator, name, value)
     try:
         annotator.restore(folder)

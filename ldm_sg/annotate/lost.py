@@ -96,10 +96,19 @@ def bounds(part: Tensor) -> Tensor:
     return torch.stack([x0, y0, x1, y1], 1).float()
 
 
-def to_relative(boxes: Tensor, grid: float) -> Tensor:
-    """Boxes [..., 4] in patches -> in units of the square image, clipped to [0, 1]. The image spans `grid` patches
-    (`FeatureExtractor.grid`), a fraction where the last row and column are partly padding."""
+def to_relative(boxes: Tensor, grid: float | Tensor) -> Tensor:
+    """Boxes [..., 4] in patches -> as shares of the image's sides, clipped to [0, 1]. The image spans `grid` patches
+    (`FeatureExtractor.grid`), or [..., 4] of them along (x, y, x, y): fractions where the last ones are partly padding."""
     return (boxes / grid).clamp(0, 1)
+
+
+def to_crop(boxes: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes [B, 4] as shares of the sides of whole images, and the parts of them [B, 4] that are trained on -> the boxes as
+    shares of the parts' sides, clipped, [B, 4], and which have no area there [B]: they become the whole part."""
+    start, extent = crops[:, :2].repeat(1, 2), (crops[:, 2:] - crops[:, :2]).repeat(1, 2)
+    moved = ((boxes - start) / extent).clamp(0, 1)
+    outside = (moved[:, 2:] - moved[:, :2] < 1e-5).any(1)  # edges that touch leave a rounding error of area
+    return torch.where(outside[:, None], torch.tensor([0.0, 0, 1, 1]), moved), outside
 
 
 def correct_localisation(box: Tensor, truth: Tensor) -> bool:

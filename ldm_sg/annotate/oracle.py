@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.annotate.views import Views
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.errors import InputError, choices
@@ -34,11 +34,11 @@ class Oracle(Annotator):
         super().__init__(cfg)
         self.k, self.multi_hot = 0, False
 
-    def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
+    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch) -> Observed:
         if self.cfg.truth == "none":
             return Observed()
         if self.cfg.truth == "masks":
-            void = np.full(images.shape[-2:], VOID, np.uint8)
+            void = np.full((seen.size, seen.size), VOID, np.uint8)
             masks = [void if truth.mask is None else truth.mask for truth in batch.truth]
             seen = np.bincount(np.concatenate([np.unique(mask) for mask in masks]), minlength=256)
             return Observed({"mask": masks}, {"classes": seen})

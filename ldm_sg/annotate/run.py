@@ -1,7 +1,6 @@
 """annotate: source shards -> annotation set. One streaming pass decodes each image once for g and the autoencoder; then f
 is fitted on the features and the annotated shards are written; the manifest comes last."""
 
-import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,16 +17,20 @@ from ldm_sg.annotate.baselines import corrupted
 from ldm_sg.annotate.clusters import ari, contingency, entropy, nmi
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.kinds import load_f, make_annotator, save_annotator
-from ldm_sg.annotate.stage import ShardMeta, Stage, stages, write_text
+from ldm_sg.annotate.stage import ShardMeta, Stage, check_unchanged, stages
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
 from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
-from ldm_sg.configfile import to_yaml
-from ldm_sg.data.latents import file_sha256, set_hash
+from ldm_sg.configfile import to_mapping
+from ldm_sg.data.latents import set_hash
 from ldm_sg.data.shards import ShardWriter, expand
 from ldm_sg.data.signals import files_of, npy
 from ldm_sg.errors import InputError
+from ldm_sg.folder import claim, file_sha256, flat, read_mapping, write_text
 from ldm_sg.hardware import pick_device
+
+# what may change between two starts of one annotation without making it another one
+FREE = ("out", "workers", "device", "max_skipped", "allow_damaged", "features.batch_size")
 
 
 def annotate_shards(cfg: AnnotateConfig) -> Path:
@@ -37,16 +40,20 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     out, shards = Path(cfg.out), expand(cfg.shards)
     if cfg.annotator.shuffle and not annotator.gives_ids:
         raise no_ids(cfg.annotator)
-    claim(out, cfg, shards, annotator.late)
+    take(out, cfg, shards, annotator.late)
     if (out / "manifest.yaml").is_file():
+        for entry in read_mapping(out / "manifest.yaml", {"source": [{"url": str}]})["source"]:
+            check_unchanged(entry["url"], entry)
         return out
-    for leftover in out.rglob("*.tmp-*"):  # of a run that was killed
-        leftover.unlink()
     all_stages = list(stages(out, len(shards)))
+    for stage in all_stages:
+        if stage.done:
+            check_unchanged(shards[stage.index], stage.read_meta().source)
     device = pick_device(cfg.device)
-    size = cfg.size or first_size(shards)
+    source = first_size(shards) if cfg.size is None or cfg.features.size is None else None
+    size = cfg.size or source
     autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
-    extractor = load_extractor(cfg.features, device) if annotator.reads_g else None
+    extractor = load_extractor(cfg.features, device, source) if annotator.reads_g else None
     study = Study(cfg, shards, all_stages, size, extractor, [])
     fitted = (out / "annotator" / "annotator.yaml").is_file()
     if not fitted:
@@ -67,55 +74,23 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     return out
 
 
-def claim(out: Path, cfg: AnnotateConfig, shards: list[str], late: frozenset[str]) -> None:
-    """Write OUT/config.yaml, or check that the one there is ours: InputError naming the first key that differs.
-
-    As long as no shard is done the folder binds nobody, and until f is fitted its `late` settings stay free: features are
-    kept when k was too large."""
-    wanted = flat(yaml.safe_load(to_yaml(cfg)))
-    for free in ("out", "shards", "workers", "device", "max_skipped", "features.batch_size"):
-        wanted.pop(free)
-    wanted["shards"] = shards
-    path, finished = out / "config.yaml", (out / "manifest.yaml").is_file()
-    if not path.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out={str(out)!r} holds something that annotate did not make: choose another folder")
-    found = yaml.safe_load(path.read_text()) if path.is_file() else None
-    if found == wanted:
-        return
-    if finished or any((out / "work").glob("*.json")):
-        fitted = (out / "annotator" / "annotator.yaml").is_file()
-        for key, value in wanted.items():
-            free = not fitted and key.removeprefix("annotator.") in late
-            if found.get(key) != value and not free:
-                raise InputError(
-                    f"out={str(out)!r} belongs to another config: {key} {difference(found.get(key), value)}; "
-                    "choose another out="
-                )
-    else:  # what was learnt before the first shard was done may be of other images or settings
-        for folder in ("autoencoder", "annotator", "work"):
-            shutil.rmtree(out / folder, ignore_errors=True)
-    write_text(path, yaml.safe_dump(wanted, sort_keys=False))
-
-
-def difference(found: Any, value: Any) -> str:
-    if isinstance(value, list) and isinstance(found, list):
-        other = next((pair for pair in itertools.zip_longest(found, value) if pair[0] != pair[1]), (None, None))
-        return f"has {len(found)} entries there and {len(value)} here; the first that differs is {other[0]!r}, here {other[1]!r}"
-    return f"is {found!r} there and {value!r} here"
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> one with dotted keys."""
-    pairs: dict[str, Any] = {}
-    for key, value in tree.items():
-        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return pairs
+def take(out: Path, cfg: AnnotateConfig, shards: list[str], late: frozenset[str]) -> None:
+    """Makes OUT this config's. As long as no shard is done the folder binds nobody, and until f is fitted its `late` settings
+    stay free: features are kept when k was too large."""
+    wanted = flat(to_mapping(cfg)) | {"shards": list(map(str, shards))}
+    for key in FREE:
+        wanted.pop(key)
+    begun = (out / "manifest.yaml").is_file() or any((out / "work").glob("*.json"))
+    free = () if (out / "annotator" / "annotator.yaml").is_file() else {f"annotator.{key}" for key in late}
+    # what was learnt before the first shard was done may be of other images or settings
+    claim(out, "config.yaml", wanted, free, () if begun else ("autoencoder", "annotator", "work"))
 
 
 @dataclass
 class Summary:
     counts: list[int]  # images a shard
     urls: list[str]
+    sources: list[dict[str, Any]]  # their fingerprints
     classes: np.ndarray  # the class numbers that occur, sorted
     skipped: int
     latent_shape: list[int]
@@ -123,12 +98,13 @@ class Summary:
 
 def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summary:
     """Counts over all shards; InputError when there is no image, or too large a share was skipped."""
-    counts, urls, skipped, shape, first = [], [], 0, None, None
+    counts, urls, sources, skipped, shape, first = [], [], [], 0, None, None
     classes = np.empty(0, np.int64)
     for stage in all_stages:
         meta = stage.read_meta()
         counts.append(len(meta.keys))
         urls.append(meta.url)
+        sources.append(meta.source)
         skipped += len(meta.skipped)
         first = first or next(iter(meta.skipped), None)
         classes = np.union1d(classes, np.array(meta.cls, np.int64))
@@ -141,7 +117,7 @@ def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summa
         raise InputError(
             f"{skipped} of {total + skipped} images cannot be used, more than max_skipped={max_skipped} of them{example}"
         )
-    return Summary(counts, urls, classes[classes >= 0], skipped, shape)
+    return Summary(counts, urls, sources, classes[classes >= 0], skipped, shape)
 
 
 def no_ids(cfg: AnnotatorConfig) -> InputError:
@@ -245,13 +221,21 @@ def describe(
         for stage, n in zip(all_stages, summary.counts)
     ]
     first_stage = {key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256")}
+    seen = {}  # images.show, in words
+    if extractor:
+        seen["g"] = f"the centre square at {extractor.size} pixels, from the source's own where it has more than {size}"
+    if extractor and annotator.whole and extractor.any_shape:
+        seen["boxes"] = f"the uncropped image, its short side {extractor.size} pixels, padded to whole patches"
     return {
         "version": 2,
         "features": extractor.manifest if extractor else None,
         "annotator": f,
         "autoencoder": first_stage,
         "size": size,
-        "source": [{"url": url, "images": n} for url, n in zip(summary.urls, summary.counts)],
+        "source": [
+            {"url": url, "images": n} | known for url, n, known in zip(summary.urls, summary.counts, summary.sources)
+        ],
+        "view": seen,
         "num_images": sum(summary.counts),
         "num_skipped": summary.skipped,
         "latent_shape": summary.latent_shape,

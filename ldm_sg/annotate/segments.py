@@ -1,24 +1,29 @@
 """f = STEGO (or plain k-means on patches): an index mask of K classes, the paper's self-segmented guidance."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import five_crop
 from tqdm import tqdm
 
 from ldm_sg.annotate.annotator import Annotator, Study
+from ldm_sg.annotate.distill import jitter
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.matching import confusion, match
 from ldm_sg.annotate.stage import Observed, Stage
 from ldm_sg.annotate.stego import Segmenter
-from ldm_sg.config import AnnotatorConfig
+from ldm_sg.annotate.views import Views
+from ldm_sg.config import AnnotatorConfig, SegmentsConfig
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import PackedMasks, Signals
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.guidance.spatial import VOID
+
+CROPS = 5
 
 
 class Segments(Annotator):
@@ -41,32 +46,36 @@ class Segments(Annotator):
             self.restore(folder)
             return
         assert study.extractor is not None
-        work = study.out / "work"
-        patches, features = sample_patches(study, self.cfg.segments.images, work / "patches.f16")
-        self.segmenter.fit(patches, features, work, study.extractor.mean.device)
+        if self.cfg.segments.weights:
+            self.segmenter.take_official(Path(self.cfg.segments.weights), study.extractor.tower)
+        else:
+            work = study.out / "work"
+            patches, features = sample_patches(study, self.cfg.segments, self.cfg.seed, work / "patches.f16")
+            self.segmenter.fit(patches, features, work, study.extractor.mean.device)
         folder.mkdir(parents=True, exist_ok=True)
         self.segmenter.save(folder)
 
-    def observe(self, g: FeatureExtractor | None, images: Tensor, batch: ImageBatch) -> Observed:
+    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch) -> Observed:
         assert g is not None
-        masks = self._masks(g, images)
+        masks = self._masks(g, seen)
         table = np.zeros((self.k, VOID), np.int64)
         for mask, truth in zip(masks, batch.truth, strict=True):
             if truth.mask is not None:
                 table += confusion(mask, truth.mask, self.k, VOID)
         return Observed({"mask": masks}, {"confusion": table})
 
-    def _masks(self, g: FeatureExtractor, images: Tensor) -> np.ndarray:
-        """Images [B, 3, H, W] -> index masks uint8 [B, H, H]."""
-        mirrored = g.patches(images, mirrored=True)[1] if self.cfg.segments.flips else None
-        masks = self.segmenter.segment(g.patches(images)[1], mirrored, images.shape[-1])
+    def _masks(self, g: FeatureExtractor, seen: Views) -> np.ndarray:
+        """B images -> index masks uint8 [B, size, size]."""
+        mirrored = g.patches(seen.squares, mirrored=True)[1] if self.cfg.segments.flips else None
+        masks = self.segmenter.segment(g.patches(seen.squares)[1], mirrored, seen.size)
         return torch.as_tensor(masks).cpu().numpy()
 
     def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
         return {"mask": stage.read_observed().columns["mask"]}
 
-    def annotate(self, g: FeatureExtractor, images: Tensor) -> Signals:
-        return Signals(self.spec, mask=PackedMasks.of(self._masks(g, images)), count=len(images))
+    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
+        masks = self._masks(g, seen)
+        return Signals(self.spec, mask=PackedMasks.of(masks), count=len(masks))
 
     def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
         table = totals["confusion"]
@@ -87,19 +96,32 @@ class Segments(Annotator):
         self.segmenter.restore(folder)
 
 
-def sample_patches(study: Study, limit: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def sample_patches(study: Study, cfg: SegmentsConfig, seed: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """g's patch features float16 [N, D, h, w], a file that is mapped, and image-level features float32 [N, D'] of at most
-    about `limit` images: the first ones of every shard."""
+    about `cfg.images` images, or crops of images: the first ones of every shard."""
     g = study.extractor
     assert g is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    features, shape = [], (0, 0, 0)
+    features, shape, generator = [], (0, 0, 0), torch.Generator().manual_seed(seed)
     with path.open("wb") as file, tqdm(desc="patches to learn from", unit=" images", mininterval=1) as bar:
-        for images in study.some_images(limit):
-            image_level, patches = g.patches(images)
-            features.append(image_level.cpu().numpy())
-            file.write(patches.half().cpu().contiguous().numpy().data)
-            shape = tuple(patches.shape[1:])
-            bar.update(len(images))
+        for seen in study.some_images(cfg.images // (CROPS if cfg.crops else 1), zoom=2 if cfg.crops else 1):
+            for images in lessons(seen.squares, cfg, generator):
+                image_level, patches = g.patches(images)
+                features.append(image_level.cpu().numpy())
+                file.write(patches.half().cpu().contiguous().numpy().data)
+                shape = tuple(patches.shape[1:])
+                bar.update(len(images))
     count = sum(map(len, features))
     return np.memmap(path, np.float16, "r", shape=(count, *shape)), np.concatenate(features)
+
+
+def lessons(images: Tensor, cfg: SegmentsConfig, generator: torch.Generator) -> Iterator[Tensor]:
+    """Images [B, 3, H, W] -> what is learnt from, in batches of B: with `cfg.crops` the four corners and the centre of each,
+    of half its sides; with `cfg.augment` half of them mirrored, all with their colours a little changed."""
+    crops = five_crop(images, [side // 2 for side in images.shape[2:]]) if cfg.crops else (images,)
+    for crop in crops:
+        if cfg.augment:
+            mirror = torch.rand(len(crop), 1, 1, 1, generator=generator) < 0.5
+            coloured = jitter(crop.cpu(), generator, pad=0).to(crop.device)
+            crop = torch.where(mirror.to(crop.device), coloured.flip(-1), coloured)
+        yield crop

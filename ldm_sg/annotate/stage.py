@@ -8,9 +8,8 @@ second run does only what is missing. In the folder of the annotation set, of sh
 
 import io
 import json
-import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -18,9 +17,10 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
-from ldm_sg.data.shards import space_left
-from ldm_sg.data.signals import PackedMasks
+from ldm_sg.data.signals import PackedMasks, npy
+from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError
+from ldm_sg.folder import disk_errors, file_sha256, read_mapping, temporary, write_bytes, write_text
 
 
 @dataclass
@@ -32,6 +32,7 @@ class ShardMeta:
     cls: list[int]  # -1 = unknown
     skipped: list[tuple[str, str, str]]  # (shard, key, reason)
     latent_shape: list[int] | None  # [C, h, w]; None when the shard had no image
+    source: dict[str, Any] = field(default_factory=dict)  # bytes, modified and sha256 of a local one
 
 
 @dataclass
@@ -61,7 +62,9 @@ class Stage:
         return self.meta.is_file()
 
     def read_meta(self) -> ShardMeta:
-        return ShardMeta(**json.loads(self.meta.read_text()))
+        kinds = {"url": str, "keys": [str], "cls": [int], "skipped": [[str]], "latent_shape": (list, type(None))}
+        meta = read_mapping(self.meta, kinds)
+        return ShardMeta(**{f.name: meta[f.name] for f in fields(ShardMeta) if f.name in meta})
 
     def read_features(self) -> np.ndarray:
         """float16 [n, D], memory-mapped."""
@@ -113,20 +116,18 @@ class StageWriter:
             self._write(which, values.half().cpu().contiguous().numpy().data)
 
     def _write(self, which: str, data: memoryview) -> None:
-        try:
+        with disk_errors(self.paths[which]):
             self.files[which].write(data)
             self.files[which].flush()
-        except OSError as err:
-            path = self.paths[which]
-            raise InputError(f"{path}: cannot write latents: {err.strerror or err}; {space_left(path)}") from err
 
     def finish(self) -> None:
         for which, file in self.files.items():
             file.close()
             temporary(self.paths[which]).replace(self.paths[which])
         if self.features:
-            write_array(self.stage.features, np.concatenate(self.features))
+            write_bytes(self.stage.features, npy(np.concatenate(self.features)))
         write_bytes(self.stage.observed, self._observed())
+        self.meta.source = fingerprint(self.meta.url)
         write_text(self.stage.meta, json.dumps(asdict(self.meta)))
 
     def _observed(self) -> bytes:
@@ -148,30 +149,27 @@ class StageWriter:
                 temporary(self.paths[which]).unlink(missing_ok=True)
 
 
-def temporary(path: Path) -> Path:
-    """Where a file grows until it is whole."""
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+def fingerprint(url: str) -> dict[str, Any]:
+    """What tells a local source shard from another one of its name; nothing of a remote one."""
+    if is_remote(url):
+        return {}
+    stat = Path(url).stat()
+    return {"bytes": stat.st_size, "modified": stat.st_mtime_ns, "sha256": file_sha256(url)}
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """The file appears under its name when whole; InputError when the disk is full or not writable."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary(path).write_bytes(data)
-        temporary(path).replace(path)
-    except OSError as err:
-        temporary(path).unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {err.strerror or err}; {space_left(path)}") from err
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write_bytes(path, buffer.getvalue())
+def check_unchanged(url: str, known: dict[str, Any]) -> None:
+    """InputError where a source shard is not the one whose `fingerprint` is known. It is read again only where its time alone
+    is another."""
+    if not isinstance(known.get("bytes"), int) or is_remote(url):  # an older set, or nothing to tell it by
+        return
+    stat = Path(url).stat()
+    if stat.st_size == known["bytes"] and stat.st_mtime_ns == known.get("modified"):
+        return
+    if stat.st_size != known["bytes"] or file_sha256(url) != known.get("sha256"):
+        raise InputError(
+            f"source shard {url!r} has changed since it was annotated (then {known['bytes']:,} bytes, now {stat.st_size:,}): bring "
+            "the old one back, or annotate into another out="
+        )
 
 
 def stages(out: Path, count: int) -> Iterator[Stage]:

@@ -8,14 +8,15 @@ import faiss
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_sg.annotate.clusters import normalise, on_gpu
-from ldm_sg.annotate.stage import write_bytes
 from ldm_sg.annotate.stego_head import Head, fit_head, subset
+from ldm_sg.annotate.stego_official import official
 from ldm_sg.config import SegmentsConfig
 from ldm_sg.errors import InputError
+from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.spatial import VOID
 
 WEIGHTS = "segments.safetensors"
@@ -43,6 +44,13 @@ class Segmenter:
             self.head = fit_head(patches, image_features, self.cfg, self.seed, device, folder)
         self.centroids = spherical_kmeans(self._points(patches, device), self.k, self.seed)
         return self
+
+    def take_official(self, path: Path, tower: nn.Module) -> None:
+        """Head and classes of an official STEGO checkpoint, instead of a fit; `tower` is the network of g."""
+        self.head, centres = official(path, tower)
+        if len(centres) != self.k:
+            raise InputError(f"annotator.k={self.k}: {path} has {len(centres)} classes")
+        self.centroids = F.normalize(centres, dim=1)
 
     def _points(self, patches: np.ndarray, device: torch.device | str) -> np.ndarray:
         """Codes of unit length [P, C], as many of every image, at random places."""

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm_sg.annotate.clusters import normalise
-from ldm_sg.annotate.stage import write_bytes
 from ldm_sg.config import SegmentsConfig
 from ldm_sg.errors import InputError
+from ldm_sg.folder import write_bytes
 
 CHECKPOINT = "stego.pt"
 SAMPLES, DROPOUT = 11, 0.1  # the official code's: random places along each side of an image, and channels not shown

@@ -6,9 +6,10 @@ import queue
 import tarfile
 import threading
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +18,17 @@ from tqdm import tqdm
 from ldm_sg.annotate.annotator import Annotator
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.stage import Stage, StageWriter
+from ldm_sg.annotate.views import Views
 from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisation
 from ldm_sg.config import AnnotateConfig
-from ldm_sg.data.images import BadImage, decode, to_float
+from ldm_sg.data.images import BadImage, crop_resize, decode, to_float, to_tensor
 from ldm_sg.data.pool import decoder_pool
-from ldm_sg.data.shards import IMAGE_EXTENSIONS, ImageBatch, image_batches, is_remote, read_shard
+from ldm_sg.data.shards import IMAGE_EXTENSIONS, Damage, ImageBatch, image_batches, is_remote, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.hardware import use_bf16
 
 PIXELS = 2**18  # encoded at once on a CPU: with TAESD at 256 px twice as fast as whole batches
+CALIBRATION_SHARDS = 32
 CALIBRATION_IMAGES = 256  # that an autoencoder without mean and std is measured on: 262,144 places of a 32x32 latent
 
 
@@ -49,14 +52,29 @@ def prepare_autoencoder(
         return load_autoencoder(str(folder)).to(device, memory_format=torch.channels_last)
     autoencoder = load_autoencoder(cfg.autoencoder).to(device, memory_format=torch.channels_last)
     if not autoencoder.normalised:
-        needed = -(-min(CALIBRATION_IMAGES, expected_images(shards) or CALIBRATION_IMAGES) // cfg.features.batch_size)
-        batches = itertools.islice(image_batches(shards, size, cfg.features.batch_size, 0, lambda *_: None), needed)
-        bar = tqdm(batches, "measuring latents", needed, unit=" batches")
         few = max(1, PIXELS // size**2) if device.type == "cpu" else cfg.features.batch_size
+        bar = tqdm(calibration_images(shards, size), "measuring latents", unit=" images", mininterval=1)
+        parts = iter(lambda: list(itertools.islice(bar, few)), [])
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(cfg.precision, device)):
-            measure_normalisation(autoencoder, (part for batch in bar for part in to_float(batch.images).split(few)))
+            measure_normalisation(autoencoder, (to_float(torch.stack(part)) for part in parts))
     autoencoder.save(folder)
     return autoencoder
+
+
+def calibration_images(shards: list[str], size: int) -> Iterator[Tensor]:
+    """About CALIBRATION_IMAGES, uint8 [3, size, size], from all over the set: from as many shards as CALIBRATION_SHARDS, evenly
+    spread, and where there are fewer, so that reading them to the end is cheap, evenly spread inside each."""
+    chosen = [shards[i * len(shards) // CALIBRATION_SHARDS] for i in range(CALIBRATION_SHARDS)]
+    chosen = list(dict.fromkeys(chosen))
+    each = CALIBRATION_IMAGES // len(chosen)
+    for url in chosen:
+        count = expected_images([url]) if len(chosen) < CALIBRATION_SHARDS else None
+        step = max(1, -(-(count or 0) // each))
+        for sample in itertools.islice(read_shard(url, lambda *_: None), step // 2, each * step, step):
+            try:
+                yield to_tensor(crop_resize(decode(sample.image, sample.key), size))
+            except BadImage:  # the pass will report it
+                continue
 
 
 @dataclass
@@ -66,22 +84,40 @@ class Passing:
     shard: int
     batch: ImageBatch | None
     skipped: list[tuple[str, str, str]]
+    damage: str = ""  # at its end: why it is not to be used
+
+
+class _Refused(Exception):
+    """Damage that is not allowed, on its way out of the reading."""
 
 
 def batches_of(
-    shards: list[str], todo: list[int], size: int, batch_size: int, workers: int, truth: bool = False
+    shards: list[str],
+    todo: list[int],
+    size: int,
+    batch_size: int,
+    workers: int,
+    truth: bool = False,
+    allow_damaged: bool = True,
+    **looks: Any,
 ) -> Iterator[Passing]:
-    """Batches of the shards `todo`, one after the other, each followed by its end mark."""
+    """Batches (`image_batches`) of the shards `todo`, one after the other, each followed by its end mark."""
     skipped: list[tuple[str, str, str]] = []
 
     def on_skip(*entry: str) -> None:
+        if isinstance(entry[2], Damage) and not allow_damaged:
+            raise _Refused(f"{entry[0]}: {entry[2]}")
         skipped.append(entry)  # type: ignore[arg-type]
 
     with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
         for index in todo:
-            for batch in image_batches([shards[index]], size, batch_size, pool, on_skip, truth):
-                yield Passing(index, batch, [])
-            yield Passing(index, None, skipped.copy())
+            damage = ""
+            try:
+                for batch in image_batches([shards[index]], size, batch_size, pool, on_skip, truth, **looks):
+                    yield Passing(index, batch, [])
+            except _Refused as err:
+                damage = str(err)
+            yield Passing(index, None, skipped.copy(), damage)
             skipped.clear()
 
 
@@ -115,7 +151,7 @@ def ahead(source: Iterator[Passing], depth: int = 4) -> Iterator[Passing]:
             yield item
     finally:
         stop.set()
-        thread.join()
+        thread.join(timeout=2)  # it may wait for a server; it ends with the process
 
 
 def extract(
@@ -132,24 +168,34 @@ def extract(
     if not todo:
         return
     bf16 = use_bf16(cfg.precision, autoencoder.mean.device)
-    batches = batches_of(shards, todo, size, cfg.features.batch_size, cfg.workers, annotator.reads_truth)
-    total = expected_images([shards[index] for index in todo])
+    looks = {"view": extractor.size, "whole": annotator.whole and extractor.any_shape} if extractor else {}
+    reading = (size, cfg.features.batch_size, cfg.workers, annotator.reads_truth, cfg.allow_damaged)
+    batches = batches_of(shards, todo, *reading, **looks)
+    total, damaged = expected_images([shards[index] for index in todo]), []
     with closing(ahead(batches)) as source, tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
         for done, index in enumerate(todo):
-            with StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
+            with suppress(_Refused), StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
                 for passing in source:
                     batch = passing.batch
+                    if passing.damage:
+                        damaged.append(passing.damage)
+                        raise _Refused
                     if batch is None:
                         writer.meta.skipped = passing.skipped
                         break
                     images = to_float(batch.images.to(autoencoder.mean.device))
-                    observed = annotator.observe(extractor, images, batch)
+                    observed = annotator.observe(extractor, Views.of(images, batch.shown), batch)
                     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                         latents = encode(autoencoder, images, cfg.flips)
                     writer.add(batch.keys, batch.cls, latents, observed)
                     bar.update(len(batch.keys))
                 writer.finish()
             bar.total = round(bar.n / (done + 1) * len(todo))  # a better guess than the first, and right at the end
+    if damaged:
+        raise InputError(
+            f"{len(damaged)} of {len(shards)} shards are damaged, the others are done; the first: {damaged[0]}; mend them and "
+            "give the same command, or go on without what is lost by allow_damaged=true"
+        )
 
 
 def expected_images(shards: list[str]) -> int | None:

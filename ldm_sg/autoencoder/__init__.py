@@ -1,6 +1,5 @@
 """The first stage: `load_autoencoder(name_or_dir)` -> an `Autoencoder` with encode, decode, channels, factor."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.kinds import KINDS, Codec
 from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import file_sha256, write_bytes
 
 __all__ = ["Autoencoder", "load_autoencoder", "measure_normalisation"]
 
@@ -85,15 +85,12 @@ class Autoencoder(nn.Module):
         """Write manifest.yaml, complete, and the weights where they take at most 16 MiB; `load_autoencoder(folder)` reads
         it back. Larger weights stay where they are and are referred to."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         manifest, state = dict(self.manifest), self.weights()
         if state and sum(t.numel() * t.element_size() for t in state.values()) <= SMALL:
-            temporary = folder / f"model.safetensors.tmp-{os.getpid()}"
-            temporary.write_bytes(save(state))
-            manifest.update(source={"file": "model.safetensors"}, sha256=manifests.sha256(temporary))
+            write_bytes(folder / "model.safetensors", save(state))
+            manifest.update(source={"file": "model.safetensors"}, sha256=file_sha256(folder / "model.safetensors"))
             manifest.update(net=self.codec.net_config)
             manifest.pop("subfolder", None)
-            temporary.replace(folder / "model.safetensors")
         manifests.write(manifest, folder)
 
     def weights(self) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ normalisation is not theirs."""
 import contextlib
 import inspect
 import io
-import pickle
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm_sg.errors import InputError
 from ldm_sg.hub import hub
+from ldm_sg.weights import read_weights
 
 Manifest = dict[str, Any]
 
@@ -50,7 +48,7 @@ class Diffusers(Codec):
         else:
             config = manifest["net"] if "file" in source else self.cls.load_config(str(weights.parent))
             self.net = self.cls.from_config(config)
-            self.half = load_weights(self.net, read_state(weights), weights)
+            self.half = load_weights(self.net, read_weights(weights), weights)
         config = self.net.config
         self.net_config = plain_config(self.net)
         self.channels = config.latent_channels
@@ -117,7 +115,7 @@ class VQ(Codec):
         self.post_quant_conv = nn.Conv2d(width, net["z_channels"], 1)
         self.net_config = manifest["net"]
         self.channels, self.factor = width, 2 ** (len(net["ch_mult"]) - 1)
-        state = {k: v for k, v in read_state(weights).items() if not k.startswith(("loss.", "model_ema."))}
+        state = {k: v for k, v in read_weights(weights).items() if not k.startswith(("loss.", "model_ema."))}
         self.half = load_weights(self, state, weights)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -143,24 +141,6 @@ class Patch(Codec):
 
 
 KINDS: dict[str, type[Codec]] = {"kl": KL, "tiny": Tiny, "vqmodel": DiffusersVQ, "vq": VQ, "patch": Patch}
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file or of a torch file (a state dict, or a checkpoint's `state_dict`).
-
-    Torch files are read with weights_only: one that holds anything but tensors and plain containers is refused."""
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as err:
-        raise InputError(
-            f"{path}: not a safetensors file or a plain state dict ({str(err).splitlines()[0]}). A checkpoint that "
-            "pickles other objects is not opened: save its tensors with safetensors.torch.save_file"
-        ) from err
-    return state
 
 
 def load_weights(net: nn.Module, state: dict[str, Tensor], path: Path) -> bool:

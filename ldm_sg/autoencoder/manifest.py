@@ -1,7 +1,5 @@
 """`autoencoders/NAME/manifest.yaml`: what a first stage is, where its weights are, and how its latents are normalised."""
 
-import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import yaml
 
 from ldm_sg.configfile import ROOT
 from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import file_sha256, read_mapping, write_text
 
 KEYS = {
     "name": "how configs and reports call it; the folder's name by default",
@@ -56,12 +55,7 @@ def find(name_or_dir: str) -> tuple[dict[str, Any], Path]:
 
 def read(path: Path) -> dict[str, Any]:
     """A manifest, its keys checked."""
-    try:
-        manifest = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise InputError(f"{path}: not readable YAML: {str(err).splitlines()[0]}") from err
-    if not isinstance(manifest, dict) or "kind" not in manifest:
-        raise InputError(f"{path}: not an autoencoder's manifest: `kind:` is missing")
+    manifest = read_mapping(path, {"kind": str})
     for key in manifest:
         if key not in KEYS:
             raise InputError(f"{path}: unknown key {key!r}; {choices(key, KEYS)}")
@@ -70,10 +64,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def from_diffusers(folder: Path) -> dict[str, Any]:
     """The manifest of a folder that diffusers wrote."""
-    import json
-
-    config = json.loads((folder / "config.json").read_text())
-    cls = config.get("_class_name")
+    cls = read_mapping(folder / "config.json", {"_class_name": str})["_class_name"]
     if cls not in DIFFUSERS_KINDS:
         raise InputError(f"{folder / 'config.json'}: class {cls!r}; {choices(cls, DIFFUSERS_KINDS)}")
     return {"name": folder.resolve().name, "kind": DIFFUSERS_KINDS[cls], "source": {"folder": str(folder.resolve())}}
@@ -83,9 +74,7 @@ def write(manifest: dict[str, Any], folder: Path) -> None:
     """manifest.yaml, whole or not at all, keys in the order of KEYS."""
     known = {key: manifest[key] for key in KEYS if manifest.get(key) is not None}
     text = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=118, default_flow_style=None)
-    temporary = folder / f"manifest.yaml.tmp-{os.getpid()}"
-    temporary.write_text(text)
-    temporary.replace(folder / "manifest.yaml")
+    write_text(folder / "manifest.yaml", text)
 
 
 def weights_file(manifest: dict[str, Any], folder: Path) -> Path | None:
@@ -104,13 +93,8 @@ def weights_file(manifest: dict[str, Any], folder: Path) -> Path | None:
         raise InputError(
             f"autoencoder {manifest['name']!r}: weights {path} not found. {manifest.get('note', '')}".strip()
         )
-    digest = sha256(path)
+    digest = file_sha256(path)
     if manifest.get("sha256") not in (digest, None):
         raise InputError(f"{path}: sha256 {digest} is not the manifest's {manifest['sha256']}: the file was changed")
     manifest["sha256"] = digest
     return path
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

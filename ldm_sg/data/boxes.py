@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from ldm_sg.data.images import BadImage, square
+from ldm_sg.data.images import BadImage, fitted, square
 from ldm_sg.errors import InputError, choices
 
 EXPECTED = (
@@ -227,23 +227,27 @@ def _refuse_doctype(*declaration: Any) -> None:
     raise BadImage("its XML has a DOCTYPE, which may hide entities: VOC's have none")
 
 
-def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: int) -> dict[str, Any]:
-    """A sample's json after `crop_resize`: boxes in the new pixels, clipped; those that are cropped away are left out, and
-    so is a label all of whose boxes are. Raises BadImage where `boxes` is not a list of [x0, y0, x1, y1, label]."""
+def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: int, crop: bool = True) -> dict[str, Any]:
+    """A sample's json after `crop_resize`, or without `crop` `fit_resize`: boxes in the new pixels, clipped; those that are
+    cropped away are left out, and so is a label all of whose boxes are. Raises BadImage where `boxes` is not a list of [x0, y0, x1, y1, label]."""
     if not isinstance(meta, dict) or "boxes" not in meta:
         return meta
     left, top, side = square(*original)
+    start, old, new = (left, top), (side, side), (size, size)
+    if not crop:
+        start, old, new = (0, 0), original, fitted(*original, size)
     kept = []
     try:
-        for x0, y0, x1, y1, label in meta["boxes"]:
-            corners = [(x - start) * size / side for x, start in ((x0, left), (y0, top), (x1, left), (y1, top))]
-            box = [min(max(corner, 0.0), float(size)) for corner in corners]
-            if box[0] < box[2] and box[1] < box[3]:
+        for *corners, label in meta["boxes"]:
+            moved = [(x - start[i % 2]) * new[i % 2] / old[i % 2] for i, x in enumerate(corners)]
+            box = [min(max(corner, 0.0), float(new[i % 2])) for i, corner in enumerate(moved)]
+            x0, y0, x1, y1 = box
+            if x0 < x1 and y0 < y1:
                 kept.append([*box, label])
-    except (TypeError, ValueError) as err:
-        raise BadImage("its json has boxes that are not [x0, y0, x1, y1, label]") from err
-    gone = {box[4] for box in meta["boxes"]} - {box[4] for box in kept}
-    labels = {"labels": [label for label in meta["labels"] if label not in gone]} if "labels" in meta else {}
+        gone = {box[4] for box in meta["boxes"]} - {box[4] for box in kept}
+        labels = {"labels": [label for label in meta["labels"] if label not in gone]} if "labels" in meta else {}
+    except (TypeError, ValueError, OverflowError) as err:
+        raise BadImage("its json has boxes that are not [x0, y0, x1, y1, label], or no list of labels") from err
     return {**meta, **labels, "boxes": kept}
 
 

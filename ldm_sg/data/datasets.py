@@ -11,8 +11,21 @@ from pathlib import Path
 from ldm_sg.data import cocostuff
 from ldm_sg.data.boxes import Annotations, Boxes, read_json, read_xml
 from ldm_sg.data.images import BadImage
-from ldm_sg.data.sources import FolderSource, Item, ItemSource, Source, digest, make_key, walk
+from ldm_sg.data.sources import (
+    FolderSource,
+    Item,
+    ItemSource,
+    ListSource,
+    LmdbSource,
+    ShardSource,
+    Source,
+    digest,
+    make_key,
+    walk,
+)
+from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import file_sha256
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -56,6 +69,38 @@ class Beside:
         if self.ignore_index is not None:
             table[self.ignore_index] = 255
         return tuple(table)
+
+
+def open_source(src: str, beside: Beside | None = None, allow_damaged: bool = False) -> Source:
+    """What `src` names, with the boxes and masks beside it; InputError when there is nothing. `allow_damaged`: of shards that
+    are cut off, what is whole."""
+    path = Path(src).expanduser()
+    try:
+        if path.is_dir() and not (path / "data.mdb").is_file():
+            source = open_dataset(path, beside or Beside()) or FolderSource.open(path)
+        else:
+            source = _open(src, path)
+            if beside is not None:
+                beside.allow(f"{src} is none")
+    except OSError as err:  # a folder or list that may not be read
+        raise InputError(f"{err.filename or src} cannot be read: {err.strerror or err}") from err
+    if isinstance(source, ShardSource):
+        source.allow_damaged = allow_damaged
+    return source
+
+
+def _open(src: str, path: Path) -> Source:
+    if path.is_dir():
+        return LmdbSource.open(path)
+    if path.is_file() and path.suffix == ".txt":
+        return ListSource.open(path)
+    if path.name == "data.mdb":
+        raise InputError(f"{src}: name the LMDB's folder ({path.parent}), not the file in it")
+    if is_remote(src) or path.suffix in (".tar", ".gz", ".tgz") or any(mark in src for mark in "*?[{"):
+        return ShardSource.open(src)
+    if path.is_file():
+        raise InputError(f"{src} is a file: pack takes a folder, a .txt list, an LMDB folder, or .tar shards")
+    raise InputError(f"source {src!r} not found")
 
 
 def open_dataset(root: Path, beside: Beside) -> Source | None:
@@ -161,8 +206,7 @@ class DatasetSource(ItemSource):
             raise InputError(
                 f"--annotations {path}: it names {len(read.images)} images, none of them in {self.root}{example}"
             )
-        with path.open("rb") as file:
-            self.identity["annotations"] = hashlib.file_digest(file, "sha256").hexdigest()
+        self.identity["annotations"] = file_sha256(path)
         self._set_boxes(Annotations(boxes, read.classes, read.crowds))
         self._note_unmatched(read.images.keys(), set(keys.values()), "names in the annotations")
 

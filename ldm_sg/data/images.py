@@ -1,9 +1,12 @@
-"""Image bytes -> the one RGB square that every verb sees. Torch is imported only where tensors are made, so that decoding
-processes start in a fraction of a second."""
+"""Image bytes -> the one RGB square that every verb sees, and what g sees of the image beside it. Torch is imported only
+where tensors are made, so that decoding processes start in a fraction of a second."""
 
 import io
+import threading
 import warnings
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import (  # noqa: F401  (a format exists once its plugin is imported)
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 # Formats that are pixels and nothing else: Pillow would also run Ghostscript on an EPS that is called .jpg.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_SIDE = 8192  # pixels of a square that images are cropped to
+LARGE = (
+    2**25
+)  # pixels, 0.1 GB as RGB and up to four times that while it is decoded: one such at a time over all decoders
+MAX_ASPECT = 4  # of whole images that g sees: beyond it they are made smaller, to bound its patches
 MAX_PIXELS = 2**27  # 134 megapixels, 0.4 GB as RGB: more than cameras make; beyond it a header is taken for an attack
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {  # EXIF orientation -> what brings the image upright
@@ -39,6 +46,15 @@ _UPRIGHT = {  # EXIF orientation -> what brings the image upright
 }
 # Pillow warns of odd EXIF blocks and of sizes below our own limit; what matters here is an error, not a warning.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+_large: AbstractContextManager[Any] = threading.Lock()
+
+
+def share_large(lock: AbstractContextManager[Any]) -> None:
+    """The lock under which large images are decoded: one for all processes of a pool."""
+    global _large
+    _large = lock
 
 
 class BadImage(Exception):
@@ -59,7 +75,8 @@ def decode(data: bytes, key: str = "") -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise BadImage(f"its header claims {width} x {height} pixels, more than {MAX_PIXELS:,}", key)
             turn = _UPRIGHT.get(_orientation(image))
-            rgb = _to_rgb(image)
+            with _large if width * height > LARGE else nullcontext():
+                rgb = _to_rgb(image)
     except BadImage:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, for headers far beyond ours
@@ -107,20 +124,70 @@ def crop_resize(image: Image.Image, size: int, within: int | None = None) -> Ima
     `within`, the centre of `size` pixels of what crop_resize(image, within) would be.
 
     Pixel-identical when the centre square is already `size` (or `within`) wide."""
-    left, top, side = square(*image.size)
-    box: tuple[float, ...] = (left, top, left + side, top + side)
-    if within is not None:
-        margin, part = side * ((within - size) // 2) / within, side * size / within
-        box, side = (left + margin, top + margin, left + margin + part, top + margin + part), part
-    if side == size:
-        return image if image.size == (size, size) else image.crop(box)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return _resized(image, size, _part(*image.size, size, within))
 
 
-def crop_resize_index(mask: Image.Image, size: int) -> Image.Image:
-    """`crop_resize` for index images (segmentation masks): the same crop, nearest neighbour, indices untouched."""
-    left, top, side = square(*mask.size)
-    return mask.resize((size, size), Image.Resampling.NEAREST, box=(left, top, left + side, top + side))
+def _part(width: int, height: int, size: int, within: int | None) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom, in an image's pixels, of what `crop_resize` takes."""
+    left, top, side = square(width, height)
+    if within is None:
+        return left, top, left + side, top + side
+    margin, part = side * ((within - size) // 2) / within, side * size / within
+    return left + margin, top + margin, left + margin + part, top + margin + part
+
+
+def _resized(image: Image.Image, size: int, part: tuple[float, float, float, float]) -> Image.Image:
+    if part[2] - part[0] == size:
+        return image if image.size == (size, size) else image.crop(part)  # type: ignore[arg-type]
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=part)
+
+
+def fitted(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height of an uncropped image whose short side becomes `size`."""
+    short = min(width, height)
+    return max(1, round(width * size / short)), max(1, round(height * size / short))
+
+
+def fit_resize(image: Image.Image, size: int) -> Image.Image:
+    """The whole image, its short side `size`, antialiased bicubic; pixel-identical when it is already."""
+    wanted = fitted(*image.size, size)
+    return image if image.size == wanted else image.resize(wanted, Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of one image, uint8 [3, height, width] each."""
+
+    square: np.ndarray  # to the autoencoder
+    view: np.ndarray | None  # to g: the same square at g's own size; None = `square`, which g resizes
+    whole: np.ndarray | None  # to LOST: the uncropped image at the view's scale; None = what g sees
+    crop: tuple[float, ...]  # left, top, right, bottom of the square, as shares of the image's sides
+
+
+def show(
+    image: Image.Image, size: int, within: int | None = None, view: int | None = None, whole: bool = False
+) -> Shown:
+    """THE rule of what networks see. The autoencoder: the `size`-pixel centre square (`crop_resize`). g, whose input is
+    `view` pixels wide: the same square straight from the image's own pixels where it has more than `size` of them, and
+    otherwise the very square. With `whole`, what finds boxes sees the uncropped image, at the same scale."""
+    part = _part(*image.size, size, within)
+    left, top, right, bottom = part
+    pixels = to_array(_resized(image, size, part))
+    closer = to_array(_resized(image, view, part)) if view not in (None, size) and right - left > size else None
+    crop = (left / image.width, top / image.height, right / image.width, bottom / image.height)
+    uncropped = None
+    if whole and view is not None and crop != (0, 0, 1, 1):
+        longest = max(image.size) / min(image.size)
+        uncropped = to_array(fit_resize(image, max(1, round(view * min(1, MAX_ASPECT / longest)))))
+    return Shown(pixels, closer, uncropped, crop)
+
+
+def crop_resize_index(mask: Image.Image, size: int, crop: bool = True) -> Image.Image:
+    """`crop_resize`, or without `crop` `fit_resize`, for index images (segmentation masks): nearest neighbour, indices
+    untouched."""
+    if not crop:
+        return mask.resize(fitted(*mask.size, size), Image.Resampling.NEAREST)
+    return mask.resize((size, size), Image.Resampling.NEAREST, box=_part(*mask.size, size, None))
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -147,17 +214,23 @@ def to_uint8(images: "Tensor") -> "Tensor":
     return images.detach().float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def decode_index(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """An index PNG (segmentation mask) that belongs to an image of `size` -> its indices, mode P or L. Raises BadImage."""
+def decode_index(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """An index PNG (segmentation mask), which belongs to an image of `size` -> its indices, mode P or L. Raises BadImage."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
-            if mask.size != size:
+            if size is not None and mask.size != size:
                 raise BadImage(f"its mask is {mask.size[0]} x {mask.size[1]}, the image {size[0]} x {size[1]}")
             if mask.mode not in ("P", "L"):
                 raise BadImage(f"its mask has mode {mask.mode}: an index image is 8-bit greyscale or palette")
+            if mask.width * mask.height > MAX_PIXELS:
+                raise BadImage(f"its mask has {mask.width} x {mask.height} pixels, more than {MAX_PIXELS:,}")
             mask.load()
             return mask.copy()
     except BadImage:
         raise
+    except Image.DecompressionBombError:
+        raise BadImage(f"its mask has more than {MAX_PIXELS:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise BadImage("its mask cannot be decoded: it is no PNG") from None
     except Exception as err:  # as in `decode`
         raise BadImage(f"its mask cannot be decoded: {one_line(err)}") from err

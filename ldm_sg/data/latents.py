@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -24,17 +23,16 @@ from tqdm import tqdm
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.data.signals import PackedMasks, Signals, columns, extension
 from ldm_sg.errors import InputError
+from ldm_sg.folder import file_sha256, read_mapping, whole, write_json
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.guidance.spatial import Crops
 
 LATENT, FLIP = "latent.npy", "flip.npy"
+MANIFEST = {
+    "shards": [{"file": str, "bytes": int, "sha256": str}],
+    **{"hash": str, "guidance": dict, "latent_shape": [int], "flips": bool, "num_images": int},
+}
 _NPY_HEADER = 256  # more than the header of a plain array of few dimensions
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex digest of a file's content."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def set_hash(shard_hashes: Iterable[str]) -> str:
@@ -68,8 +66,8 @@ class LatentSet:
 
     `signals`, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`. Raises InputError
     when `annotate` has not finished, or the files are not those that the manifest describes: sizes are always compared,
-    contents with verify=True. The first opening indexes the shards (about 20 s a million images) and keeps the
-    result in FOLDER/index."""
+    contents at the first opening (and with verify=True), which also indexes the shards (about 20 s a million images) and keeps
+    both results in FOLDER/index."""
 
     def __init__(self, folder: str | Path, verify: bool = False):
         self.folder = Path(folder)
@@ -79,12 +77,13 @@ class LatentSet:
         self.spec = GuidanceSpec.from_dict(self.manifest["guidance"], str(self.folder))
         self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latent_shape"])
         self.flips = bool(self.manifest["flips"])
-        self._where, arrays = _index(self.folder, self.hash, self.paths, self.latent_shape, self.flips, self.spec)
+        count = self.manifest["num_images"]
+        self._where, arrays = _index(
+            self.folder, self.hash, self.paths, self.latent_shape, self.flips, self.spec, count
+        )
         self.signals = Signals.from_arrays(self.spec, arrays, len(self._where))
-        if len(self) != self.manifest["num_images"]:
-            raise InputError(
-                f"{self.folder}: its shards hold {len(self)} images, its manifest says {self.manifest['num_images']}"
-            )
+        if len(self) != count:
+            raise InputError(f"{self.folder}: its shards hold {len(self)} images, its manifest says {count}")
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_open = max(1, soft // 4)
         self._files: dict[int, int] = {}  # shard -> file descriptor, oldest first
@@ -134,14 +133,12 @@ class LatentSet:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """manifest.yaml of an annotation set; InputError where there is none, as `annotate` writes it last."""
     path = finished_manifest(folder)
-    try:
-        manifest = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise InputError(f"{path}: not a readable YAML file: {str(err).splitlines()[0]}") from err
-    needed = {"shards", "hash", "guidance", "latent_shape", "flips", "num_images"}
-    missing = sorted(needed - set(manifest)) if isinstance(manifest, dict) else sorted(needed)
-    if missing:
-        raise InputError(f"{path}: not the manifest of an annotation set: no {', '.join(missing)}")
+    manifest = read_mapping(path, MANIFEST)
+    odd = next((entry["file"] for entry in manifest["shards"] if Path(entry["file"]).name != entry["file"]), None)
+    if odd or len(manifest["latent_shape"]) != 3 or min(manifest["latent_shape"]) < 1:
+        raise InputError(
+            f"{path}: " + (f"shard {odd!r} is no file in shards/" if odd else "latent_shape is not (C, h, w)")
+        )
     return manifest
 
 
@@ -152,11 +149,21 @@ def _checked_shards(folder: Path, manifest: dict[str, Any], verify: bool) -> lis
     if set_hash(entry["sha256"] for entry in entries) != manifest["hash"]:
         raise InputError(f"{folder / 'manifest.yaml'} has been {changed}")
     paths = [folder / "shards" / entry["file"] for entry in entries]
-    for path, entry in zip(tqdm(paths, "verify", disable=not verify, unit="shard"), entries):
+    remembered, now = folder / "index" / "checked.json", {}
+    try:
+        known = read_mapping(remembered)
+    except InputError:  # not there yet, or damaged
+        known = {}
+    for path, entry in zip(tqdm(paths, "verify", disable=len(paths) < 17, unit="shard"), entries):
         if not path.is_file():
             raise InputError(f"{path} is missing: the annotation set has {changed}")
-        if path.stat().st_size != entry["bytes"] or (verify and file_sha256(path) != entry["sha256"]):
+        stat = path.stat()  # ctime: no copy and no program keeps it
+        now[path.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, entry["sha256"]]
+        good = stat.st_size == entry["bytes"]
+        if not good or ((verify or known.get(path.name) != now[path.name]) and file_sha256(path) != entry["sha256"]):
             raise InputError(f"{path} has {changed}")
+    if now != known and os.access(folder, os.W_OK):
+        write_json(remembered, now)
     return paths
 
 
@@ -164,25 +171,32 @@ _WHERE = np.dtype([("shard", np.int32), ("latent", np.int64), ("flip", np.int64)
 
 
 def _index(
-    folder: Path, digest: str, paths: list[Path], shape: tuple[int, int, int], flips: bool, spec: GuidanceSpec
+    folder: Path,
+    digest: str,
+    paths: list[Path],
+    shape: tuple[int, int, int],
+    flips: bool,
+    spec: GuidanceSpec,
+    count: int,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """(_WHERE [N], columns of signals), kept in FOLDER/index under the set's hash."""
+    """(_WHERE [N], columns of signals), kept in FOLDER/index under the set's hash; made again where they are not of `count`
+    images."""
     names = ["where"]
     for name in columns(spec):
         names += ["mask_size", "mask", "mask_ends"] if name == "mask" else [name]
     saved = {name: folder / "index" / f"{name}-{digest[:16]}.npy" for name in names}
-    if all(path.is_file() for path in saved.values()):
+    try:
         # What is large is mapped, not read: shared by all ranks and workers of a machine.
         modes: dict[str, Any] = {"where": "r", "mask": "r", "feature": "c"}
         arrays = {name: np.load(path, mmap_mode=modes.get(name)) for name, path in saved.items()}
-    else:
+        rows = {len(array) for name, array in arrays.items() if name not in ("mask", "mask_size")}
+        if rows != {count} or arrays["where"].dtype != _WHERE:
+            raise ValueError
+    except (OSError, ValueError, EOFError):  # not there yet, or damaged
         arrays = _concatenate(folder, paths, shape, flips, spec)
-        if os.access(folder, os.W_OK):
-            (folder / "index").mkdir(exist_ok=True)
-            for name, path in saved.items():
-                temporary = path.with_name(f"{path.stem}.tmp-{os.getpid()}.npy")
-                np.save(temporary, arrays[name])
-                temporary.replace(path)
+        for name, path in saved.items() if os.access(folder, os.W_OK) else ():
+            with whole(path) as new, new.open("wb") as file:
+                np.save(file, arrays[name])
     if "mask" in arrays:
         arrays["mask"] = PackedMasks(int(arrays.pop("mask_size")[0]), arrays["mask"], arrays.pop("mask_ends"))
     return arrays.pop("where"), arrays
@@ -236,33 +250,38 @@ def _index_shard(
     where["flip"] = offsets[FLIP] if flips else -1
     if not n:
         return where, {}
-    return where, {
-        name: PackedMasks.of(signals[extension(name)]) if name == "mask" else np.stack(signals[extension(name)])
-        for name in wanted
-    }
+    try:
+        return where, {
+            name: PackedMasks.of(signals[extension(name)]) if name == "mask" else np.stack(signals[extension(name)])
+            for name in wanted
+        }
+    except (ValueError, AssertionError) as err:
+        raise InputError(f"{path}: signals of different shapes in it") from err
 
 
 def _mask(data: bytes, path: Path) -> np.ndarray:
     try:
         return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
-    except (OSError, SyntaxError) as err:
+    except Exception as err:  # damaged files make Pillow raise anything
         raise InputError(f"{path}: holds a mask that cannot be decoded") from err
 
 
 def _members(file: int, path: Path) -> Iterator[tuple[str, int, int]]:
     """(extension, offset of the content, size) of the files in a tar that `ShardWriter` wrote: POSIX headers, the full
     name of a long key in a pax header before its own. `tarfile` does this too, five times slower."""
-    at, long_name = 0, b""
+    at, long_name, end = 0, b"", os.fstat(file).st_size
     while (header := os.pread(file, 512, at)) and header[0]:
         try:
             size = int(header[124:135], 8)
+            if not 0 <= size <= end - at - 512:
+                raise ValueError
         except ValueError as err:
             raise InputError(f"{path}: damaged tar header at byte {at}") from err
         if header[156:157] == b"x":
             long_name = os.pread(file, size, at + 512).partition(b" path=")[2].partition(b"\n")[0]
         else:
             name = long_name or header[:100].rstrip(b"\0")
-            yield name.rpartition(b"/")[2].partition(b".")[2].decode(), at + 512, size
+            yield name.rpartition(b"/")[2].partition(b".")[2].decode(errors="replace"), at + 512, size
             long_name = b""
         at += 512 + -(-size // 512) * 512
 
@@ -285,14 +304,17 @@ class _NpyHeaders:
     def array(self, data: bytes) -> np.ndarray:
         """A whole small file."""
         dtype, shape, length = self.parse(data)
-        return np.frombuffer(data, dtype, offset=length).reshape(shape)
+        try:
+            return np.frombuffer(data, dtype, offset=length).reshape(shape)
+        except ValueError as err:
+            raise InputError(f"{self.path}: holds an array that is cut off") from err
 
     def _read(self, header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
         try:
             stream = io.BytesIO(header)
             np.lib.format.read_magic(stream)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        except ValueError as err:
+        except Exception as err:  # numpy tokenizes and evaluates it: TokenError, SyntaxError, TypeError ...
             raise InputError(f"{self.path}: holds something that is not a plain .npy array") from err
         if fortran or dtype.hasobject:
             raise InputError(f"{self.path}: holds a Fortran-ordered or object array")

@@ -1,4 +1,4 @@
-"""Images of any source -> square images in webdataset shards, over all cores, resumable, with flat memory.
+"""Images of any source -> square, or whole, images in webdataset shards, over all cores, resumable, with flat memory.
 
 Processes decode, crop and encode small chunks; this process alone writes, shard after shard. A shard that is whole and
 has its line in shards.jsonl is never made again."""
@@ -7,7 +7,6 @@ import functools
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,15 +19,25 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_sg.data.boxes import count_empty, crop_meta
-from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index
+from ldm_sg.data.images import (
+    MAX_SIDE,
+    BadImage,
+    crop_resize,
+    crop_resize_index,
+    decode,
+    decode_index,
+    fit_resize,
+    fitted,
+)
 from ldm_sg.data.pool import DecoderPool, cores
-from ldm_sg.data.shards import ShardWriter, disk_errors
+from ldm_sg.data.shards import INDEX, ShardWriter
 from ldm_sg.data.sources import Item, Source
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, one_line
+from ldm_sg.folder import claim, disk_errors, read_mapping, write_text
 
 FORMATS = ("jpg", "png", "webp")
 _CHUNK = 16  # images a process works on at a time
-_LOGS = ("shards.jsonl", "skipped.jsonl")
+_LOGS = (INDEX, "skipped.jsonl")
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,17 @@ class Form:
     size: int
     format: str
     quality: int
+    crop: bool = True  # to the centre square; without it `size` is the short side
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """RGB image -> the pixels that are packed. Raises BadImage where a side would be too long to store."""
+        if self.crop:
+            return crop_resize(image, self.size)
+        if max(fitted(*image.size, self.size)) > MAX_SIDE:
+            raise BadImage(
+                f"{image.width} x {image.height} pixels: --size {self.size} makes its long side longer than {MAX_SIDE}"
+            )
+        return fit_resize(image, self.size)
 
     def encode(self, image: Image.Image) -> bytes:
         """RGB image -> file content; JPEG keeps full colour resolution (4:4:4)."""
@@ -60,6 +80,7 @@ class Packed:
     files: dict[str, bytes] | None
     reason: str = ""
     empty_boxes: int = 0  # those with no area inside their image
+    enlarged: bool = False  # it was smaller than it is now
 
 
 @dataclass
@@ -70,14 +91,16 @@ class Summary:
     skipped: int = 0
     shards: int = 0
     empty_boxes: int = 0
+    enlarged: int = 0
 
 
 def pack_source(source: Source, dst: Path, form: Form, shard_size: int, workers: int, max_skipped: float) -> Summary:
     """Makes what is missing of DST/*.tar; InputError when DST belongs to another pack, or too much is unreadable."""
-    claim(dst, {"source": source.identity, **asdict(form), "shard_size": shard_size})
+    settings = {"source": source.identity, **asdict(form), "shard_size": shard_size}
+    claim(dst, "pack.yaml", {"version": 1, "settings": settings}, free=("done",))
     names = {"classes": source.classes, "mask_classes": source.mask_classes}
     if names := {kind: known for kind, known in names.items() if known}:
-        write_whole(dst / "classes.json", json.dumps(names, indent=1, ensure_ascii=False))
+        write_text(dst / "classes.json", json.dumps(names, indent=1, ensure_ascii=False))
     log = Log(dst)
     allowed = None if source.total is None else max_skipped * source.total
     chunks = _chunks(source.shards(shard_size, log.done))
@@ -127,20 +150,20 @@ def pack_item(form: Form, item: Item) -> Packed:
         drawn = item.boxes.size if item.boxes else None
         if drawn not in (None, image.size):
             raise BadImage("its boxes are of {} x {} pixels, the image has {} x {}".format(*drawn, *image.size))
-        files = {form.format: form.encode(crop_resize(image, form.size))}
+        files = {form.format: form.encode(form.resize(image))}
         if sample.cls is not None:
             files["cls"] = str(sample.cls).encode()
         if sample.meta is not None:
-            files["json"] = json.dumps(crop_meta(sample.meta, image.size, form.size)).encode()
+            files["json"] = json.dumps(crop_meta(sample.meta, image.size, form.size, form.crop)).encode()
             empty_boxes = count_empty(sample.meta, image.size)
         if sample.mask is not None:
             mask = renumber(decode_index(sample.mask, image.size), item.table)
             buffer = io.BytesIO()
-            crop_resize_index(mask, form.size).save(buffer, format="PNG")
+            crop_resize_index(mask, form.size, form.crop).save(buffer, format="PNG")
             files["mask.png"] = buffer.getvalue()
     except BadImage as err:
         return Packed(item.key, item.source, None, err.reason)
-    return Packed(item.key, item.source, files, empty_boxes=empty_boxes)
+    return Packed(item.key, item.source, files, "", empty_boxes, min(image.size) < form.size)
 
 
 def renumber(mask: Image.Image, table: tuple[int, ...]) -> Image.Image:
@@ -157,7 +180,7 @@ def renumber(mask: Image.Image, table: tuple[int, ...]) -> Image.Image:
 
 def _write_shard(path: Path, results: Iterable[Packed], log: "Log", bar: tqdm) -> None:
     """One shard, and its lines in the logs; a shard without any image is not written."""
-    skipped, images, empty_boxes = [], 0, 0
+    skipped, images, noted = [], 0, {"empty_boxes": 0, "enlarged": 0}
     with ExitStack() as stack:
         writer = None
         for packed in results:
@@ -168,12 +191,13 @@ def _write_shard(path: Path, results: Iterable[Packed], log: "Log", bar: tqdm) -
             writer = writer or stack.enter_context(ShardWriter(path))
             writer.write(packed.key, packed.files)
             images += 1
-            empty_boxes += packed.empty_boxes
-    log.add(path.name, images, skipped, empty_boxes)
+            for name in noted:
+                noted[name] += getattr(packed, name)
+    log.add(path.name, images, skipped, noted)
 
 
 class Log:
-    """shards.jsonl (file, images, skipped, empty_boxes) and skipped.jsonl (shard, source, reason): what is finished.
+    """shards.jsonl (file, images, skipped, empty_boxes, enlarged) and skipped.jsonl (shard, source, reason): what is finished.
 
     Both are appended to after a shard is whole; a shard whose line did not get written any more is made again."""
 
@@ -184,14 +208,14 @@ class Log:
         self.done = {line["file"] for line in shards}
         skipped = [line for line in _read_lines(dst / _LOGS[1]) if line["shard"] in self.done]
         for path, lines in zip((dst / name for name in _LOGS), (shards, skipped)):
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         for line in shards:
             self._count(line)
 
-    def add(self, file: str, images: int, skipped: list[dict[str, str]], empty_boxes: int) -> None:
+    def add(self, file: str, images: int, skipped: list[dict[str, str]], noted: dict[str, int]) -> None:
         """Records a finished shard."""
         line = {"file": file, "images": images, "skipped": len(skipped)}
-        line |= {"empty_boxes": empty_boxes} if empty_boxes else {}
+        line |= {name: count for name, count in noted.items() if count}
         for name, lines in zip(reversed(_LOGS), (skipped, [line])):
             with disk_errors(self.dst / name), (self.dst / name).open("a") as log:
                 log.writelines(json.dumps(entry) + "\n" for entry in lines)
@@ -203,52 +227,21 @@ class Log:
         self.total.skipped += line["skipped"]
         self.total.shards += line["images"] > 0
         self.total.empty_boxes += line.get("empty_boxes", 0)
+        self.total.enlarged += line.get("enlarged", 0)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a log; the last one may have been cut off by a kill."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
-
-
-def claim(dst: Path, settings: dict[str, Any]) -> None:
-    """Makes DST this pack's: writes pack.yaml, or compares with the one there. Removes what a killed run left behind."""
-    if dst.exists() and not dst.is_dir():
-        raise InputError(f"{dst} is a file: the shards need a folder")
-    path = dst / "pack.yaml"
-    if path.is_file():
-        there = yaml.safe_load(path.read_text()).get("settings", {})
-        for name in settings:
-            if there.get(name) == settings[name]:
-                continue
-            if name == "source":
-                raise InputError(
-                    f"{dst} was packed from another source, or its source has changed; choose another folder"
-                )
-            raise InputError(
-                f"{dst} was packed with {name}={there.get(name)}, not {settings[name]}; choose another folder"
-            )
-    elif dst.exists() and any(dst.iterdir()):
-        raise InputError(f"{dst} is not empty and was not made by pack; choose another folder")
-    else:
-        with disk_errors(dst):
-            dst.mkdir(parents=True, exist_ok=True)
-        write_whole(path, yaml.safe_dump({"version": 1, "settings": settings}, sort_keys=False))
-    for left in dst.glob("*.tmp-*"):
-        left.unlink()
+    try:
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+    except (ValueError, RecursionError) as err:
+        raise InputError(f"{path} is damaged: {one_line(err)[:200]}; pack into another folder") from err
 
 
 def finish(dst: Path, total: Summary) -> None:
     """Adds the totals to pack.yaml: its `done` says that the pack is complete."""
-    content = yaml.safe_load((dst / "pack.yaml").read_text())
-    done = {name: count for name, count in asdict(total).items() if count or name != "empty_boxes"}
-    write_whole(dst / "pack.yaml", yaml.safe_dump({**content, "done": done}, sort_keys=False))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A small file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path):
-        temporary.write_text(text)
-        temporary.replace(path)
+    content = read_mapping(dst / "pack.yaml")
+    done = {name: count for name, count in asdict(total).items() if count or name in ("images", "skipped", "shards")}
+    write_text(dst / "pack.yaml", yaml.safe_dump({**content, "done": done}, sort_keys=False))

@@ -10,7 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from ldm_sg.data.images import share_large
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -26,7 +28,8 @@ class DecoderPool(ProcessPoolExecutor):
 
     def __init__(self, workers: int):
         self.workers = workers
-        super().__init__(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
+        context = multiprocessing.get_context("spawn")
+        super().__init__(workers, mp_context=context, initializer=_start, initargs=(context.Lock(),))
 
     def in_order(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
         """function(job) for every job, in the jobs' order; jobs are drawn as needed, two a worker ahead."""
@@ -47,7 +50,8 @@ def decoder_pool(workers: int) -> DecoderPool:
     return DecoderPool(max(1, cores() - 1) if workers < 0 else max(1, workers))
 
 
-def _start() -> None:
+def _start(large: Any) -> None:
+    share_large(large)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -5,30 +5,33 @@ import glob
 import io
 import itertools
 import json
-import os
-import re
-import shutil
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from ldm_sg.data.boxes import crop_meta
-from ldm_sg.data.images import BadImage, crop_resize, crop_resize_index, decode, decode_index, to_array
+from ldm_sg.data.images import BadImage, Shown, crop_resize_index, decode, decode_index, fitted, show
 from ldm_sg.data.pool import DecoderPool, decoder_pool
-from ldm_sg.errors import InputError, choices
+from ldm_sg.data.tars import MOST_IMAGE, MOST_TEXT, Command, Damaged, Member, is_remote, open_shard, read_members
+from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.folder import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 OnSkip = Callable[[str, str, str], None]  # (shard, key or "" for the whole shard, reason)
-_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")  # webdataset's rule: the key ends at the base name's first dot
+PAUSES = (1, 5, 20)  # seconds before a remote shard that is cut off is fetched again
+INDEX = "shards.jsonl"  # what pack writes beside its shards: how many images each has
+WANTED = {**dict.fromkeys((*IMAGE_EXTENSIONS, "mask.png"), MOST_IMAGE), "cls": MOST_TEXT, "json": MOST_TEXT}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Sample:
 
 
 def expand(urls: str | Sequence[str]) -> list[str]:
-    """A glob, brace list, folder, file or URL (or several, in a list or joined by `::`) -> shards, in order.
+    """A glob, brace list, folder, file or URL (or several, in a list or joined by `::`) -> shards, in order. Only for what a
+    person named: its `pipe:COMMAND`s are run.
 
     Raises InputError when something named does not exist or matches nothing."""
     parts = urls.split("::") if isinstance(urls, str) else urls
@@ -67,7 +71,7 @@ def _braces(pattern: str) -> list[str]:
 
 def _expand_one(url: str) -> list[str]:
     if is_remote(url):
-        return [url]
+        return [Command(url) if url.startswith("pipe:") else url]
     path = Path(url).expanduser()
     if path.is_dir():
         found = sorted(str(p) for p in path.glob("*.tar"))
@@ -85,120 +89,115 @@ def _expand_one(url: str) -> list[str]:
     return [str(path)]
 
 
-def is_remote(url: str) -> bool:
-    """True for what is not a local path: `scheme://...` and webdataset's `pipe:COMMAND`."""
-    return "://" in url or url.startswith("pipe:")
-
-
-def open_shard(url: str) -> IO[bytes]:
-    """A readable stream of a local file or of any URL that webdataset or fsspec can open; InputError otherwise."""
-    try:
-        if not is_remote(url):
-            return Path(url).open("rb")
-        from webdataset.gopen import gopen, gopen_schemes
-
-        if url.split(":", 1)[0] in gopen_schemes:
-            return gopen(url, "rb")
-        import fsspec
-
-        return fsspec.open(url, "rb").open()
-    except (OSError, ValueError, ImportError) as err:
-        raise InputError(f"shard {url!r} cannot be opened: {err}") from err
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged or missing header after the first member for the end of the archive; a cut-off shard
-    must be told from a whole one, so here only the proper end mark ends it."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictTarInfo":
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as err:
-            raise tarfile.ReadError(f"{err} at byte {tar.offset}") from err
-
-
-def read_members(url: str) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension in lower case, content) of a shard's files in order. Raises tarfile.TarError where it is damaged,
-    after everything before the damage; InputError when it cannot be opened or the connection breaks."""
-    try:
-        with (
-            open_shard(url) as stream,
-            tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar,
-        ):
-            for member in tar:
-                match = _NAME.match(member.name)
-                content = tar.extractfile(member) if match and member.isfile() else None
-                if match and content is not None:
-                    data = content.read()
-                    if len(data) < member.size:
-                        raise tarfile.ReadError(f"{member.name} is cut off after {len(data)} of {member.size} bytes")
-                    yield match[1], match[2].lower(), data
-    except (OSError, EOFError) as err:
-        if is_remote(url):
-            raise InputError(f"shard {url!r} broke off while reading: {err}") from err
-        raise tarfile.ReadError(str(err)) from err
+class Damage(str):
+    """The reason of a skip that is a whole shard's: it is damaged or cut off, and images of it are lost."""
 
 
 def read_shard(url: str, on_skip: OnSkip) -> Iterator[Sample]:
-    """The samples of one webdataset shard, in order.
+    """The samples of one webdataset shard, in order; a remote one that is damaged or cut off is fetched again.
 
-    A damaged or cut-off tar yields its whole members, then is reported by on_skip(shard, "", reason), as is a shard
-    without any image; samples with no image, an unreadable cls or json, or a key seen before are reported by key."""
+    One that stays so yields its whole members, then on_skip(shard, "", Damage) is called for each image that is lost, or
+    once where nothing tells how many there were; once too for a shard without any image. Samples with no image, an
+    unreadable cls or json, a file that is too large, a key seen before or one that leads elsewhere are reported by key."""
     seen: set[str] = set()
+    whole = 0
     try:
-        for key, group in _grouped(read_members(url)):
-            files: dict[str, bytes] = {}
-            for ext, data in group:
-                if ext in files:
-                    on_skip(url, key, f"duplicate file {key}.{ext}: the first one is used")
-                files.setdefault(ext, data)
+        for key, files, duplicates in _groups(url):
+            for ext in duplicates:
+                on_skip(url, key, f"duplicate file {key}.{ext}: the first one is used")
+            whole += any(ext in files for ext in IMAGE_EXTENSIONS)
             if key in seen:
                 on_skip(url, key, "duplicate key: the first one is used")
-                continue
-            sample = _to_sample(url, key, files, on_skip)
-            if sample is not None:
+            elif sample := _to_sample(url, key, files, on_skip):
                 seen.add(key)
                 yield sample
-    except tarfile.TarError as err:
-        on_skip(url, "", f"damaged tar, {len(seen)} images before the damage are used: {err}")
+    except Damaged as err:
+        known = _images_in(url)
+        lost = "how many are lost is not known" if known is None else f"{known - whole} of its {known} are lost"
+        reason = Damage(f"damaged tar, {len(seen)} images before the damage are used, {lost}: {err}")
+        for _ in range(1 if known is None else known - whole):  # none where only the end mark is gone
+            on_skip(url, "", reason)
     else:
         if not seen:
             on_skip(url, "", f"no image in this shard: expected KEY.{'|'.join(IMAGE_EXTENSIONS)}")
 
 
-def _grouped(members: Iterator[tuple[str, str, bytes]]) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """Neighbours of one key together; what came whole before an error is given before the error is raised."""
-    key, group, damage = "", [], None
+def _groups(url: str) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
+    """Neighbours of one key together: extension -> file, and the extensions that came twice. Of a shard that is fetched again,
+    those that were not given yet."""
+    given = 0
+    for pause in (*PAUSES, None) if is_remote(url) else (None,):
+        try:
+            for group in itertools.islice(_grouped(read_members(url, WANTED), pause is None), given, None):
+                given += 1
+                yield group
+            return
+        except Damaged as err:
+            if pause is None:
+                raise
+            print(f"note: shard {url!r} is damaged or cut off ({err}): fetched again in {pause} s", file=sys.stderr)
+            time.sleep(pause)
+
+
+def _grouped(members: Iterator[Member], last: bool) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
+    """At damage the group that it fell into, which may lack a file, comes only where this is the `last` try."""
+    key, files, duplicates, damage = "", {}, [], None  # type: ignore[var-annotated]
     try:
-        for member_key, ext, data in members:
-            if member_key != key and group:
-                yield key, group
-                group = []
-            key = member_key
-            group.append((ext, data))
-    except tarfile.TarError as err:
+        for member in members:
+            if member.key != key and files:
+                yield key, files, duplicates
+                files, duplicates = {}, []
+            key = member.key
+            if member.ext in files:
+                duplicates.append(member.ext)
+            files.setdefault(member.ext, member)
+    except Damaged as err:
         damage = err
-    if group:
-        yield key, group
+    if files and (last or damage is None):
+        yield key, files, duplicates
     if damage is not None:
         raise damage
 
 
-def _to_sample(url: str, key: str, files: dict[str, bytes], on_skip: OnSkip) -> Sample | None:
-    image = next((files[ext] for ext in IMAGE_EXTENSIONS if ext in files), None)
-    if image is None:
-        on_skip(url, key, f"no image beside {', '.join(sorted(files))}")
-        return None
+def _images_in(url: str) -> int | None:
+    """How many images pack's shards.jsonl beside the shard says it has; None where there is none."""
+    folder, _, name = url.rpartition("/")
     try:
-        cls = int(files["cls"]) if "cls" in files else None
-        meta = json.loads(files["json"]) if "json" in files else None
-    except ValueError as err:
-        on_skip(url, key, f"unreadable cls or json: {err}")
+        with open_shard(f"{folder}/{INDEX}" if folder else INDEX) as file:
+            entries = [json.loads(line) for line in file.read(MOST_IMAGE).splitlines()]
+        found = next(entry["images"] for entry in entries if entry["file"] == name)
+        return found if type(found) is int and 0 <= found <= 10**6 else None
+    except Exception:  # it only helps: whatever is wrong with it, there is none
         return None
-    return Sample(key, image, cls, meta, files.get("mask.png"))
+
+
+def leads_elsewhere(key: str) -> bool:
+    """Whether a file of that key would lie outside the folder that a tar is unpacked into."""
+    return key.startswith("/") or ".." in key.split("/")
+
+
+def _to_sample(url: str, key: str, files: dict[str, Member], on_skip: OnSkip) -> Sample | None:
+    image = next((files[ext] for ext in IMAGE_EXTENSIONS if ext in files), None)
+    read = [part for part in (image, *map(files.get, ("cls", "json", "mask.png"))) if part]
+    reason = next((part.problem for part in read if part.problem), "")
+    if leads_elsewhere(key):
+        reason = "its key leads out of the folder that it is unpacked into"
+    if image is None:
+        reason = f"no image beside {', '.join(sorted(files)[:9])}"
+    cls = meta = None
+    try:
+        if not reason:
+            cls = int(files["cls"].data) if "cls" in files else None
+            meta = json.loads(files["json"].data) if "json" in files else None
+    except (ValueError, RecursionError) as err:
+        reason = f"unreadable cls or json: {one_line(err)[:200]}"
+    if cls is not None and not -(2**31) <= cls < 2**31:
+        reason = f"unreadable cls or json: class {cls} is beyond {2**31 - 1}"
+    if reason:
+        on_skip(url, key, reason)
+        return None
+    assert image is not None
+    return Sample(key, image.data, cls, meta, files["mask.png"].data if "mask.png" in files else None)
 
 
 class ShardWriter:
@@ -209,66 +208,27 @@ class ShardWriter:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         self.written = 0  # samples
 
     def __enter__(self) -> Self:
-        with self._disk_errors():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.temporary.open("wb")
-            self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+        with ExitStack() as stack:
+            file = stack.enter_context(stack.enter_context(whole(self.path)).open("wb"))
+            self._tar = stack.enter_context(tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT))
+            self._stack = stack.pop_all()
         return self
 
     def write(self, key: str, files: dict[str, bytes]) -> None:
         """One sample: KEY.ext for each of `files`."""
-        with self._disk_errors():
-            for ext, data in files.items():
-                info = tarfile.TarInfo(f"{key}.{ext}")
-                info.size = len(data)
-                self._tar.addfile(info, io.BytesIO(data))
+        if leads_elsewhere(key):
+            raise InputError(f"{self.path}: key {key!r} leads out of the folder that the shard is unpacked into")
+        for ext, data in files.items():
+            info = tarfile.TarInfo(f"{key}.{ext}")
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
         self.written += 1
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is not None:
-            self._discard()
-            return
-        with self._disk_errors():
-            self._tar.close()
-            self._file.close()
-            self.temporary.replace(self.path)
-
-    def _discard(self) -> None:
-        try:
-            self._file.close()
-        except OSError:  # the disk is full: what was still in the buffer is not wanted any more
-            pass
-        finally:
-            self.temporary.unlink(missing_ok=True)
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            with disk_errors(self.path):
-                yield
-        except InputError:
-            if hasattr(self, "_file"):
-                self._discard()
-            raise
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A disk that is full, read-only or gone while `path` is written: InputError with the path and the space left."""
-    try:
-        yield
-    except OSError as err:
-        raise InputError(f"{path}: cannot be written: {err.strerror or err}; {space_left(path)}") from err
-
-
-def space_left(path: Path) -> str:
-    """'1.2 GB left on its disk', for messages."""
-    folder = next(p for p in path.absolute().parents if p.exists())
-    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB left on its disk"
+        self._stack.__exit__(kind, err, tb)
 
 
 @dataclass(frozen=True)
@@ -278,6 +238,7 @@ class Truth:
     labels: list[int] | None = None
     boxes: np.ndarray | None = None  # float32 [M, 4] as shares of the sides
     mask: np.ndarray | None = None  # uint8 [size, size], 255 = ignore
+    whole_boxes: np.ndarray | None = None  # float32 [M', 4] as shares of the uncropped image's sides
 
 
 @dataclass(frozen=True)
@@ -288,6 +249,7 @@ class ImageBatch:
     images: "Tensor"  # uint8 [B, 3, size, size]
     cls: "Tensor"  # [B] long, -1 = unknown
     truth: list[Truth]  # empty unless asked for
+    shown: list[Shown]
 
 
 def image_batches(
@@ -297,17 +259,19 @@ def image_batches(
     workers: int | DecoderPool,
     on_skip: OnSkip,
     truth: bool = False,
+    **looks: Any,
 ) -> Iterator[ImageBatch]:
-    """All good images in the order of the shards; with `truth`, labels, boxes and masks too, where the shards have them.
+    """All good images in the order of the shards; with `truth`, labels, boxes and masks too, where the shards have them;
+    `looks`: `view` and `whole` of `images.show`.
 
     `workers`: processes that decode (0 = this one, -1 = one a core, less one), or a pool from `decoder_pool`. A batch
     is short only where images were skipped and at the end. Memory: about two encoded and decoded batches a worker."""
     if isinstance(workers, int) and workers != 0:
         with decoder_pool(workers) as pool:
-            yield from image_batches(shards, size, batch_size, pool, on_skip, truth)
+            yield from image_batches(shards, size, batch_size, pool, on_skip, truth, **looks)
         return
     samples = ((shard, sample) for shard in shards for sample in read_shard(shard, on_skip))
-    decode_one = functools.partial(_decode_batch, size, truth)
+    decode_one = functools.partial(_decode_batch, size, truth, looks)
     batches = _batched(samples, batch_size, truth)
     decoded = map(decode_one, batches) if isinstance(workers, int) else workers.in_order(decode_one, batches)
     yield from _tensors(decoded, on_skip)
@@ -316,7 +280,7 @@ def image_batches(
 @dataclass
 class _Decoded:
     keys: list[str]
-    images: np.ndarray
+    shown: list[Shown]
     cls: list[int]
     truth: list[Truth]
     skipped: list[tuple[str, str, str]]
@@ -329,30 +293,27 @@ def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int, truth: bool
         yield batch
 
 
-def _decode_batch(size: int, truth: bool, batch: list[tuple[str, Sample]]) -> _Decoded:
-    out = _Decoded([], np.empty((0, 3, size, size), np.uint8), [], [], [])
-    images = []
+def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tuple[str, Sample]]) -> _Decoded:
+    out = _Decoded([], [], [], [], [])
     for shard, sample in batch:
         try:
             image = decode(sample.image)
-            pixels = to_array(crop_resize(image, size))
+            shown = show(image, size, **looks)
             if truth:
                 out.truth.append(read_truth(sample, image.size, size))
         except BadImage as err:
             out.skipped.append((shard, sample.key, err.reason))
             continue
-        images.append(pixels)
+        out.shown.append(shown)
         out.keys.append(sample.key)
         out.cls.append(-1 if sample.cls is None else sample.cls)
-    if images:
-        out.images = np.stack(images)
     return out
 
 
 def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
     """Labels, boxes and mask of a sample whose image has `original` pixels, after `crop_resize` to `size`. BadImage where
     they have another form than `pack` gives them."""
-    meta = crop_meta(sample.meta or {}, original, size)
+    meta = crop_meta(sample.meta if isinstance(sample.meta, dict) else {}, original, size)
     boxes = np.array([box[:4] for box in meta["boxes"]], np.float32).reshape(-1, 4) / size if "boxes" in meta else None
     labels = None
     if "labels" in meta or "boxes" in meta:
@@ -363,7 +324,12 @@ def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
     mask = None
     if sample.mask is not None:
         mask = np.array(crop_resize_index(decode_index(sample.mask, original), size))
-    return Truth(labels, boxes, mask)
+    whole = None
+    if boxes is not None and sample.meta:
+        sides = fitted(*original, size)
+        all_boxes = [box[:4] for box in crop_meta(sample.meta, original, size, crop=False)["boxes"]]
+        whole = np.array(all_boxes, np.float32).reshape(-1, 4) / np.array(sides * 2, np.float32)
+    return Truth(labels, boxes, mask, whole)
 
 
 def _tensors(decoded: Iterable[_Decoded], on_skip: OnSkip) -> Iterator[ImageBatch]:
@@ -373,4 +339,5 @@ def _tensors(decoded: Iterable[_Decoded], on_skip: OnSkip) -> Iterator[ImageBatc
         for entry in batch.skipped:
             on_skip(*entry)
         if batch.keys:
-            yield ImageBatch(batch.keys, torch.from_numpy(batch.images), torch.tensor(batch.cls), batch.truth)
+            images = torch.from_numpy(np.stack([shown.square for shown in batch.shown]))
+            yield ImageBatch(batch.keys, images, torch.tensor(batch.cls), batch.truth, batch.shown)

@@ -4,7 +4,6 @@ are read where they are decoded."""
 
 import functools
 import hashlib
-import json
 import os
 import random
 import re
@@ -14,15 +13,13 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldm_sg.data.boxes import Boxes
 from ldm_sg.data.images import BadImage
-from ldm_sg.data.shards import Sample, expand, is_remote, read_shard
+from ldm_sg.data.shards import Damage, Sample, expand, is_remote, read_shard
 from ldm_sg.errors import InputError
-
-if TYPE_CHECKING:
-    from ldm_sg.data.datasets import Beside
+from ldm_sg.folder import read_mapping
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif"),
@@ -84,36 +81,6 @@ class Source(ABC):
     def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
         """(file name, items) of every output shard of `size` images that is not `done`; items are to be drawn before
         the next shard is."""
-
-
-def open_source(src: str, beside: "Beside | None" = None) -> Source:
-    """The source that `src` names, with the boxes and masks beside it; InputError when there is none."""
-    path = Path(src).expanduser()
-    try:
-        if path.is_dir() and not (path / "data.mdb").is_file():
-            from ldm_sg.data import datasets  # it builds on this module
-
-            return datasets.open_dataset(path, beside or datasets.Beside()) or FolderSource.open(path)
-        source = _open(src, path)
-    except OSError as err:  # a folder or list that may not be read
-        raise InputError(f"{err.filename or src} cannot be read: {err.strerror or err}") from err
-    if beside is not None:
-        beside.allow(f"{src} is none")
-    return source
-
-
-def _open(src: str, path: Path) -> Source:
-    if path.is_dir():
-        return LmdbSource.open(path)
-    if path.is_file() and path.suffix == ".txt":
-        return ListSource.open(path)
-    if path.name == "data.mdb":
-        raise InputError(f"{src}: name the LMDB's folder ({path.parent}), not the file in it")
-    if is_remote(src) or path.suffix in (".tar", ".gz", ".tgz") or any(mark in src for mark in "*?[{"):
-        return ShardSource.open(src)
-    if path.is_file():
-        raise InputError(f"{src} is a file: pack takes a folder, a .txt list, an LMDB folder, or .tar shards")
-    raise InputError(f"source {src!r} not found")
 
 
 def make_key(name: str) -> str:
@@ -258,6 +225,7 @@ class ShardSource(Source):
     """Webdataset shards: each becomes one shard with the same keys, so the number of images a shard stays the same."""
 
     urls: list[str] = field(default_factory=list)
+    allow_damaged: bool = False
 
     @classmethod
     def open(cls, urls: str) -> "Source":
@@ -265,20 +233,22 @@ class ShardSource(Source):
         sizes = ["" if is_remote(url) else str(Path(url).stat().st_size) for url in shards]
         names = [url if is_remote(url) else Path(url).name for url in shards]
         named = Path(shards[0]).with_name("classes.json")  # where pack itself wrote the shards
-        known = json.loads(named.read_text()) if named.is_file() else {}
+        known = read_mapping(named) if named.is_file() else {}
         identity = {"kind": "shards", "shards": len(shards), "digest": digest(names, sizes)}
         return cls(identity, None, known.get("classes", []), 0, known.get("mask_classes", []), urls=shards)
 
     def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
         for number, url in enumerate(self.urls):
             if shard_name(number) not in done:
-                yield shard_name(number), _shard_items(url)
+                yield shard_name(number), _shard_items(url, self.allow_damaged)
 
 
-def _shard_items(url: str) -> Iterator[Item]:
+def _shard_items(url: str, allow_damaged: bool) -> Iterator[Item]:
     problems: list[Item] = []
 
     def on_skip(shard: str, key: str, reason: str) -> None:
+        if isinstance(reason, Damage) and not allow_damaged:
+            raise InputError(f"{shard}: {reason}; mend it, or go on without what is lost by --allow-damaged")
         problems.append(Item(key, f"{shard}: {key}" if key else shard, problem=reason))
 
     for sample in read_shard(url, on_skip):

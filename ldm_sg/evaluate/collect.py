@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm_sg.data.images import to_float
+from ldm_sg.errors import InputError
+from ldm_sg.folder import whole
 
 Network = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [-1, 1] -> features [B, D]
 
@@ -55,10 +56,8 @@ def cached(name: str | None, compute: Callable[[], Tensor]) -> Tensor:
         return load_file(path)["features"]
     features = compute()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        save_file({"features": features.contiguous()}, temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as err:  # safetensors wraps the system's errors
-        print(f"note: features are not remembered: {path.parent} cannot be written ({err})", file=sys.stderr)
+        with whole(path) as new:
+            save_file({"features": features.contiguous()}, new)
+    except InputError as err:
+        print(f"note: features are not remembered: {err}", file=sys.stderr)
     return features

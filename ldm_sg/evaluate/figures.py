@@ -12,6 +12,7 @@ from ldm_sg.errors import InputError, choices
 from ldm_sg.evaluate import metrics
 from ldm_sg.evaluate.inception import Inception
 from ldm_sg.evaluate.metrics import NEEDS
+from ldm_sg.folder import write_json
 
 GUIDANCE = ("consistency", "layout")  # judged by the run's own g and f
 
@@ -124,10 +125,7 @@ def _is_of(file: Path, asked: dict[str, Any]) -> bool:
 
 def write(file: Path, result: dict[str, Any]) -> None:
     """JSON that appears under its name when whole."""
-    temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(file)
-    except OSError as err:  # a disk that filled up meanwhile
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"--out {str(file)!r} could not be written: {err.strerror}; the figures stand above") from err
+        write_json(file, result)
+    except InputError as err:  # a disk that filled up meanwhile
+        raise InputError(f"--out {err}; the figures stand above") from err

@@ -1,13 +1,10 @@
 """The FID network: torch-fidelity's InceptionV3, whose weights are TensorFlow's of 2015, as a feature extractor, with the
 two ways to resize its input that published figures use."""
 
-import hashlib
 import io
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
@@ -15,7 +12,9 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 from ldm_sg.data.images import to_uint8
 from ldm_sg.errors import InputError
+from ldm_sg.folder import file_sha256
 from ldm_sg.hub import answers
+from ldm_sg.weights import read_weights
 
 MARK = "Mixed_7c.branch_pool.conv.weight"  # a key that only this network has
 SIDE = (299, 299)
@@ -80,30 +79,11 @@ def load_inception(file: str | Path | None = None, resize: str = "tf") -> Incept
     if MARK not in state:
         raise InputError(f"{path}: not the weights of torch-fidelity's InceptionV3: {MARK} is missing")
     try:
-        return Inception(state, sha256_of(path), resize)
+        return Inception(state, file_sha256(path), resize)
     except RuntimeError as err:  # load_state_dict's: keys or shapes that do not fit
         raise InputError(
             f"{path}: not the weights of torch-fidelity's InceptionV3: {str(err).splitlines()[-1].strip()}"
         ) from err
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or torch file, without ever running code from it."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # an unpickler that reads something else raises anything, IndexError too
-        why = "it is more than tensors, and is not run" if isinstance(err, pickle.UnpicklingError) else first_line(err)
-        raise InputError(f"{path}: not a file of weights (safetensors, or a plain torch file): {why}") from err
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: expected names and tensors and nothing else")
-    return state
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_line(err: Exception) -> str:
@@ -124,4 +104,4 @@ def _download() -> tuple[dict[str, Tensor], str]:
             f"the Inception weights could not be downloaded ({first_line(err)}): fetch {name} from torch-fidelity's "
             "releases elsewhere and name the file: --features inception:FILE"
         ) from err
-    return state, sha256_of(kept)
+    return state, file_sha256(kept)

@@ -52,7 +52,7 @@ def by_cluster(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, ids: 
     """Whether each sample lands in the cluster of `ids` [n] that it was asked for."""
 
     def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        ceiling = reference.ceiling(own.features, what="features", annotator=own.digest)
+        ceiling = reference.ceiling(own, own.features, "features")
         assert pipe.signals.k is not None
         return consistency(ids[places], samples, pipe.signals.k.cpu(), *ceiling, own.f)
 
@@ -67,7 +67,7 @@ def by_layout(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, asked:
         return layout.layout(own(images), grid)
 
     def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        ceiling = reference.ceiling(network, what="layout", annotator=own.digest)
+        ceiling = reference.ceiling(own, network, "layout")
         return layout.faithfulness(layout.layout(asked[places], grid), samples, *ceiling, pipe.spec.spatial)
 
     return Judge(space, "layout", own.extractor.manifest, network, measure)

@@ -1,13 +1,16 @@
 """The real images that samples are compared with: their features, and what the run's own autoencoder leaves of them."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.annotate.kinds import LoadedAnnotator
 from ldm_sg.annotate.stream import encode
 from ldm_sg.data.images import to_float, to_uint8
 from ldm_sg.evaluate import sources
@@ -35,38 +38,45 @@ class Reference:
 
     def features(self, network: Inception | FeatureExtractor) -> Tensor:
         """[M, D] of up to MOST images, seen as the subject's are."""
-        identity = {key: network.manifest.get(key) for key in IDENTITY}
-        return self._read({"real": network}, self.subject.size, self.subject.within, MOST, network=identity)[0]
-
-    def ceiling(self, judge: Network, **identity: Any) -> tuple[Tensor, Tensor]:
-        """What `judge`, named by `identity`, says of real images before and after the run's autoencoder, [M, X] each: of
-        CEILING images, or as many as there are samples."""
-        pipe, bf16 = self.subject.pipe, use_bf16(self.precision, self.device)
-        assert pipe is not None
-
-        def rebuilt(images: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                pixels = to_uint8(pipe.autoencoder.decode(encode(pipe.autoencoder, images, flips=False)["latent"]))
-            return judge(to_float(pixels))
-
-        networks: dict[str, Network] = {"real": judge, "rebuilt": rebuilt}
-        identity |= {"autoencoder": pipe.autoencoder.manifest.get("sha256"), "bf16": bf16}
-        limit = min(CEILING, self.subject.total)
-        before, after = self._read(networks, pipe.image_size, pipe.source_size, limit, **identity)
-        return before, after
-
-    def _read(
-        self, networks: Mapping[str, Network], size: int, within: int | None, limit: int, **identity: Any
-    ) -> Tensor:
-        """[networks, M, X] of up to `limit` images of `size` pixels; `within` as in crop_resize."""
+        size, within = self.subject.size, self.subject.within
 
         def compute() -> Tensor:
-            batches = sources.batches(self.images, size, self.batch_size, limit, self.on_skip, within)
+            batches = sources.batches(self.images, size, self.batch_size, MOST, self.on_skip, within)
             total = sources.count(self.images)
-            found = collect(batches, networks, self.device, total and min(total, limit), ", ".join(networks))[1]
-            return torch.stack(list(found.values()))
+            return collect(batches, {"real": network}, self.device, total and min(total, MOST), "real")[1]["real"]
 
-        made = {"size": size, "within": within, "limit": limit, "device": self.device.type, **identity}
-        found = cached(sources.fingerprint(self.images, **made), compute)
-        self.used = max(self.used, found.shape[1])
+        identity = {key: network.manifest.get(key) for key in IDENTITY}
+        return self._remembered(compute, 0, size=size, within=within, limit=MOST, network=identity)
+
+    def ceiling(self, own: LoadedAnnotator, judge: Network, what: str) -> tuple[Tensor, Tensor]:
+        """What `judge`, which is `what` of the run's own g and f, says of real images, seen as annotate saw them, and of their
+        reconstructions by the run's autoencoder, [M, X] each: of CEILING images, or as many as there are samples."""
+        pipe, bf16 = self.subject.pipe, use_bf16(self.precision, self.device)
+        assert pipe is not None
+        limit = min(CEILING, self.subject.total)
+
+        @torch.no_grad()
+        def compute() -> Tensor:
+            photos, before, after = sources.pictures(self.images, limit), [], []
+            with tqdm(desc="real, rebuilt", total=min(sources.count(self.images) or limit, limit), unit="image") as bar:
+                while batch := list(itertools.islice(photos, self.batch_size)):
+                    squares, seen = own.see(batch, pipe.image_size, pipe.source_size)
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                        pixels = to_uint8(
+                            pipe.autoencoder.decode(encode(pipe.autoencoder, squares, flips=False)["latent"])
+                        )
+                    before.append(judge(seen).float().cpu())
+                    after.append(judge(to_float(pixels)).float().cpu())
+                    bar.update(len(batch))
+            return torch.stack([torch.cat(before), torch.cat(after)])
+
+        identity = {"what": what, "annotator": own.digest, "autoencoder": pipe.autoencoder.manifest.get("sha256")}
+        sizes = {"size": pipe.image_size, "within": pipe.source_size, "limit": limit, "view": 2}
+        before, after = self._remembered(compute, 1, bf16=bf16, **identity, **sizes)
+        return before, after
+
+    def _remembered(self, compute: Callable[[], Tensor], images: int, **identity: Any) -> Tensor:
+        """`compute()`, or what it gave before for the same files and `identity`; its dimension `images` counts them."""
+        found = cached(sources.fingerprint(self.images, device=self.device.type, **identity), compute)
+        self.used = max(self.used, found.shape[images])
         return found

@@ -1,5 +1,6 @@
 """Images to evaluate or to compare with: a folder, webdataset shards, or what `ldm-sg sample` wrote."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -147,13 +148,7 @@ def batches(
 
     Remote shards, whose number of images is not known, give their first `limit`. Images that cannot be read are left
     out (a batch is short there) and reported. Threads read and decode two batches ahead: Pillow frees the interpreter."""
-    total = count(images)
-    entries: Iterator[tuple[int, tuple[str, Path | bytes]]] = enumerate(_encoded(images, on_skip))
-    if total is None:
-        entries = itertools.islice(entries, limit)
-    elif limit < total:  # otherwise reading on to the end reports what is damaged there
-        wanted = dict.fromkeys(spread(total, limit))
-        entries = (entry for entry in itertools.islice(entries, max(wanted) + 1) if entry[0] in wanted)
+    entries = _chosen(images, limit, on_skip)
     waiting: deque[list[tuple[int, str, Future[Tensor]]]] = deque()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         while group := list(itertools.islice(entries, batch_size)):
@@ -162,6 +157,25 @@ def batches(
                 yield from _finish(waiting.popleft(), on_skip)
         while waiting:
             yield from _finish(waiting.popleft(), on_skip)
+
+
+def pictures(images: ImageSet, limit: int) -> Iterator[Image.Image]:
+    """At most `limit` images as they are, spread as in `batches`; those that cannot be read are left out."""
+    for _, (_, data) in _chosen(images, limit, lambda *_: None):
+        with contextlib.suppress(BadImage):
+            yield _open(data)
+
+
+def _chosen(images: ImageSet, limit: int, on_skip: OnSkip) -> Iterator[tuple[int, tuple[str, Path | bytes]]]:
+    """(position, (name, file or encoded image)) of at most `limit` images."""
+    total = count(images)
+    entries = enumerate(_encoded(images, on_skip))
+    if total is None:
+        return itertools.islice(entries, limit)
+    if limit >= total:
+        return entries  # reading on to the end reports what is damaged there
+    wanted = dict.fromkeys(spread(total, limit))
+    return (entry for entry in itertools.islice(entries, max(wanted) + 1) if entry[0] in wanted)
 
 
 def _finish(group: list[tuple[int, str, Future[Tensor]]], on_skip: OnSkip) -> Iterator[tuple[Tensor, Tensor]]:

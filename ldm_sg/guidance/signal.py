@@ -88,6 +88,10 @@ class GuidanceSpec:
         """What `to_dict` gave; InputError naming `where` it was found when another version wrote it."""
         try:
             rest = dict(fields)
-            return cls(rest.pop("kind"), **rest)
-        except (KeyError, TypeError) as err:
+            spec = cls(rest.pop("kind"), **rest)
+            counts = [count for count in (spec.num_labels, spec.feature_dim) if type(count) is int and count >= 0]
+            if len(counts) < 2 or type(spec.multi_hot) is not bool or spec.spatial not in (None, "box", "mask"):
+                raise ValueError(f"{fields}")
+            return spec
+        except (KeyError, TypeError, ValueError) as err:
             raise InputError(f"{where}: its guidance spec is of another version of ldm_sg: make it again") from err

@@ -1,7 +1,6 @@
 """EMA weights of single steps, kept beside a run: RUN/checkpoints/ema_0001000.safetensors."""
 
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,19 +8,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.folder import whole
 
 
 def keep(network: nn.Module, run: Path, step: int) -> Path:
     """Writes the weights of `network` as the run's snapshot of `step`: whole, or not there."""
     path = run / "checkpoints" / f"ema_{step:07d}.safetensors"
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, temporary)
-        temporary.replace(path)
-    except SafetensorError as err:
-        raise InputError(f"{path}: cannot be written, is its disk full? {one_line(err)}") from err
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as new:
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, new)
     return path
 
 

@@ -1,33 +1,44 @@
 """What an annotation set looks like: a wall with real members of each cluster, the sizes, and report.html around them."""
 
 import io
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from matplotlib.figure import Figure
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.shards import read_members, read_shard
-from ldm_sg.report import grids, html
+from ldm_sg.data.shards import read_shard
+from ldm_sg.data.tars import MOST_TEXT, read_members
+from ldm_sg.report import charts, grids, html
 from ldm_sg.report.signals import over, with_boxes
 
-ROWS, COLUMNS = 40, 10  # of the wall
+ROWS, OPEN = 400, 40  # clusters of the wall, and how many of them are not folded away
+NEAR, FAR = 7, 3  # members shown: nearest to their centroid, and farthest from it
+SEEN = 20_000  # images, those of the first shards, among which they are looked for
+THUMB = 80  # pixels
 EXAMPLES = 32  # images with their boxes or masks
-WALL, SIZES, BOXES, MASKS = "clusters.png", "sizes.png", "boxes.png", "masks.png"
+WALL, SIZES, BOXES, MASKS = "clusters", "sizes.png", "boxes.png", "masks.png"
+WORDS = (
+    "g is the frozen network that looked at the images, f the annotator that made signals of what it saw. A label is one of the "
+    "ids that f gives; nobody named them. Entropy says how evenly images fall to labels: at its maximum all have as many."
+)
 
 
-def write_report(folder: str | Path) -> Path:
-    """FOLDER/report.html of a finished annotation set, and the pictures in it: clusters.png where images have one id each,
+def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Path:
+    """FOLDER/report.html of a finished annotation set, and the pictures in it: clusters/ID.webp where images have one id each,
     boxes.png or masks.png where signals are spatial, sizes.png where there are labels. The source shards are read again for
-    the images. Raises InputError when the set is not finished or a source shard is gone."""
+    the images: those of the manifest, or `shards` as the user named them, which may be commands. Raises InputError when the set is not finished or a source shard is gone."""
     folder = Path(folder)
     latents = LatentSet(folder)
+    if shards is not None:
+        latents.manifest["source"] = [{"url": url} for url in shards]
     manifest, signals = latents.manifest, latents.signals
     sizes = signals.counts()
     sections = []
@@ -36,26 +47,64 @@ def write_report(folder: str | Path) -> Path:
     if signals.spec.spatial:
         sections.append(_spatial(folder, latents))
     if len(sizes):
-        size_chart(sizes, folder / SIZES)
-        picture = html.picture(folder / SIZES, alt="label sizes")
-        sections.append(html.section("Sizes", "Images with each label.", picture))
+        sections.append(html.section("Sizes", "Images with each label.", html.chart(charts.sizes(sizes.tolist()))))
     return html.write(folder / "report.html", document(folder, manifest, sections))
 
 
 def _wall(folder: Path, manifest: Mapping[str, Any], sizes: np.ndarray) -> str:
-    """One row of real members a cluster."""
-    rows = members(folder, manifest, chosen_clusters(sizes, ROWS), COLUMNS)
-    wall = grids.labelled_rows(
-        [f"{k}  ({sizes[k]:,})" for k in rows],
-        list(rows.values()),
-        scale=grids.best_scale(next(iter(rows.values())), 80),
-    )
-    grids.save(wall, folder / WALL)
-    filled = int((sizes > 0).sum())
-    some = "all of them" if len(rows) == filled else f"{len(rows)} of {filled:,}, from the largest to the smallest"
-    what = "class" if manifest["annotator"]["kind"] == "oracle" else "cluster"
-    text = f"One row a {what} ({some}): id, number of images, and its first members."
-    return html.section(f"What each {what} holds", text, html.picture(folder / WALL, alt="wall of cluster members"))
+    """Saves one strip of real members a cluster."""
+    for k, groups in extremes(folder, manifest, chosen_clusters(sizes, ROWS)).items():
+        grids.save(grids.strip(groups), folder / WALL / f"{k:06d}.webp")
+    return wall(folder, manifest, "RUN")
+
+
+def wall(folder: Path, manifest: Mapping[str, Any], run: str) -> str:
+    """A row a cluster: id, images, the command that samples it from `run`, members; '' where the set has no strips."""
+    annotator, rows = manifest.get("annotator") or {}, []
+    counts = annotator.get("counts") or []
+    for k, count in enumerate(counts):
+        if (strip := folder / WALL / f"{k:06d}.webp").is_file():
+            size = f"{count:,} image{'s' * (count != 1)}"
+            rows.append(html.row(f"Cluster {k}", size, f"ldm-sg sample {run} --cluster {k}", strip))
+    filled = sum(count > 0 for count in counts)
+    some = "" if len(rows) == filled else f" {len(rows)} of {filled:,} are shown, from the largest to the smallest."
+    text = f"Left the {NEAR} members nearest to the centroid, right the {FAR} farthest from it.{some}"
+    if annotator.get("kind") == "oracle":
+        text = f"Its first members.{some}"
+    more = html.folded(f"{len(rows) - OPEN} more clusters", "".join(rows[OPEN:])) if len(rows) > OPEN else ""
+    return html.section("What each cluster holds", text, "".join(rows[:OPEN]), more)
+
+
+def extremes(folder: Path, manifest: Mapping[str, Any], clusters: list[int]) -> dict[int, list[Tensor]]:
+    """Cluster -> its members nearest to its centroid, and those farthest from it (nearer ones first), two stacks uint8
+    [N, 3, THUMB, THUMB]. Where f has no centroids, the first ones."""
+    path = folder / "annotator" / "centroids.safetensors"
+    centroids = load_file(path)["centroids"] if path.is_file() else None
+    found: dict[int, list[tuple[float, int, str]]] = {k: [] for k in clusters}  # (distance, shard, key)
+    seen = 0
+    for index, shard in enumerate(manifest["shards"]):
+        pairs = list(signals(folder / "shards" / shard["file"]))
+        features = folder / "features" / f"{Path(shard['file']).stem}.npy"
+        distances: Iterator[Any] | np.ndarray = itertools.repeat(0.0)
+        if centroids is not None and features.is_file():
+            points = np.load(features, allow_pickle=False).astype(np.float32)
+            points /= np.linalg.norm(points, axis=1, keepdims=True).clip(1e-12)
+            distances = np.linalg.norm(points - centroids[[k for _, k in pairs]], axis=1)
+        for (key, k), distance in zip(pairs, distances):
+            if k in found:
+                found[k].append((float(distance), index, key))
+        seen += len(pairs)
+        if seen >= SEEN:
+            break
+    kept = {k: [m[:NEAR], m[max(NEAR, len(m) - FAR) :]] for k, m in ((k, sorted(m)) for k, m in found.items()) if m}
+    images: dict[tuple[int, str], Tensor] = {}
+    for index, source in enumerate(manifest["source"]):
+        keys = {key for groups in kept.values() for group in groups for _, at, key in group if at == index}
+        if keys:
+            size = min(THUMB, manifest["size"])
+            images |= {(index, key): image for key, image in pictures(source["url"], keys, size)}
+    shown = {k: [[images[m[1:]] for m in group if m[1:] in images] for group in groups] for k, groups in kept.items()}
+    return {k: [torch.stack(group) for group in groups if group] for k, groups in shown.items()}
 
 
 def _spatial(folder: Path, latents: LatentSet) -> str:
@@ -93,7 +142,7 @@ def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
 
 def annotated_keys(shard: Path) -> list[str]:
     """The keys of an annotated shard, in order."""
-    return [key for key, ext, _ in read_members(str(shard)) if ext == "latent.npy"]
+    return [member.key for member in read_members(str(shard), {}) if member.ext == "latent.npy"]
 
 
 def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
@@ -124,9 +173,9 @@ def members(folder: Path, manifest: Mapping[str, Any], clusters: list[int], each
 
 def signals(shard: Path) -> Iterator[tuple[str, int]]:
     """(key, k) of an annotated shard."""
-    for key, ext, data in read_members(str(shard)):
-        if ext == "k.npy":
-            yield key, int(np.load(io.BytesIO(data), allow_pickle=False))
+    for member in read_members(str(shard), {"k.npy": MOST_TEXT}):
+        if member.ext == "k.npy":
+            yield member.key, int(np.load(io.BytesIO(member.data), allow_pickle=False))
 
 
 def pictures(url: str, keys: set[str], size: int) -> Iterator[tuple[str, Tensor]]:
@@ -137,21 +186,6 @@ def pictures(url: str, keys: set[str], size: int) -> Iterator[tuple[str, Tensor]
                 yield sample.key, to_tensor(crop_resize(decode(sample.image, sample.key), size))
             except BadImage:  # a key that came twice: its annotated copy is the good one
                 continue
-
-
-def size_chart(sizes: np.ndarray, path: Path) -> None:
-    """Bars of the cluster sizes, largest first, with the even split as a line."""
-    fig = Figure(figsize=(8, 2.8), dpi=120)
-    ax = fig.subplots()
-    ax.bar(np.arange(len(sizes)), np.sort(sizes)[::-1], width=1.0 if len(sizes) > 100 else 0.8, color="#0969da")
-    ax.axhline(sizes.mean(), color="#6e7781", linewidth=1, linestyle="--", label=f"even split: {sizes.mean():,.1f}")
-    ax.set(xlabel="clusters, largest first", ylabel="images")
-    ax.set_xlim(-0.5, len(sizes) - 0.5)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
-    temporary = path.with_suffix(".tmp.png")
-    fig.savefig(temporary, bbox_inches="tight")
-    temporary.replace(path)
 
 
 def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:
@@ -185,5 +219,5 @@ def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> 
     return html.page(
         f"Annotation set {folder.name}",
         f"Guidance signals of {manifest['num_images']:,} images, made {by}.",
-        [html.facts(cards), *sections, html.section("How it was made", "", made)],
+        [html.facts(cards), html.paragraph(WORDS), *sections, html.section("How it was made", "", made)],
     )

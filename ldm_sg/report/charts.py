@@ -63,7 +63,7 @@ def sizes(counts: Sequence[int]) -> str:
         axes.stairs(ordered, fill=True, color=BLUE)
     else:
         axes.bar(range(len(ordered)), ordered, color=BLUE)
-    axes.axhline(sum(ordered) / len(ordered), color=GREY, lw=1, ls="--")
+    axes.axhline(sum(ordered) / len(ordered), color=GREY, lw=1, ls="--")  # the even split
     axes.set_xlabel("clusters, largest first")
     axes.set_ylabel("images")
     axes.margins(x=0.01)

@@ -1,12 +1,13 @@
-"""PNG pictures from uint8 images [N, 3, H, W]: plain grids, rows with captions, and the cluster picture."""
+"""Pictures from uint8 images [N, 3, H, W]: plain grids, rows with captions, and the cluster picture."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ldm_sg.folder import whole
 
 PAPER, INK, FAINT = "#ffffff", "#1f2328", "#6e7781"
 PAD = 2  # pixels between images
@@ -39,17 +40,21 @@ def cluster_picture(
     return _draw(rows, [f"cluster {k}" for k in ids], ["real members", "samples"], PAD, GAP, scale)
 
 
+def strip(groups: Sequence[Tensor]) -> Image.Image:
+    """One row of groups of images with a gap between them."""
+    return _draw([groups], None, None, PAD, GAP, 1)
+
+
 def best_scale(images: Tensor, target: int = 128) -> int:
     """The whole factor that brings small images near `target` pixels: 64 -> 2, 32 -> 4, 256 -> 1."""
     return max(1, round(target / images.shape[-1]))
 
 
 def save(image: Image.Image, path: Path) -> Path:
-    """PNG that appears under its name when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    image.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    """A PNG, or WebP by its name, that appears when whole."""
+    how = {"format": "WEBP", "quality": 85} if path.suffix == ".webp" else {"format": "PNG", "optimize": True}
+    with whole(path) as new:
+        image.save(new, **how)
     return path
 
 

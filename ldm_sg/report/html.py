@@ -1,10 +1,15 @@
 """Self-contained HTML: inline CSS, pictures as base64, light and dark, nothing loaded from anywhere."""
 
 import base64
-import os
+import io
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+
+from PIL import Image
+
+from ldm_sg.folder import write_text
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --faint: #656d76; --paper: #ffffff; --card: #f6f8fa; --line: #d8dee4;
@@ -23,7 +28,7 @@ figure img { display: block; max-width: 100%; height: auto; border: 1px solid va
 figcaption { color: var(--faint); font-size: 13px; margin: 4px 0 0; }
 .chart svg { display: block; width: 100%; height: auto; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 20px; align-items: start; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 10px; margin: 24px 0 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 180px), 1fr)); gap: 10px; margin: 24px 0 14px; }
 dl div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; min-width: 0; }
 dt { color: var(--faint); font-size: 13px; }
 dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
@@ -35,6 +40,18 @@ th:first-child, td:first-child { text-align: left; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; overflow-x: auto;
       font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 10px 0 0; }
 details { margin: 14px 0 0; } summary { cursor: pointer; color: var(--accent); }
+nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 18px 0 0; font-size: 14px; }
+a { color: var(--accent); text-decoration: none; }
+.row { display: grid; grid-template-columns: minmax(0, 270px) minmax(0, 1fr); gap: 4px 20px; align-items: center;
+       padding: 8px 0; border-bottom: 1px solid var(--line); }
+.row img { display: block; max-width: 100%; height: auto; border-radius: 6px; }
+.row span { color: var(--faint); font-size: 14px; margin-left: 6px; }
+.row code { display: block; font: 12px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; color: var(--faint);
+            user-select: all; cursor: copy; overflow-wrap: anywhere; }
+@media (max-width: 700px) {  /* a phone: pictures with writing in them keep its size and are pushed sideways */
+  main { padding: 24px 16px 64px; }
+  figure { overflow-x: auto; } figure img, .chart svg { max-width: none; width: max(100%, 900px); }
+  .row { grid-template-columns: minmax(0, 1fr); } }
 footer { margin-top: 72px; color: var(--faint); font-size: 13px; }
 """
 
@@ -42,10 +59,13 @@ footer { margin-top: 72px; color: var(--faint); font-size: 13px; }
 def page(title: str, lead: str, sections: Sequence[str], footer: str = "") -> str:
     """A whole document; `sections` are ready HTML, empty ones are left out."""
     body = "\n".join(part for part in sections if part)
+    links = "".join(
+        f'<a href="#{at}">{name}</a>' for at, name in re.findall(r'<section id="(.*?)"><h2>(.*?)</h2>', body)
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{CSS}</style></head>\n<body><main>\n<h1>{escape(title)}</h1><p>{escape(lead)}</p>\n{body}\n"
+        f"<style>{CSS}</style></head>\n<body><main>\n<h1>{escape(title)}</h1><p>{escape(lead)}</p>\n<nav>{links}</nav>{body}\n"
         f"<footer>{escape(footer)}</footer>\n</main></body></html>\n"
     )
 
@@ -55,7 +75,8 @@ def section(heading: str, text: str, *parts: str) -> str:
     shown = [part for part in parts if part]
     if not shown:
         return ""
-    return f"<section><h2>{escape(heading)}</h2>{paragraph(text)}" + "\n".join(shown) + "</section>"
+    at = re.sub(r"\W+", "-", heading.lower()).strip("-")
+    return f'<section id="{at}"><h2>{escape(heading)}</h2>{paragraph(text)}' + "\n".join(shown) + "</section>"
 
 
 def paragraph(text: str) -> str:
@@ -66,11 +87,24 @@ def picture(path: Path, caption: str = "", alt: str = "") -> str:
     """A PNG file, embedded; empty when there is none."""
     if not path.is_file():
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return (
-        f'<figure><img alt="{escape(alt or caption or path.stem)}" src="data:image/png;base64,{data}">{below}</figure>'
-    )
+    return f'<figure><img alt="{escape(alt or caption or path.stem)}" src="{_embedded(path)}">{below}</figure>'
+
+
+def row(title: str, note: str, command: str, path: Path) -> str:
+    """Title, note and command (a click selects it) beside the picture of `path`."""
+    words = f"<div><b>{escape(title)}</b><span>{escape(note)}</span><code>{escape(command)}</code></div>"
+    return f'<div class="row">{words}<img alt="{escape(title)}" src="{_embedded(path)}"></div>'
+
+
+def _embedded(path: Path) -> str:
+    """A PNG or WebP file as a data URI: WebP where that is the smaller one, as it is for photos."""
+    data, kind = path.read_bytes(), path.suffix[1:]
+    with Image.open(path) as image:
+        if kind == "png" and max(image.size) < 2**14:  # WebP's largest side
+            image.convert("RGB").save(smaller := io.BytesIO(), "WEBP", quality=85)
+            data, kind = min((data, kind), (smaller.getvalue(), "webp"), key=lambda pair: len(pair[0]))
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def chart(svg: str, caption: str = "") -> str:
@@ -111,7 +145,5 @@ def folded(label: str, inner: str) -> str:
 
 def write(path: Path, text: str) -> Path:
     """The file appears under its name when whole."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)
     return path

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from ldm_sg.configfile import read_yaml
 from ldm_sg.errors import InputError
 from ldm_sg.report import charts, html
-from ldm_sg.report.annotation import BOXES, MASKS, WALL
+from ldm_sg.report.annotation import BOXES, MASKS, WORDS, wall
 
 METRICS = {  # key in a JSON -> what a reader sees
     "fd": "Fréchet distance ↓",
@@ -69,7 +70,8 @@ def write_report(run: Path) -> Path:
         _training(curves),
         *(html.section(*words, html.picture(run / name, alt=words[0])) for name, words in PICTURES.items()),
         _progress(run),
-        _wall(annotation, manifest),
+        _signals(annotation, manifest),
+        wall(annotation, manifest, shlex.quote(str(run))) if annotation else "",
         html.section("Time", "", html.chart(charts.stages(timings))),
         _recipe(_text(run / "command.txt"), config, manifest),
     ]
@@ -207,7 +209,7 @@ def _step(path: Path) -> int:
     return int(digits) if digits else 0
 
 
-def _wall(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
+def _signals(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
     annotator = manifest.get("annotator") or {}
     counts = [c for c in annotator.get("counts") or [] if isinstance(c, int)]
     facts = {
@@ -225,8 +227,9 @@ def _wall(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
         "What the signals are",
         "Ground truth, read from the shards: a baseline." if oracle else text,
         html.facts({name: value for name, value in facts.items() if value}),
+        html.paragraph(WORDS) if counts else "",
         html.chart(charts.sizes(counts)),
-        *(html.picture(annotation / name, alt=name) for name in (WALL, BOXES, MASKS) if annotation),
+        *(html.picture(annotation / name, alt=name) for name in (BOXES, MASKS) if annotation),
     )
 
 

@@ -1,20 +1,18 @@
 """What a person asks of `sample`: the options, checked, and the signals that they mean."""
 
-import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ldm_sg.annotate.kinds import load_annotator
-from ldm_sg.data.images import MAX_PIXELS, BadImage, crop_resize, crop_resize_index, decode, to_float, to_tensor
-from ldm_sg.data.latents import file_sha256
+from ldm_sg.data.images import BadImage, crop_resize_index, decode, decode_index
 from ldm_sg.data.signals import PackedMasks, Signals
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.folder import file_sha256
 from ldm_sg.guidance.compose import make_strategy
 from ldm_sg.guidance.spatial import VOID
 from ldm_sg.sampling.solvers import make_step
@@ -200,18 +198,9 @@ def _box(corners: list[float], size: int) -> Tensor:
 def _read_mask(path: Path, pipe: "SelfGuidedPipeline") -> np.ndarray:
     """An index image of any size -> uint8 [S, S] of the run's mask size; InputError for ids that the run does not have."""
     try:
-        with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as image:
-            if image.mode not in ("P", "L"):
-                raise InputError(
-                    f"--mask {path}: mode {image.mode}; an index image is needed: an 8-bit greyscale or palette PNG"
-                )
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(f"--mask {path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            mask = np.array(crop_resize_index(image, pipe.image_size))
-    except Image.DecompressionBombError as err:
-        raise InputError(f"--mask {path}: more than {MAX_PIXELS:,} pixels") from err
-    except (OSError, SyntaxError) as err:
-        raise InputError(f"--mask {path}: {getattr(err, 'strerror', None) or 'cannot be read as PNG'}") from err
+        mask = np.array(crop_resize_index(decode_index(path.read_bytes()), pipe.image_size))
+    except (OSError, BadImage) as err:
+        raise InputError(f"--mask {path}: {getattr(err, 'strerror', None) or one_line(err)}") from err
     ids = np.unique(mask[mask != VOID])
     if not len(ids):
         raise InputError(f"--mask {path}: all of it is {VOID}, which means no class")
@@ -226,9 +215,9 @@ def _like(pipe: "SelfGuidedPipeline", file: str) -> Signals:
     """The signal of an image file, by the run's own g and f."""
     annotator = load_annotator(pipe.annotator_folder, pipe.device)
     try:
-        image = crop_resize(decode(Path(file).read_bytes()), pipe.image_size, pipe.source_size)
+        image = decode(Path(file).read_bytes())
     except OSError as err:
         raise InputError(f"--like {file}: cannot be read: {err.strerror or err}") from err
     except BadImage as err:
         raise InputError(f"--like {file}: {err.reason}") from err
-    return annotator(to_float(to_tensor(image)[None].to(pipe.device)))
+    return annotator.of_image(image, pipe.image_size, pipe.source_size)

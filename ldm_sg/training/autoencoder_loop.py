@@ -1,6 +1,5 @@
 """Fit's steps from where they stand to the end, or to Ctrl-C: metrics.csv, reports and checkpoints on the way."""
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ldm_sg.folder import whole
 from ldm_sg.training.autoencoder import Fit, Source, draw
 from ldm_sg.training.metrics import MetricsCsv
 
@@ -36,9 +36,8 @@ def loop(fit: Fit, sources: list[Source], checkpoint: Path, metrics: Path, repor
 
 
 def _save(fit: Fit, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    torch.save(fit.state_dict(), temporary)
-    temporary.replace(path)
+    with whole(path) as new, new.open("wb") as file:
+        torch.save(fit.state_dict(), file)
 
 
 class _Log:

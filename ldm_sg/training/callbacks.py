@@ -193,6 +193,8 @@ class Progress(EachStep):
         if trainer.global_step % 10 == 0 or "images_per_s" not in metrics:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    on_exception = on_train_end

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm_sg.folder import whole
+
 
 class MetricsCsv:
     """`columns` start with `step`. What an earlier start logged beyond the step that this one resumes at is dropped."""
@@ -15,12 +17,10 @@ class MetricsCsv:
         if path.is_file() and resumed_at:
             with path.open(newline="") as file:
                 kept = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_at]
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        with whole(path) as new, new.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(kept)
-        temporary.replace(path)
 
     def append(self, **row: Any) -> None:
         """One more row; columns that are not named stay empty."""

@@ -14,6 +14,7 @@ from ldm_sg.config import AnnotateConfig, TrainConfig
 from ldm_sg.configfile import ASSETS, ROOT, load
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import write_json
 from ldm_sg.pipeline import open_pipeline
 from ldm_sg.report import grids
 from ldm_sg.report.annotation import first_images, members
@@ -54,8 +55,8 @@ def demo(out: Path | None = None, config: str = "demo", steps: int | None = None
     with timings.stage("evaluate"):
         metrics = _evaluate(out, shards, device)
     metrics["seconds"] = round(timings.total, 1)
-    _write_json(out / "metrics.json", metrics)
-    _write_json(out / "timings.json", timings.seconds)
+    write_json(out / "metrics.json", metrics)
+    write_json(out / "timings.json", timings.seconds)
     (out / "command.txt").write_text(f"ldm-sg demo --config {config} --out {out}\n")
     report = write_report(out)
     print(json.dumps(metrics, indent=2))
@@ -81,7 +82,7 @@ class _Timings:
             if spent > 3 or name not in self.seconds:  # finding a stage done is not work
                 self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 1)
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                _write_json(self.path, self.seconds)
+                write_json(self.path, self.seconds)
 
     @property
     def total(self) -> float:
@@ -170,9 +171,3 @@ def _layout_picture(run: Path, annotation: Path, path: Path, device: str) -> Non
     rows = [torch.cat([images[i : i + 1], drawn[i : i + 1], samples[i]]) for i in range(ROWS)]
     heads = ["real", "asked", "samples"] + [""] * (SAMPLES - 1)
     grids.save(grids.labelled_rows([""] * ROWS, rows, heads), path)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

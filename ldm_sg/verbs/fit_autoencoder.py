@@ -1,6 +1,5 @@
 """fit-autoencoder: images -> a small autoencoder that `autoencoder=FOLDER` uses."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from ldm_sg.autoencoder import Autoencoder, measure_normalisation
 from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.kinds import KINDS, plain_config
 from ldm_sg.config import FitAutoencoderConfig
-from ldm_sg.configfile import claim
+from ldm_sg.configfile import to_mapping
 from ldm_sg.data.images import to_float, to_uint8
 from ldm_sg.data.shards import expand, image_batches
 from ldm_sg.errors import InputError
+from ldm_sg.folder import claim, file_sha256, holds_out, write_bytes
 from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.report.grids import labelled_rows, save
 from ldm_sg.training.autoencoder import Fit, Source
@@ -27,13 +27,14 @@ FREE = ("out", "device", "workers", "log_every", "val_every", "checkpoint_every"
 NOISE_SHOWN = 0.2  # std of the noise on normalised latents in `psnr_noisy` and in the pictures
 
 
+@holds_out
 def fit_autoencoder(config: FitAutoencoderConfig) -> Path:
     """Fits, or goes on where the fit in `config.out` stopped; returns the folder, which is an autoencoder's when done.
     Ctrl-C saves and raises."""
     config.check()
     device = pick_device(config.device)
     out = Path(config.out)
-    claim(out, config, FREE)
+    claim(out, "config.yaml", to_mapping(config), FREE)
     if (out / "manifest.yaml").is_file():
         print(f"{out}: already fitted")
         return out
@@ -99,14 +100,13 @@ def current(fit: Fit, source: Source, out: Path, images: int) -> Autoencoder:
     """What would ship now: the averaged weights through float16 and model.safetensors, normalised over up to `images`
     images of `source`."""
     c = fit.config
-    temporary = out / f"model.safetensors.tmp-{os.getpid()}"
-    temporary.write_bytes(to_bytes({k: v.to("cpu", torch.float16).contiguous() for k, v in fit.average.items()}))
-    temporary.replace(out / "model.safetensors")
+    state = {k: v.to("cpu", torch.float16).contiguous() for k, v in fit.average.items()}
+    write_bytes(out / "model.safetensors", to_bytes(state))
     manifest = {
         "name": c.name or out.resolve().name,
         "kind": fit.kind,
         "source": {"file": "model.safetensors"},
-        "sha256": manifests.sha256(out / "model.safetensors"),
+        "sha256": file_sha256(out / "model.safetensors"),
         "licence": c.licence,
         "patch": fit.patch if fit.kind == "kl" else None,
         "net": plain_config(fit.net),

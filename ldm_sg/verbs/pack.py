@@ -1,14 +1,16 @@
-"""pack: an image folder, a list, an LMDB, other shards, or a data set with boxes and masks -> source shards of square
-images."""
+"""pack: an image folder, a list, an LMDB, other shards, or a data set with boxes and masks -> source shards of square,
+or whole, images."""
 
 import time
 from pathlib import Path
 
-from ldm_sg.data.datasets import Beside
+from ldm_sg.data.datasets import Beside, open_source
 from ldm_sg.data.images import MAX_SIDE
 from ldm_sg.data.pack import FORMATS, Form, Summary, pack_source
-from ldm_sg.data.sources import open_source
 from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import locked
+
+CROPS = ("square", "none")
 
 
 def pack(
@@ -25,12 +27,15 @@ def pack(
     merge: str | None = None,
     ignore_index: int | None = None,
     split: str | None = None,
+    allow_damaged: bool = False,
+    crop: str = "square",
 ) -> Summary:
     """Packs `src` into DST/000000.tar, ...; what is finished already is kept.
 
     src: image folder, .txt list (path, optionally a tab and an integer label), LMDB folder, shards, or a Pascal VOC
-    folder (objects marked difficult are kept). size: pixels. workers: processes, -1 = one a core, 0 = this one.
-    max_skipped: share of unusable images above which it fails.
+    folder (objects marked difficult are kept). size: pixels. crop: square (centre), or none: the whole image, its short
+    side `size`. workers: processes, -1 = one a core, 0 = this one.
+    max_skipped: share of unusable images above which it fails. allow_damaged: of shards that are cut off, what is whole.
 
     Beside an image folder: annotations, a JSON of boxes (COCO's instances, crowds left out, or {"FILE NAME": [[x0, y0,
     x1, y1, label], ...]}); masks, a folder of index PNGs called like the images; merge, "cocostuff27" for COCO-Stuff's
@@ -38,6 +43,8 @@ def pack(
     line. Of a VOC folder, split is a list in ImageSets/."""
     if format not in FORMATS:
         raise InputError(f"format {format!r}; {choices(format, FORMATS)}")
+    if crop not in CROPS:
+        raise InputError(f"crop {crop!r}; {choices(crop, CROPS)}")
     for name, value, low, high in (
         ("size", size, 8, MAX_SIDE),
         ("shard_size", shard_size, 1, 1_000_000),
@@ -50,15 +57,25 @@ def pack(
             raise InputError(f"{name}={value}: choose from {low} to {high}")
     started = time.monotonic()
     annotations, masks = (Path(path) if path is not None else None for path in (annotations, masks))
-    source = open_source(str(src), Beside(annotations, masks, merge, ignore_index, split))
-    summary = pack_source(source, Path(dst).expanduser(), Form(size, format, quality), shard_size, workers, max_skipped)
+    source = open_source(str(src), Beside(annotations, masks, merge, ignore_index, split), allow_damaged)
+    with locked(dst):
+        summary = pack_source(
+            source,
+            Path(dst).expanduser(),
+            Form(size, format, quality, crop == "square"),
+            shard_size,
+            workers,
+            max_skipped,
+        )
     seconds = time.monotonic() - started
+    shape = f"of {size} x {size}" if crop == "square" else f"with a short side of {size}"
     extra = f", {len(source.classes)} classes" if source.classes else ""
     extra += "".join(f", {note}" for note in source.notes)
     extra += f", {summary.empty_boxes} boxes without area in their image left out" if summary.empty_boxes else ""
+    extra += f", {summary.enlarged} enlarged: they were smaller" if summary.enlarged else ""
     extra += f", {source.ignored} files that are not images left alone" if source.ignored else ""
     print(
-        f"{dst}: {summary.images} images of {size} x {size} in {summary.shards} shards{extra}, "
+        f"{dst}: {summary.images} images {shape} in {summary.shards} shards{extra}, "
         f"{summary.skipped} skipped, {seconds:.1f} s"
     )
     return summary

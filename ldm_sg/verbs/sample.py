@@ -1,7 +1,6 @@
 """sample: run -> images."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -16,6 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ldm_sg.data.signals import png
 from ldm_sg.errors import InputError
+from ldm_sg.folder import LOCK, locked, whole
 from ldm_sg.hardware import use_bf16
 from ldm_sg.pipeline import open_pipeline
 from ldm_sg.report.grids import best_scale, grid, labelled_rows
@@ -32,6 +32,13 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
     """Writes NNNNNN.png, grid.png, samples.jsonl and settings.json into `out`; returns it."""
     options.check()
     folder = Path(out) if out is not None else Path(run) / "samples" / options.name()
+    if out is None and not Path(run).is_dir():
+        raise InputError(f"run {run!r} not found")
+    with locked(folder):
+        return _sample(run, options, folder, overwrite)
+
+
+def _sample(run: str, options: SampleOptions, folder: Path, overwrite: bool) -> Path:
     _refuse_foreign(folder, options, overwrite)
     pipe = open_pipeline(run, options.device, options.checkpoint)
     use_bf16(options.precision, pipe.device)  # refused before anything is drawn
@@ -43,15 +50,10 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
     else:
         options = replace(options, w=pipe.strength(options.w))
     batches, columns, captions = plan(pipe, options)
-    building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    building.mkdir(parents=True)
-    try:
+    with whole(folder) as building:
+        building.mkdir()
         _write(building, batches, columns, captions, options)
         _keep_foreign(folder, building)
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
@@ -103,7 +105,7 @@ def _refuse_foreign(folder: Path, options: SampleOptions, overwrite: bool) -> No
     try:
         there = json.loads((folder / "settings.json").read_text())
     except (OSError, ValueError) as err:
-        if not any(folder.iterdir()):
+        if all(file.name == LOCK for file in folder.iterdir()):
             return
         raise InputError(f"--out {str(folder)!r} is not empty and holds no samples: choose another folder") from err
     if there != options.settings() and not overwrite:
@@ -112,10 +114,10 @@ def _refuse_foreign(folder: Path, options: SampleOptions, overwrite: bool) -> No
 
 def _keep_foreign(folder: Path, building: Path) -> None:
     """What others put beside the samples goes along; figures of them only while the settings are the same."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not (folder / "settings.json").is_file():
         return
     same = (folder / "settings.json").read_bytes() == (building / "settings.json").read_bytes()
-    mine = r"\d{6,}\.png|grid\.png|samples\.jsonl|settings\.json|masks"
+    mine = rf"{re.escape(LOCK)}|\d{{6,}}\.png|grid\.png|samples\.jsonl|settings\.json|masks"
     replaced = re.compile(mine if same else mine + r"|evaluation(_\d+)?\.json")
     for file in folder.iterdir():
         if not replaced.fullmatch(file.name):

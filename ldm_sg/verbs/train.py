@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_sg.config import TrainConfig
-from ldm_sg.configfile import claim
+from ldm_sg.configfile import to_mapping
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.errors import InputError
+from ldm_sg.folder import claim, holds_out, write_json, write_text
 
 if TYPE_CHECKING:
     from ldm_sg.pipeline import SelfGuidedPipeline
@@ -19,6 +20,7 @@ FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every"
         "keep_every")  # fmt: skip
 
 
+@holds_out
 def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
     config.check()
@@ -45,7 +47,7 @@ def train(config: TrainConfig) -> Path:
         network.unet.compile()
     module = DiffusionModule(network, build.objective(config), config)
     run = Path(config.out)
-    claim(run, config, FREE)
+    claim(run, "config.yaml", to_mapping(config), FREE)
     _remember_annotation(run, config, latents.hash)
     done = checkpoint_step(run / "checkpoints" / "last.ckpt")
     if done >= config.steps and (run / "pipeline").is_dir():
@@ -73,7 +75,8 @@ def train(config: TrainConfig) -> Path:
             raise
         raise InputError(f"{run}: no space left on its disk; make some and give the same command, it resumes") from err
     if module.global_rank == 0:
-        write_report(run, f"ldm-sg train {run / 'config.yaml'}")
+        write_text(run / "command.txt", f"ldm-sg train {run / 'config.yaml'}\n")
+        write_report(run)
     if not finished:
         raise KeyboardInterrupt(f"interrupted and saved in {run}; the same command resumes")
     print(run / "pipeline")
@@ -96,9 +99,7 @@ def _remember_annotation(run: Path, config: TrainConfig, found: str) -> None:
                 f"trained on {known[:12]}; restore it, or train into another out="
             )
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"folder": config.annotation, "hash": found}) + "\n")
-    temporary.replace(path)
+    write_json(path, {"folder": config.annotation, "hash": found})
 
 
 def _draw(pipe: "SelfGuidedPipeline", path: Path) -> None:

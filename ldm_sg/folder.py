@@ -1,0 +1,269 @@
+"""Folders that verbs write: whose they are (`claim`), who works in them now (`locked`), and files that appear whole or not at
+all (`whole`); the files in them that are read back, schema-checked (`read_mapping`)."""
+
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import yaml
+from safetensors import SafetensorError
+
+from ldm_sg.errors import InputError, one_line
+
+LOCK = ".lock"
+Result = TypeVar("Result")
+_held: dict[Path, IO[str]] = {}  # folders that this process has locked
+os.register_at_fork(
+    after_in_child=lambda: [file.close() for file in _held.values()]
+)  # a worker must not outlive us with it
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Nobody else writes in `folder` meanwhile: another process is refused at once with an InputError that names this one. A
+    kernel lock, so it ends with its owner, however that ends. Ranks of one job share the first one's."""
+    folder = Path(folder).expanduser()
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
+    if rank != "0" or (folder.exists() and not folder.is_dir()):  # a file in its place is `claim`'s to refuse
+        yield
+        return
+    made = not folder.exists()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _lock(folder / LOCK)
+    _held[folder] = file
+    try:
+        yield
+    finally:
+        if _is_open(file, folder / LOCK):
+            (folder / LOCK).unlink()
+        del _held[folder]
+        file.close()
+        if made:
+            with suppress(OSError):  # not empty: it was worth making
+                folder.rmdir()
+
+
+def _lock(path: Path) -> IO[str]:
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise InputError(
+                f"{path.parent} is in use by {owner}: wait until it ends, or choose another folder"
+            ) from None
+        if _is_open(file, path):
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.flush()
+            return file
+        file.close()  # its owner has just ended and removed it: what was locked is nobody's file any more
+
+
+def _is_open(file: IO[str], path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def holds_out(verb: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """A verb of a config, which holds its `out` locked while it runs."""
+
+    @functools.wraps(verb)
+    def holding(config: Any) -> Result:
+        with locked(config.out):
+            return verb(config)
+
+    return holding
+
+
+def claim(
+    folder: Path, file: str, wanted: Mapping[str, Any], free: Container[str] = (), stale: Sequence[str] = ()
+) -> None:
+    """Makes `folder` the home of `wanted`, kept in FOLDER/`file` as YAML, or checks that it already is: a folder never mixes
+    two configs. Values of the (dotted) keys `free` may change. With `stale` all may: nothing but these sub-folders was made
+    so far, and they go. Leftovers of killed runs go.
+
+    Raises InputError naming the first key that differs, and for a folder that holds something else."""
+    path, there = folder / file, {}
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: choose another folder")
+    if path.is_file():
+        there = read_mapping(path)
+        here, before = flat(wanted), flat(there)
+        for key in {**here, **before}:
+            bound = not stale or (key in here) != (key in before)  # other keys: of another verb
+            bound &= key not in free and key.partition(".")[0] not in free
+            if bound and here.get(key) != before.get(key):
+                raise InputError(
+                    f"{folder} belongs to another config: {key} {_difference(before.get(key), here.get(key))}; choose another "
+                    "folder, or remove it"
+                )
+    elif folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and has no {file}: choose another folder")
+    if folder in _held:
+        _sweep(folder)
+    kept = {key: value for key, value in there.items() if key in free} | dict(wanted)
+    if kept != there or not path.is_file():
+        for name in stale:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        write_text(path, yaml.safe_dump(kept, sort_keys=False))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> one with dotted keys."""
+    pairs: dict[str, Any] = {}
+    for key, value in tree.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return pairs
+
+
+def _difference(there: Any, here: Any) -> str:
+    if isinstance(there, list) and isinstance(here, list):
+        old, new = next((pair for pair in itertools.zip_longest(there, here) if pair[0] != pair[1]), (None, None))
+        return f"has {len(there)} entries there and {len(here)} here; the first that differs is {old!r}, here {new!r}"
+    return f"is {there!r} there and {here!r} here"
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the temporaries of processes that are gone."""
+    for left in list(folder.rglob("*.tmp-*")):
+        pid = re.search(r"\.tmp-(\d+)$", left.name)
+        if pid is None or _runs(int(pid[1])):
+            continue
+        if left.is_file():
+            left.unlink()
+        elif left.parent == folder:
+            shutil.rmtree(left)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def temporary(path: Path) -> Path:
+    """Where what will be `path` grows until it is whole."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """`with whole(path) as new`: the file or folder that is made as `new` appears as `path` when the block ends; of a block
+    that fails nothing is left. A folder takes the place of the one before it. InputError where the disk is full, ..."""
+    new = temporary(path)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield new
+            if new.is_dir() and path.is_dir():
+                old = temporary(path.with_name(f"{path.name}.old"))
+                path.rename(old)
+                new.rename(path)
+                shutil.rmtree(old)
+            else:
+                new.replace(path)
+    except BaseException:
+        with suppress(OSError):  # where there is none, or it could not even begin
+            shutil.rmtree(new) if new.is_dir() else new.unlink()
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A file, whole or not at all."""
+    with whole(path) as new:
+        new.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8; whole or not at all."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Indented JSON, whole or not at all; ValueError for NaN, which JSON does not have."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A disk that is full, read-only or gone while `path` is written (as OSError, or as shutil and safetensors wrap it):
+    InputError with the path and the space left."""
+    try:
+        yield
+    except shutil.Error as err:  # of copytree: [(source, destination, why), ...]
+        first = err.args[0][0] if err.args and isinstance(err.args[0], list) else [str(err)]
+        raise _cannot_write(path, str(first[-1])) from err
+    except OSError as err:
+        raise _cannot_write(path, err.strerror or str(err)) from err
+    except SafetensorError as err:
+        raise _cannot_write(path, one_line(err)) from err
+
+
+def _cannot_write(path: Path, why: str) -> InputError:
+    return InputError(f"{path}: cannot be written: {why}; {space_left(path)}")
+
+
+def space_left(path: Path) -> str:
+    """'1.2 GB left on its disk', for messages."""
+    folder = next(p for p in path.absolute().parents if p.exists())
+    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB left on its disk"
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex digest of a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_mapping(path: Path, schema: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A mapping out of a JSON file (.json) or YAML; InputError naming file and key where it is not one, or lacks what `schema`
+    asks for: key -> a type, a tuple of types, {nested schema}, or [schema of each entry]."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as err:
+        raise InputError(f"{path}: cannot be read: {err.strerror or err}") from err
+    except (ValueError, yaml.YAMLError, RecursionError) as err:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise InputError(f"{path} is damaged: not readable {kind}: {one_line(err)[:200]}") from err
+    _check(content, dict(schema or {}), str(path))
+    return content
+
+
+def _check(value: Any, schema: Any, where: str) -> None:
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: a mapping of keys to values is expected, not {value!r:.60}")
+        for key, inner in schema.items():
+            if key not in value:
+                raise InputError(f"{where}: no {key} in it: not a file of this version of ldm_sg, or damaged")
+            _check(value[key], inner, f"{where}: {key}")
+    elif isinstance(schema, list):
+        if not isinstance(value, list):
+            raise InputError(f"{where}: a list is expected, not {value!r:.60}")
+        for number, entry in enumerate(value):
+            _check(entry, schema[0], f"{where}[{number}]")
+    else:
+        kinds = schema if isinstance(schema, tuple) else (schema,)
+        if not any(type(value) is kind for kind in kinds):  # not isinstance: True is no count
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise InputError(f"{where}: {names} is expected, not {value!r:.60}")
