@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from ldm_sg.config import model_config
+from ldm_sg.config import ObjectiveConfig, model_config
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.models.unet import PlainUNet, make_unet
+from ldm_sg.pipeline import SelfGuidedPipeline
+from ldm_sg.sampling.schedules import noise_scheduler
 from ldm_sg.training.diffusion import decayed
 
 
@@ -110,3 +113,14 @@ def test_only_weights_of_layers_decay(tokens: str) -> None:
         "conditioner.labels", "conditioner.token_labels", "conditioner.token_null", "conditioner.spatial_null",
     }  # fmt: skip
     assert any("to_q.weight" in names[id(p)] for p in weights)
+
+
+def test_a_pipeline_without_cross_attention_is_read_back(tmp_path: Path) -> None:
+    """diffusers finds out how a component is loaded from the names in its class's module."""
+    net = make_unet(model_config({**TINY, "tokens": "none"}), GuidanceSpec(num_labels=4), (4, 8, 8))
+    pipe = SelfGuidedPipeline(net.unet, net.conditioner, noise_scheduler(ObjectiveConfig()))
+    DiffusionPipeline.save_pretrained(pipe, tmp_path)
+    again = super(SelfGuidedPipeline, SelfGuidedPipeline).from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert type(again.unet) is PlainUNet
+    for key, value in net.unet.state_dict().items():
+        assert torch.equal(again.unet.state_dict()[key], value)
