@@ -1,5 +1,7 @@
 """k-means: goldens against scikit-learn, both normalisations, NMI and ARI."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +73,7 @@ def test_nearest_starts_with_the_assigned_and_save_load_keeps_ids(tmp_path):
     loaded = Clusters(clusters.cfg)
     loaded.restore(tmp_path)
     assert torch.equal(loaded.assign(points), near[:, 0])
-    signals = loaded.annotate(lambda images: images, torch.from_numpy(points))  # g = identity
+    signals = loaded.annotate(lambda images: images, SimpleNamespace(squares=torch.from_numpy(points)))  # g = identity
     assert torch.equal(signals.k, near[:, 0]) and signals.guidance((4, 4)).keep.all()
 
 

@@ -110,7 +110,7 @@ def test_a_piped_set_can_be_annotated(tmp_path):
     make_shards(tmp_path / "source", shards=1)
     cfg = config(tmp_path, f"pipe:cat {tmp_path}/source/000000.tar")
     out = annotate(cfg)
-    assert len(LatentSet(out)) == 9 and (out / "clusters.png").is_file()
+    assert len(LatentSet(out)) == 9 and (out / "clusters").is_dir()
     assert annotate(cfg) == out
 
 

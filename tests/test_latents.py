@@ -121,6 +121,7 @@ def test_unfinished_or_foreign_folder(tmp_path):
         LatentSet(tmp_path)
     folder, _, _ = make(tmp_path)
     (folder / "manifest.yaml").unlink()
+    (folder / "config.yaml").write_text("shards: x.tar\n")
     with pytest.raises(InputError, match="has not finished"):
         LatentSet(folder)
     (folder / "manifest.yaml").write_text("- a list\n")

@@ -13,6 +13,7 @@ from test_sample import invoke
 from test_train import config
 
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig, ObjectiveConfig
+from ldm_sg.data.images import crop_resize, to_float, to_tensor
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
@@ -225,6 +226,10 @@ class ByColour:
 
     def __init__(self, spec: GuidanceSpec):
         self.spec = spec
+
+    def see(self, images: list[Image.Image], size: int, within: int) -> tuple[torch.Tensor, torch.Tensor]:
+        squares = to_float(torch.stack([to_tensor(crop_resize(image, size, within)) for image in images]))
+        return squares, squares
 
     def __call__(self, images: torch.Tensor) -> Signals:
         pixels = (images.permute(0, 2, 3, 1).numpy() + 1) * 127.5  # [B, H, W, 3]

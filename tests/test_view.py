@@ -228,7 +228,7 @@ def test_pack_without_crop(tmp_path: Path) -> None:
     assert image.size == mask.size == (30, 20)
     assert sample.meta["boxes"] == [[0, 5, 7.5, 15, 0], [25, 0, 30, 10, 0]]
     assert np.abs(np.asarray(mask, int)[0] - (2 * np.arange(30) + 0.5)).max() <= 1
-    with pytest.raises(InputError, match="packed with size=20, uncropped"):
+    with pytest.raises(InputError, match="crop is False there"):
         run(tmp_path / "in", tmp_path / "out", size=20, **beside)
     with pytest.raises(InputError, match="crop 'centre'"):
         run(tmp_path / "in", tmp_path / "other", crop="centre")

@@ -168,7 +168,7 @@ def _settings(result: Mapping[str, Any]) -> str:
     parts = [] if w is None else [f"w = {w:g}" if isinstance(w, int | float) else f"w = {w}"]
     if {"steps", "scheduler"} <= sampling.keys():
         parts.append(f"{sampling['steps']} {sampling['scheduler']}")
-    parts += [f"step {sampling['checkpoint']}"] * ("checkpoint" in sampling)
+    parts += [f"step {sampling.get('checkpoint')}"] * ("checkpoint" in sampling)
     return ", ".join(parts + [judged] * judged.startswith("pipeline_"))
 
 
