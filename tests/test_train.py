@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -432,7 +433,10 @@ def test_compile_is_for_cuda_unless_asked_for(capsys: pytest.CaptureFixture[str]
 def test_interrupt_before_the_first_step_is_said(colours: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(to_yaml(config(colours, tmp_path / "run", steps=10_000)))
     command = [sys.executable, "-c", "from ldm_sg.cli import main; main()", "train", str(tmp_path / "c.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # where a shell started the tests in the background it is not
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not (tmp_path / "run" / "config.yaml").is_file() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
