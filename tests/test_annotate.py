@@ -147,7 +147,7 @@ def test_report_is_self_contained(finished):
     text = (out / "report.html").read_text()
     assert (
         not re.search(r"""(src|href)=["']?http""", text)
-        and text.count("data:image/webp;base64,") == 4
+        and text.count("data:image/webp;base64,") == 3
         and "<script" not in text
     )
     assert "ldm-sg sample RUN --cluster 2" in text and 'href="#what-each-cluster-holds"' in text

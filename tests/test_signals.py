@@ -183,7 +183,7 @@ def test_crops_and_flips_take_image_box_and_mask_along(truth: str, tmp_path: Pat
     latents = LatentSet(annotate(config(tmp_path, shards(tmp_path / "source"), kind="oracle", truth=truth)))
     autoencoder, views = load_autoencoder(str(latents.folder / "autoencoder")), []
     for step in range(8):
-        *_, view, guidance = LatentBatches(latents, 0, side=5, random=True)[[step, *range(12)]]
+        *_, view, guidance = LatentBatches(latents, 0, side=5, random=True)[[step, 0, *range(12)]]
         bright = (autoencoder.decode(view).amax(1, keepdim=True) > 0).float()
         assert view.shape[2:] == guidance.spatial.shape[2:] == (5, 5)
         thing = guidance.spatial if truth == "boxes" else guidance.spatial[:, 1:].sum(1, keepdim=True)
