@@ -193,7 +193,7 @@ def test_crops_and_flips_take_image_box_and_mask_along(truth: str, tmp_path: Pat
             assert torch.equal(guidance.concepts, concept_ids(guidance.k))
         views.append(view)
     assert len({tuple(view.flatten().tolist()) for view in torch.cat(views)}) > 48  # of 96 draws
-    _, _, middle = LatentBatches(latents, 0, side=6, random=False)[[0, *range(12)]]
+    *_, middle = LatentBatches(latents, 0, side=6, random=False)[[0, 0, *range(12)]]
     assert torch.allclose(latents.signals.centre(6 / 8).guidance((6, 6)).spatial, middle.spatial, atol=1e-6)
 
 
