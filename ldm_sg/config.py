@@ -218,13 +218,9 @@ class ObjectiveConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise InputError(f"objective.{name}={value!r}; {choices(value, allowed)}")
-        flow = self.kind == "flow"
-        _need(
-            "objective.min_snr", self.min_snr, self.min_snr is None or 0 < self.min_snr < math.inf, "null, or above 0"
-        )
-        _need(
-            "objective.min_snr", self.min_snr, self.min_snr is None or not flow, "flow has no min-SNR weighting; null"
-        )
+        gamma = self.min_snr
+        _need("objective.min_snr", gamma, gamma is None or 0 < gamma < math.inf, "null, or above 0")
+        _need("objective.min_snr", gamma, gamma is None or self.kind != "flow", "flow has no min-SNR weighting; null")
         _need("objective.timesteps", self.timesteps, self.timesteps >= 2, "at least 2")
         betas = (self.beta_start, self.beta_end)
         _need("objective.beta_start, beta_end", betas, 0 < betas[0] <= betas[1] < 1, "0 < beta_start <= beta_end < 1")
@@ -290,7 +286,7 @@ class FitAutoencoderConfig:
     out: str = "???"  # folder of the fit, and of the autoencoder: `autoencoder=OUT` uses it
     name: str | None = None  # None = the folder's name
     init: str | None = (
-        None  # an autoencoder (kl or tiny) to start from; channels, patch, widths and blocks are then its own
+        None  # an autoencoder (kl, tiny) to start from; channels, patch, widths and blocks are then its own
     )
     part: str = "all"  # what is fitted: all, or with init its decoder alone (latents stay what they are)
     holdout: dict[str, int] = field(default_factory=dict)  # name -> how many of its last images are not trained on

@@ -228,6 +228,11 @@ def space_left(path: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB left on its disk"
 
 
+def pipeline_of(run: str | Path) -> Path | None:
+    """The pipeline folder of a run, or `run` where it is one itself; None where there is none."""
+    return next((p for p in (Path(run) / "pipeline", Path(run)) if (p / "model_index.json").is_file()), None)
+
+
 def file_sha256(path: str | Path) -> str:
     """Hex digest of a file's content."""
     with Path(path).open("rb") as file:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm_sg.autoencoder import Autoencoder, load_autoencoder
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, one_line
+from ldm_sg.folder import pipeline_of
 from ldm_sg.guidance.compose import Strategy, cfg
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.hardware import pick_device, use_bf16
@@ -213,20 +214,19 @@ class SelfGuidedPipeline(DiffusionPipeline):
 def open_pipeline(source: str | Path, device: str = "auto", checkpoint: str | None = None) -> SelfGuidedPipeline:
     """A run folder or a pipeline folder; InputError when it is neither, or cannot be read. `checkpoint`: a step that the run
     keeps EMA weights of, or `best`."""
-    folder = Path(source)
-    for candidate in (folder / "pipeline", folder):
-        if (candidate / "model_index.json").is_file():
-            on = pick_device(device)
-            try:
-                pipe = SelfGuidedPipeline.from_pretrained(candidate).to(on)
-                if checkpoint is not None:
-                    pipe.checkpoint = restore(GuidedUNet(pipe.unet, pipe.conditioner), folder, checkpoint)
-            except InputError:
-                raise
-            except (OSError, ValueError, KeyError, SafetensorError) as err:
-                raise InputError(f"{candidate} is damaged or not complete: {one_line(err)}") from err
-            pipe.unet.eval()
-            return pipe
-    if not folder.is_dir():
-        raise InputError(f"run {str(source)!r} not found")
-    raise InputError(f"{str(source)!r} has no pipeline/: give the folder of a run that has saved a checkpoint")
+    folder = pipeline_of(source)
+    if folder is None:
+        if not Path(source).is_dir():
+            raise InputError(f"run {str(source)!r} not found")
+        raise InputError(f"{str(source)!r} has no pipeline/: give the folder of a run that has saved a checkpoint")
+    on = pick_device(device)
+    try:
+        pipe = SelfGuidedPipeline.from_pretrained(folder).to(on)
+        if checkpoint is not None:
+            pipe.checkpoint = restore(GuidedUNet(pipe.unet, pipe.conditioner), Path(source), checkpoint)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as err:
+        raise InputError(f"{folder} is damaged or not complete: {one_line(err)}") from err
+    pipe.unet.eval()
+    return pipe

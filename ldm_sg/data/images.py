@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 # Formats that are pixels and nothing else: Pillow would also run Ghostscript on an EPS that is called .jpg.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_SIDE = 8192  # pixels of a square that images are cropped to
-LARGE = (
-    2**25
-)  # pixels, 0.1 GB as RGB and up to four times that while it is decoded: one such at a time over all decoders
+LARGE = 2**25  # pixels, 0.1 GB as RGB and up to four times that while it is decoded: one at a time over all decoders
 MAX_ASPECT = 4  # of whole images that g sees: beyond it they are made smaller, to bound its patches
 MAX_PIXELS = 2**27  # 134 megapixels, 0.4 GB as RGB: more than cameras make; beyond it a header is taken for an attack
 _ORIENTATION = 0x0112  # the EXIF tag

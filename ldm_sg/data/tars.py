@@ -12,9 +12,7 @@ from typing import IO, NamedTuple
 from ldm_sg.errors import InputError, one_line
 
 MOST_IMAGE, MOST_TEXT = 64 * 2**20, 2**20  # bytes of one file
-_NAME = re.compile(
-    r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL
-)  # webdataset's rule: the key ends at the base name's first dot
+_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)  # webdataset's: a key ends at its name's first dot
 _PATIENCE = 60  # seconds for a server's next answer
 _HEADERS = (
     tarfile.XHDTYPE,

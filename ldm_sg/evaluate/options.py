@@ -7,11 +7,11 @@ from typing import Any
 from ldm_sg.data.images import MAX_SIDE
 from ldm_sg.errors import InputError, choices
 from ldm_sg.evaluate.inception import RESIZES
+from ldm_sg.sampling.request import SampleOptions
 
-DRAWING: dict[str, Any] = {  # sample's, but faster
-    **{"steps": 25, "scheduler": "dpmpp_2m", "spacing": "log_snr", "precision": "auto"},
-    **{"strategy": "cfg", "rescale": 0.0, "interval": None},
-}
+_USUAL = SampleOptions(precision="auto")  # sample's, but faster
+_OWN = ("steps", "scheduler", "spacing", "precision", "strategy", "rescale")
+DRAWING: dict[str, Any] = {name: getattr(_USUAL, name) for name in _OWN} | {"interval": None}
 
 
 @dataclass(frozen=True)

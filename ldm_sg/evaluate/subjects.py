@@ -12,8 +12,9 @@ from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
 from ldm_sg.evaluate.options import DRAWING, Options
-from ldm_sg.guidance.compose import make_strategy
+from ldm_sg.folder import pipeline_of
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
+from ldm_sg.sampling.request import SampleOptions
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,13 @@ def open_subject(options: Options, judges: list[str]) -> Subject:
     return _from_disk(sources.open_images(options.source), options, run, pipe)
 
 
-def _is_run(folder: Path) -> bool:
-    return any((place / "model_index.json").is_file() for place in (folder, folder / "pipeline"))
-
-
 def _run_of(source: Path, named: str | Path | None) -> Path | None:
     """The source itself where it is a run; for images on disk the run named, or the one whose folder holds them."""
-    if _is_run(source):
+    if pipeline_of(source):
         if named is not None:
             raise InputError(f"run={str(named)!r}: {source} is a run itself; `run` is for images on disk")
         return source
-    return Path(named) if named is not None else next(filter(_is_run, source.resolve().parents), None)
+    return Path(named) if named is not None else next(filter(pipeline_of, source.resolve().parents), None)
 
 
 def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: list[str]) -> Subject:
@@ -80,14 +77,13 @@ def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: 
     given = {name: getattr(options, name) for name in DRAWING if getattr(options, name) is not None}
     w = pipe.usual_w if options.w is None else pipe.strength(options.w)
     settings = DRAWING | given | {"w": w, "seed": options.seed}
-    strategy = make_strategy(settings["strategy"], settings["rescale"], settings["interval"])
-    solving = {name: settings[name] for name in ("w", "steps", "scheduler", "spacing", "precision", "seed")}
+    solving = SampleOptions(**settings | {"interval": settings["interval"] or []}).solving()
     drawn = pipe.draw(n, options.seed)
 
     def batches(_: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, n, options.batch_size):
             places = torch.arange(start, min(start + options.batch_size, n))
-            yield places, pipe(drawn[places], first_index=start, strategy=strategy, **solving)
+            yield places, pipe(drawn[places], w=w, first_index=start, **solving)
 
     def ids() -> Tensor:
         if drawn.k is None or drawn.k.ndim != 1:

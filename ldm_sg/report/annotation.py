@@ -24,7 +24,7 @@ NEAR, FAR = 7, 3  # members shown: nearest to their centroid, and farthest from 
 SEEN = 20_000  # images, those of the first shards, among which they are looked for
 THUMB = 80  # pixels
 EXAMPLES = 32  # images with their boxes or masks
-WALL, SIZES, BOXES, MASKS = "clusters", "sizes.png", "boxes.png", "masks.png"
+WALL, BOXES, MASKS = "clusters", "boxes.png", "masks.png"
 WORDS = (
     "g is the frozen network that looked at the images, f the annotator that made signals of what it saw. A label is one of the "
     "ids that f gives; nobody named them. Entropy says how evenly images fall to labels: at its maximum all have as many."
@@ -33,8 +33,9 @@ WORDS = (
 
 def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Path:
     """FOLDER/report.html of a finished annotation set, and the pictures in it: clusters/ID.webp where images have one id each,
-    boxes.png or masks.png where signals are spatial, sizes.png where there are labels. The source shards are read again for
-    the images: those of the manifest, or `shards` as the user named them, which may be commands. Raises InputError when the set is not finished or a source shard is gone."""
+    boxes.png or masks.png where signals are spatial. The source shards are read again for the images: those of the manifest,
+    or `shards` as the user named them, which may be commands. Raises InputError when the set is not finished or a source
+    shard is gone."""
     folder = Path(folder)
     latents = LatentSet(folder)
     if shards is not None:

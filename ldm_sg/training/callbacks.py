@@ -1,8 +1,8 @@
 """What happens around the steps: EMA, checkpoints that survive kill -9, metrics.csv, exports, a clean Ctrl-C."""
 
-import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm_sg.config import TrainConfig
+from ldm_sg.folder import temporary
 from ldm_sg.training.metrics import MetricsCsv
 
 COLUMNS = ["step", "train_loss", "val_loss_guided", "val_loss_null", "images_per_s", "lr"]
@@ -57,7 +58,7 @@ class EMA(WeightAveraging):
         return self._average_model.module.network
 
 
-class EachStep(Callback):
+class EachStep(Callback, ABC):
     """`on_step` after each step of the optimizer, however many parts its batch came in."""
 
     def on_train_batch_end(
@@ -66,8 +67,8 @@ class EachStep(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.on_step(trainer)
 
-    def on_step(self, trainer: pl.Trainer) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def on_step(self, trainer: pl.Trainer) -> None: ...
 
 
 class SaveLast(EachStep):
@@ -78,13 +79,13 @@ class SaveLast(EachStep):
         self.path, self.config, self.ema, self.hooks = path, config, ema, hooks
 
     def save(self, trainer: pl.Trainer) -> None:
-        temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        new = temporary(self.path)
         try:
-            trainer.save_checkpoint(temporary)
+            trainer.save_checkpoint(new)
             if trainer.is_global_zero:
-                temporary.replace(self.path)
+                new.replace(self.path)
         finally:
-            temporary.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
         if trainer.is_global_zero:
             self.hooks.export(self.ema.network)
 

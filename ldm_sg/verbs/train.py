@@ -1,7 +1,6 @@
 """train: annotation set -> run. What is wrong with the config is said before anything heavy is imported, which takes seconds."""
 
 import errno
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.errors import InputError
-from ldm_sg.folder import claim, holds_out, write_json, write_text
+from ldm_sg.folder import claim, holds_out, pipeline_of, read_mapping, write_json, write_text
 
 if TYPE_CHECKING:
     from ldm_sg.pipeline import SelfGuidedPipeline
@@ -25,7 +24,7 @@ def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
     config.check()
     finished_manifest(Path(config.annotation))
-    if config.init and not any((Path(config.init) / p / "model_index.json").is_file() for p in ("pipeline", "")):
+    if config.init and pipeline_of(config.init) is None:
         raise InputError(f"init={config.init!r}: no pipeline/ there; give the folder of a trained run")
 
     from ldm_sg import build
@@ -88,8 +87,8 @@ def _remember_annotation(run: Path, config: TrainConfig, found: str) -> None:
     path = run / "annotation.json"
     if path.is_file():
         try:
-            known = str(json.loads(path.read_text())["hash"])
-        except (ValueError, KeyError, TypeError) as err:
+            known = read_mapping(path, {"hash": str})["hash"]
+        except InputError as err:
             raise InputError(
                 f"{path}: damaged (which set the run learns from); remove it if annotation={config.annotation!r} is that set"
             ) from err
