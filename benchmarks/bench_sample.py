@@ -39,7 +39,7 @@ def main() -> None:
     for scheduler, steps in SETTINGS:
         guidance = pipe.draw(64)
         start = time.perf_counter()
-        pipe(guidance, args.w, steps, scheduler, precision="auto")
+        pipe.generate(guidance, args.w, steps, scheduler, precision="auto")
         rate = 64 / (time.perf_counter() - start)
         with contextlib.redirect_stdout(io.StringIO()):
             result = evaluate(args.run, args.reference, metrics="fd", n=args.n, w=args.w, steps=steps, scheduler=scheduler,

@@ -70,11 +70,12 @@ class PipelineWriter:
 
     def pipeline(self, network: nn.Module) -> SelfGuidedPipeline:
         assert isinstance(network, GuidedUNet)
-        pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler, self.source_size, self.drop)
-        pipe.attach(self.autoencoder, self.signals, self.annotator)
+        parts = (network.unet, network.conditioner, self.scheduler, self.autoencoder, self.signals)
+        pipe = SelfGuidedPipeline(*parts, source_size=self.source_size, drop=self.drop)
+        pipe.annotator_folder = self.annotator
         return pipe
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Replaces `folder` by the pipeline of `network`; there is a whole pipeline under that name at any time but one."""
         with whole(folder) as new:
-            self.pipeline(network).save_pretrained(new)
+            self.pipeline(network).save_pretrained(new, refer=True)

@@ -1,96 +1,108 @@
 """SelfGuidedPipeline: everything that sampling needs, in one folder of diffusers' format."""
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
-from diffusers.utils.logging import disable_progress_bar
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ldm_sg.autoencoder import Autoencoder, load_autoencoder
-from ldm_sg.data.signals import Signals
-from ldm_sg.errors import InputError, one_line
+from ldm_sg.errors import InputError, choices, one_line
 from ldm_sg.folder import pipeline_of
-from ldm_sg.guidance.compose import Strategy, cfg
-from ldm_sg.guidance.signal import Guidance, GuidanceSpec
+from ldm_sg.guidance.compose import Denoiser, Strategy, cfg
+from ldm_sg.guidance.signal import Guidance
 from ldm_sg.hardware import pick_device, use_bf16
-from ldm_sg.models.conditioner import Conditioner
 from ldm_sg.models.snapshots import restore
 from ldm_sg.models.unet import GuidedUNet
-from ldm_sg.sampling import draw, solvers
-from ldm_sg.sampling.schedules import objective_of
+from ldm_sg.objective import Objective
+from ldm_sg.sampling import draw
+from ldm_sg.sampling.schedules import check_fits, drive, objective_of
+from ldm_sg.sampling.solvers import Step, dpmpp_2m, make_grid, make_step, solve
 
-disable_progress_bar()  # three small files load in a moment; its bar would stand in front of every message
+if TYPE_CHECKING:
+    from ldm_sg.data.signals import Signals
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+VERSION = 2  # of the folder
 MOST_SIGNALS = 20_000  # masks or features that a pipeline folder carries
+LEARNT_WITH = ("DDPMScheduler", "FlowMatchEulerDiscreteScheduler")  # what `sampling.schedules` makes
 
 
 class SelfGuidedPipeline(DiffusionPipeline):
     """EMA network, noise schedule, autoencoder, annotator and the training signals of one run.
 
     >>> pipe = SelfGuidedPipeline.from_pretrained("runs/demo/pipeline")
-    >>> images = pipe(pipe.clusters([42] * 8), w=2.0)  # uint8 [8, 3, H, W]
+    >>> images = pipe(cluster=[42] * 8, generator=pipe.generators(8)).images  # PIL, those of `ldm-sg sample --cluster 42 -n 8`
+    >>> images = pipe.generate(pipe.clusters([42] * 8), w=2.0)  # the same as uint8 [8, 3, H, W], by any solver and strategy
     """
+
+    model_cpu_offload_seq = "unet->autoencoder"
+    _exclude_from_cpu_offload = ["conditioner"]  # small, and asked before every step
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        conditioner: Conditioner,
+        unet: ModelMixin,
+        conditioner: ModelMixin,
         scheduler: SchedulerMixin,
+        autoencoder: ModelMixin,
+        signals: object,  # Signals, whichever file their class is of
         source_size: int | None = None,  # pixels of the images that it learnt crops from
         drop: float | None = None,  # share of samples that it was trained on with the null; None = not known
+        version: int = VERSION,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, conditioner=conditioner, scheduler=scheduler)
-        self.register_to_config(source_size=source_size, drop=drop)
+        self.register_modules(
+            unet=unet, conditioner=conditioner, scheduler=scheduler, autoencoder=autoencoder, signals=signals
+        )
+        self.register_to_config(source_size=source_size, drop=drop, version=version)
         self.set_progress_bar_config(disable=True)
+        self.spec, self.schedule = signals.spec, scheduler  # which it was trained with, whatever takes its place
+        self.annotator_folder: Path | None = None
         self.checkpoint: int | None = None  # step of the snapshot that it was opened at, where it was one
+        self._members: dict[int, Tensor] = {}
 
-    def attach(self, autoencoder: Autoencoder, signals: Signals, annotator: Path) -> None:
-        """The parts that diffusers does not know: first stage, the training set's signals, annotator folder."""
-        self.autoencoder, self.signals, self.annotator_folder = autoencoder, signals, annotator
-        self.spec, self._members = signals.spec, {}
+    def save_pretrained(self, save_directory: str | Path, refer: bool = False, **kwargs: Any) -> None:
+        """The folder, whole: also what loads it where ldm_sg is not installed. `refer`: a large first stage stays where it is,
+        and is named. `kwargs`: of the networks' own `save_pretrained`."""
+        from ldm_sg.parts import write_code
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.autoencoder.save(folder / "autoencoder")
-        if (folder / "annotator").resolve() != self.annotator_folder.resolve():
+        for name, part in self.components.items():
+            part = self._portable_signals() if name == "signals" else part
+            own = {"refer": refer} if name == "autoencoder" else kwargs if isinstance(part, ModelMixin) else {}
+            part.save_pretrained(folder / name, **own)
+        if self.annotator_folder and (folder / "annotator").resolve() != self.annotator_folder.resolve():
             shutil.copytree(self.annotator_folder, folder / "annotator", dirs_exist_ok=True)
-        self._portable_signals().save(folder / "signals.safetensors")
-        (folder / "guidance.json").write_text(json.dumps(self.spec.to_dict(), indent=2) + "\n")
-        super().save_pretrained(folder, **kwargs)
+        write_code(self, folder)
+        self.save_config(folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SelfGuidedPipeline":
-        """A pipeline folder, or a hub id that `push_to_hub` made."""
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
+        """A pipeline folder, or the hub id of one (revision, token, cache_dir, local_files_only). None of its code is run: its parts
+        are of this package's classes. `torch_dtype`, `device_map` (a device); parts in place of the folder's (scheduler=...);
+        the rest goes to the networks' own `from_pretrained`. InputError for a folder of another version."""
+        from ldm_sg.parts import fetch, read_parts
 
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path)))
-        pipe = super().from_pretrained(folder, **{"low_cpu_mem_usage": False, **kwargs})
-        spec = GuidanceSpec.from_dict(json.loads((folder / "guidance.json").read_text()), str(folder))
-        signals = Signals.load(folder / "signals.safetensors", spec)
-        pipe.attach(load_autoencoder(str(folder / "autoencoder")), signals, folder / "annotator")
-        return pipe
+        folder = fetch(str(pretrained_model_name_or_path), kwargs)
+        device = kwargs.pop("device_map", None)
+        pipe = cls(**read_parts(folder, cls.load_config(folder), VERSION, kwargs))
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        pipe.annotator_folder = folder / "annotator"
+        return pipe.to(device) if device else pipe
 
-    def _portable_signals(self) -> Signals:
+    def _portable_signals(self) -> "Signals":
         """All signals where they are ids, otherwise MOST_SIGNALS of them drawn at random: enough to sample from."""
         if len(self.signals) <= MOST_SIGNALS or (self.signals.mask is None and self.signals.feature is None):
             return self.signals
         order = torch.randperm(len(self.signals), generator=torch.Generator().manual_seed(0))
         return self.signals[order[:MOST_SIGNALS].sort().values]
-
-    def to(self, *args: Any, **kwargs: Any) -> "SelfGuidedPipeline":
-        super().to(*args, **kwargs)
-        self.autoencoder.to(self.device)
-        return self
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -107,7 +119,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         """Side in pixels at which real images are to be seen, the centre `image_size` of which is like what it makes."""
         return self.config.source_size or self.image_size
 
-    def guidance(self, signals: Signals) -> Guidance:
+    def guidance(self, signals: "Signals") -> Guidance:
         """Signals of B images -> what the network reads."""
         return signals.guidance(self.latent_shape[1:])
 
@@ -116,7 +128,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         say), they are those of a training image of that cluster."""
         return self.guidance(self.draw(len(ids), seed, clusters=ids))
 
-    def draw(self, n: int, seed: int = 0, first_index: int = 0, clusters: Sequence[int] | None = None) -> Signals:
+    def draw(self, n: int, seed: int = 0, first_index: int = 0, clusters: Sequence[int] | None = None) -> "Signals":
         """Signals of training images drawn at random: the empirical distribution, as the paper samples. With `clusters`, one
         an image, only those of that cluster (of a mask: with that class in it)."""
         picks = []
@@ -165,13 +177,78 @@ class SelfGuidedPipeline(DiffusionPipeline):
         code; None for those of a network, which have no bounds."""
         if self.autoencoder.kind != "patch":
             return None
-        mean, std = (part.view(-1, 1, 1).to(self.unet.device) for part in (self.autoencoder.mean, self.autoencoder.std))
+        mean, std = (
+            part.view(-1, 1, 1).to(self._execution_device) for part in (self.autoencoder.mean, self.autoencoder.std)
+        )
         return (-1 - mean) / std, (1 - mean) / std
+
+    @property
+    def foreign(self) -> bool:
+        """Whether a scheduler stands where the one was that the run learnt with: it is then diffusers' stepping that draws."""
+        return self.scheduler is not self.schedule or type(self.scheduler).__name__ not in LEARNT_WITH
 
     @torch.no_grad()
     def __call__(
         self,
-        guidance: Guidance | Signals,
+        cluster: int | Sequence[int] | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """As diffusers' pipelines are called: `num_images_per_prompt` images of each cluster; without clusters, of signals drawn from
+        the training distribution.
+
+        guidance_scale: w of Eq. 4, None = `usual_w` (2). generator: one stream for all images, or one an image, as `generators`
+        gives them. latents: unit noise [B, C, h, w]. output_type: pil, np [B, H, W, 3] or pt [B, 3, H, W] in [0, 1], latent.
+        callback_on_step_end(pipe, step, time, {"latents": x}) may return other latents. The solver is DPM-Solver++(2M) of
+        ldm_sg, or whatever scheduler was put in the place of the run's."""
+        if output_type not in OUTPUTS:
+            raise InputError(f"output_type={output_type!r}; {choices(output_type, OUTPUTS)}")
+        if set(callback_on_step_end_tensor_inputs) != {"latents"}:
+            raise InputError(
+                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs}: there are latents"
+            )
+        asked = [cluster] if isinstance(cluster, int) else cluster
+        ids = None if asked is None else [k for k in asked for _ in range(num_images_per_prompt)]
+        shape = (num_images_per_prompt if ids is None else len(ids), *self.latent_shape)
+        noise = randn_tensor(shape, generator) if latents is None else latents
+        first = generator[0] if isinstance(generator, list) else generator
+        seed = int(torch.randint(2**31, (), generator=first, device=first.device if first else None))
+        guidance = self.guidance(self.draw(shape[0], seed, clusters=ids))
+        w = self.usual_w if guidance_scale is None else guidance_scale
+        with self.progress_bar(total=num_inference_steps) as bar:
+
+            def each(i: int, t: Tensor, x: Tensor) -> Tensor:
+                bar.update()
+                told = callback_on_step_end(self, i, t, {"latents": x}) if callback_on_step_end else {}
+                return (told or {}).get("latents", x)
+
+            if self.foreign:
+                check_fits(self.scheduler, self.schedule)
+                denoiser, guidance, noise = self._prepare(guidance, noise, w)
+                x = drive(self.scheduler, denoiser, noise, guidance, num_inference_steps, generator, each)
+            else:
+                x = self._solve(guidance, noise, w, num_inference_steps, each=each)
+        images = x if output_type == "latent" else self._output(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _output(self, latents: Tensor, kind: str) -> Any:
+        if kind == "pil":
+            return [Image.fromarray(image) for image in self.decode(latents).permute(0, 2, 3, 1).numpy()]
+        images = (self._pixels(latents) + 1) / 2
+        return images if kind == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        guidance: "Guidance | Signals",
         w: float = 2.0,
         steps: int = 25,
         scheduler: str = "dpmpp_2m",
@@ -188,27 +265,88 @@ class SelfGuidedPipeline(DiffusionPipeline):
         grey level in fp32, to two or three with precision bf16 (or auto, which takes it where it is faster).
 
         eta: DDIM's (0 deterministic, 1 ancestral). noise [B, C, h, w] replaces the seeded start. watch(step, x0) sees
-        the predicted clean latent of every step. strategy: how w is applied (`guidance.compose`)."""
-        device = self.unet.device
-        if isinstance(guidance, Signals):
-            guidance = self.guidance(guidance)
-        generators = [draw.image_generator(seed, first_index + i) for i in range(len(guidance))]
-        if noise is None:
-            noise = draw.noise(self.latent_shape, generators)
-        objective = objective_of(self.scheduler)
-        grid = solvers.make_grid(objective, steps, spacing)
-        step = solvers.make_step(scheduler, eta, lambda: draw.noise(self.latent_shape, generators).to(device))
-        objective, guidance = objective.to(device), guidance.to(device)
-        denoiser = strategy(GuidedUNet(self.unet, self.conditioner), self.strength(w), objective)
-        start = noise.to(device, self.unet.dtype)
+        the predicted clean latent of every step. strategy: how w is applied (`guidance.compose`). InputError where another
+        scheduler was put into the pipeline, for `scheduler` here names a solver of ldm_sg."""
+        if self.foreign:
+            raise InputError(
+                f"pipe.scheduler is {type(self.scheduler).__name__}, which steps by itself: call pipe(cluster=...); `generate` and "
+                "`ldm-sg sample` draw by ldm_sg's solvers, with the scheduler that the run learnt with in its place"
+            )
+        device = self._execution_device
+        generators = self.generators(len(guidance), seed, first_index)
+        noise = draw.noise(self.latent_shape, generators) if noise is None else noise
+        step = make_step(scheduler, eta, lambda: draw.noise(self.latent_shape, generators).to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision, device)):
-            return self.decode(solvers.solve(denoiser, start, guidance, objective, grid, step, self.bounds, watch))
+            images = self.decode(self._solve(guidance, noise, w, steps, step, spacing, strategy, watch))
+        self.maybe_free_model_hooks()
+        return images
+
+    def generators(self, n: int, seed: int = 0, first_index: int = 0) -> list[torch.Generator]:
+        """The randomness of n images, one each: those that `generate` and `ldm-sg sample` draw with."""
+        return [draw.image_generator(seed, first_index + i) for i in range(n)]
+
+    def _prepare(
+        self, guidance: "Guidance | Signals", noise: Tensor, w: float, strategy: Strategy = cfg
+    ) -> tuple[Denoiser, Guidance, Tensor]:
+        """The guided network, and what it starts from, on its device."""
+        device = self._execution_device
+        if hasattr(guidance, "guidance"):  # signals, whichever file their class is of
+            guidance = self.guidance(guidance)
+        denoiser = strategy(GuidedUNet(self.unet, self.conditioner), self.strength(w), self.objective.to(device))
+        return denoiser, guidance.to(device), noise.to(device, torch.float32)
+
+    def _solve(
+        self,
+        guidance: "Guidance | Signals",
+        noise: Tensor,
+        w: float,
+        steps: int,
+        step: Step = dpmpp_2m,
+        spacing: str = "log_snr",
+        strategy: Strategy = cfg,
+        watch: Callable[[int, Tensor], None] | None = None,
+        each: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Unit noise [B, C, h, w] -> clean latents, by ldm_sg's solvers."""
+        grid = make_grid(self.objective, steps, spacing)
+        denoiser, guidance, noise = self._prepare(guidance, noise, w, strategy)
+        objective = self.objective.to(noise.device)
+        return solve(denoiser, noise, guidance, objective, grid, step, self.bounds, watch, each)
+
+    @property
+    def objective(self) -> Objective:
+        """What the network predicts, under which schedule."""
+        return objective_of(self.schedule)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, h, w] -> uint8 [B, 3, H, W] on the CPU."""
-        images = self.autoencoder.decode(latents.to(self.unet.device, torch.float32))
-        return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        return ((self._pixels(latents) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents.to(self._execution_device, self.autoencoder.dtype)).float()
+
+    def enable_vae_tiling(self) -> None:
+        """Large images are decoded in tiles, which takes less memory; InputError where the first stage cannot."""
+        self._first_stage("enable_tiling")()
+
+    def disable_vae_tiling(self) -> None:
+        self._first_stage("disable_tiling")()
+
+    def enable_vae_slicing(self) -> None:
+        """Images are decoded one after the other."""
+        self._first_stage("enable_slicing")()
+
+    def disable_vae_slicing(self) -> None:
+        self._first_stage("disable_slicing")()
+
+    def _first_stage(self, method: str) -> Callable[[], None]:
+        net = getattr(self.autoencoder.codec, "net", None)
+        if not hasattr(net, method):
+            raise InputError(
+                f"{method}: the first stage {self.autoencoder.name!r} ({self.autoencoder.kind}) has no such thing"
+            )
+        return getattr(net, method)
 
 
 def open_pipeline(source: str | Path, device: str = "auto", checkpoint: str | None = None) -> SelfGuidedPipeline:

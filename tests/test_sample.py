@@ -66,7 +66,7 @@ def test_images_do_not_depend_on_the_batch_size(scheduler: str, run: Path, tmp_p
 @pytest.mark.parametrize("scheduler", sorted(SOLVERS))
 def test_every_solver_makes_the_asked_colour(scheduler: str, run: Path) -> None:
     pipe = open_pipeline(run, "cpu")
-    images = pipe(pipe.clusters([1, 3]), w=1.5, steps=30, scheduler=scheduler).float() / 127.5 - 1
+    images = pipe.generate(pipe.clusters([1, 3]), w=1.5, steps=30, scheduler=scheduler).float() / 127.5 - 1
     assert torch.cdist(images.mean((2, 3)), COLOURS).argmin(1).tolist() == [1, 3]
 
 
@@ -122,7 +122,7 @@ def test_pixels_are_clipped_and_latents_never_are(run: Path) -> None:
     black, white = (pipe.autoencoder.encode(torch.full((1, 3, 2, 2), value))[0] for value in (-1.0, 1.0))
     assert torch.allclose(low, black, atol=1e-5) and torch.allclose(high, white, atol=1e-5)
     seen: list[torch.Tensor] = []
-    pipe(pipe.clusters([1]), w=30.0, steps=5, watch=lambda i, x0: seen.append(x0))
+    pipe.generate(pipe.clusters([1]), w=30.0, steps=5, watch=lambda i, x0: seen.append(x0))
     assert all((x0 >= low - 1e-5).all() and (x0 <= high + 1e-5).all() for x0 in seen)
     pipe.autoencoder.kind = "kl"
     assert pipe.bounds is None
@@ -136,12 +136,12 @@ def test_w_is_what_training_allows(drop: float | None, w: float, used: float, ru
     assert pipe.strength(w) == used and pipe.strength(pipe.usual_w) in (0.0, 1.0, 2.0)
     assert ("trained without guidance" in capsys.readouterr().err) == (drop == 1.0)
     if drop == 1.0:
-        before = pipe(pipe.clusters([1, 3]), w=w, steps=3)
+        before = pipe.generate(pipe.clusters([1, 3]), w=w, steps=3)
         pipe.conditioner.labels.data.normal_()
-        assert torch.equal(before, pipe(pipe.clusters([1, 3]), w=w, steps=3))
+        assert torch.equal(before, pipe.generate(pipe.clusters([1, 3]), w=w, steps=3))
     if drop == 0.0:
         with pytest.raises(InputError, match="never learnt the null"):
-            pipe(pipe.clusters([1]), w=2.0, steps=3)
+            pipe.generate(pipe.clusters([1]), w=2.0, steps=3)
 
 
 def test_a_run_knows_its_drop(run: Path) -> None:
@@ -161,7 +161,7 @@ def test_pipeline_round_trips_and_is_found_by_diffusers(run: Path, tmp_path: Pat
     pipe = SelfGuidedPipeline.from_pretrained(run / "pipeline")
     pipe.save_pretrained(tmp_path / "copy")
     again = SelfGuidedPipeline.from_pretrained(tmp_path / "copy")
-    assert torch.equal(pipe(pipe.clusters([1]), steps=3), again(again.clusters([1]), steps=3))
+    assert torch.equal(pipe.generate(pipe.clusters([1]), steps=3), again.generate(again.clusters([1]), steps=3))
     assert torch.equal(pipe.signals.k, again.signals.k) and again.annotator_folder.is_dir()
 
 
@@ -243,7 +243,13 @@ def test_eta_moves_interpolated_images_too(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["unet/diffusion_pytorch_model.safetensors", "guidance.json", "signals.safetensors", "model_index.json"]
+    "name",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "signals/config.json",
+        "signals/diffusion_pytorch_model.safetensors",
+        "model_index.json",
+    ],
 )
 @pytest.mark.parametrize("content", [None, b"{"])
 def test_damaged_pipelines_are_told(name: str, content: bytes | None, run: Path, tmp_path: Path) -> None:

@@ -83,8 +83,9 @@ def test_signals_keep_every_part_through_packing_picking_and_disk(tmp_path: Path
     assert columns(spec) == ("mask", "feature")
     rows = [{"mask": m, "feature": np.full(3, i, np.float16)} for i, m in enumerate(masks)]
     signals = Signals.of(spec, rows)
-    signals.save(tmp_path / "s.safetensors")
-    again = Signals.load(tmp_path / "s.safetensors", spec)
+    signals.save_pretrained(tmp_path / "s")
+    again = Signals.from_pretrained(tmp_path / "s")
+    assert again.spec == spec
     for s in (signals, again, again[torch.arange(6)]):
         assert len(s) == 6 and np.array_equal(s.masks().numpy(), masks)
         guidance = s.guidance((4, 4), torch.tensor([3, 1]), flip=torch.tensor([True, False]))
@@ -92,8 +93,10 @@ def test_signals_keep_every_part_through_packing_picking_and_disk(tmp_path: Path
         assert torch.equal(guidance.spatial[0], plain.spatial[0].flip(2))
         assert torch.equal(guidance.spatial[1], plain.spatial[1]) and torch.equal(guidance.k, plain.k)
         assert guidance.feature[:, 0].tolist() == [3, 1] and guidance.concepts.shape == (2, 5)
+    config = {"_class_name": "Signals", **GuidanceSpec(spatial="box").to_dict()}
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="no box"):
-        Signals.load(tmp_path / "s.safetensors", GuidanceSpec(spatial="box"))
+        Signals.from_pretrained(tmp_path / "s")
     assert PackedMasks.of(masks)[4].tolist() == masks[4].tolist()
     assert signals.having(2).tolist() == list(range(6)) and signals.counts().tolist() == [6] * 5
 

@@ -130,7 +130,7 @@ def test_overfits_eight_images_to_a_visible_copy(tmp_path: Path) -> None:
                val_share=0.0, checkpoint_every=500, objective=ObjectiveConfig(kind="v"))
     )  # fmt: skip
     pipe = open_pipeline(run, "cpu")
-    copies = pipe(pipe.clusters(range(8)), w=1.0, seed=5).float() / 127.5 - 1
+    copies = pipe.generate(pipe.clusters(range(8)), w=1.0, seed=5).float() / 127.5 - 1
     psnr = 10 * torch.log10(4 / (copies - images).square().flatten(1).mean(1))
     others = (copies - images.roll(1, 0)).square().mean()
     assert psnr.median() > 20, psnr
@@ -142,7 +142,7 @@ def test_crops_of_larger_images(colours: Path, tmp_path: Path) -> None:
     run = train(config(colours, tmp_path / "run", crop=12, steps=4))
     pipe = open_pipeline(run, "cpu")
     assert (pipe.image_size, pipe.source_size, pipe.latent_shape[1:]) == (12, 16, (6, 6))
-    assert pipe(pipe.clusters([1]), w=1.0, steps=2).shape == (1, 3, 12, 12)
+    assert pipe.generate(pipe.clusters([1]), w=1.0, steps=2).shape == (1, 3, 12, 12)
     for crop in (0, 13, 18):
         with pytest.raises(InputError, match=rf"crop={crop}: a multiple of 2 up to 16"):
             train(config(colours, tmp_path / "no", crop=crop))
@@ -167,7 +167,7 @@ def test_no_guidance_baseline_never_trains_the_labels(colours: Path, tmp_path: P
 def test_every_objective_trains_and_samples(kind: str, colours: Path, tmp_path: Path) -> None:
     run = train(config(colours, tmp_path / "run", steps=3, objective=ObjectiveConfig(kind=kind), val_share=0.0))
     pipe = open_pipeline(run, "cpu")
-    assert pipe(signals(pipe, SampleOptions(n=2)), steps=4).shape == (2, 3, 16, 16)
+    assert pipe.generate(signals(pipe, SampleOptions(n=2)), steps=4).shape == (2, 3, 16, 16)
 
 
 def test_init_starts_from_another_run(whole: Path, colours: Path, tmp_path: Path) -> None:

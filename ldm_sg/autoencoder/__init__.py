@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ __all__ = ["Autoencoder", "load_autoencoder", "measure_normalisation"]
 SMALL = 16 * 2**20  # bytes of weights that `save` still copies
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(ModelMixin):
     """A frozen first stage whose latents have zero mean and unit variance per channel, as its manifest says."""
 
     def __init__(self, codec: Codec, manifest: dict[str, Any]) -> None:
@@ -68,6 +70,7 @@ class Autoencoder(nn.Module):
         z = self.encode_raw(images)
         return (z - self.mean[:, None, None]) / self.std[:, None, None]
 
+    @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, h, w] -> images [B, 3, h*f, w*f] in [-1, 1]."""
         self._need_normalisation()
@@ -81,17 +84,27 @@ class Autoencoder(nn.Module):
                 "measure_normalisation(autoencoder, batches) fills them in (`ldm-sg annotate` does)"
             )
 
-    def save(self, folder: str | Path) -> None:
-        """Write manifest.yaml, complete, and the weights where they take at most 16 MiB; `load_autoencoder(folder)` reads
-        it back. Larger weights stay where they are and are referred to."""
-        folder = Path(folder)
+    def save(self, folder: str | Path, part: bool = False, most: float = SMALL) -> None:
+        """Write manifest.yaml, complete, and the weights where they take at most `most` bytes; `load_autoencoder(folder)` reads
+        it back. Larger weights stay where they are and are referred to. `part`: by the names that diffusers gives files."""
+        folder, name = Path(folder), "diffusion_pytorch_model.safetensors" if part else "model.safetensors"
         manifest, state = dict(self.manifest), self.weights()
-        if state and sum(t.numel() * t.element_size() for t in state.values()) <= SMALL:
-            write_bytes(folder / "model.safetensors", save(state))
-            manifest.update(source={"file": "model.safetensors"}, sha256=file_sha256(folder / "model.safetensors"))
+        if state and sum(t.numel() * t.element_size() for t in state.values()) <= most:
+            write_bytes(folder / name, save(state))
+            manifest.update(source={"file": name}, sha256=file_sha256(folder / name))
             manifest.update(net=self.codec.net_config)
             manifest.pop("subfolder", None)
-        manifests.write(manifest, folder)
+        manifests.write(manifest, folder, part)
+
+    def save_pretrained(self, folder: str | Path, refer: bool = False, **_: Any) -> None:
+        """As a part of a pipeline; with `refer` large weights stay where they are."""
+        self.save(folder, part=True, most=SMALL if refer else float("inf"))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_: Any) -> "Autoencoder":
+        """What `save_pretrained` wrote, or whatever `load_autoencoder` takes."""
+        autoencoder = load_autoencoder(folder)
+        return autoencoder if torch_dtype is None else nn.Module.to(autoencoder, torch_dtype)
 
     def weights(self) -> dict[str, Tensor]:
         """The network's tensors as they are stored."""

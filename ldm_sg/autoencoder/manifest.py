@@ -7,7 +7,7 @@ import yaml
 
 from ldm_sg.configfile import ROOT
 from ldm_sg.errors import InputError, choices
-from ldm_sg.folder import file_sha256, read_mapping, write_text
+from ldm_sg.folder import file_sha256, read_mapping, write_json, write_text
 
 KEYS = {
     "name": "how configs and reports call it; the folder's name by default",
@@ -63,16 +63,21 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def from_diffusers(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that diffusers wrote."""
-    cls = read_mapping(folder / "config.json", {"_class_name": str})["_class_name"]
+    """The manifest of a folder in diffusers' form: of one of its networks, or of the first stage of a pipeline."""
+    config = read_mapping(folder / "config.json", {"_class_name": str})
+    cls = config["_class_name"]
+    if cls == "Autoencoder":
+        return {key: value for key, value in config.items() if key in KEYS}
     if cls not in DIFFUSERS_KINDS:
         raise InputError(f"{folder / 'config.json'}: class {cls!r}; {choices(cls, DIFFUSERS_KINDS)}")
     return {"name": folder.resolve().name, "kind": DIFFUSERS_KINDS[cls], "source": {"folder": str(folder.resolve())}}
 
 
-def write(manifest: dict[str, Any], folder: Path) -> None:
-    """manifest.yaml, whole or not at all, keys in the order of KEYS."""
+def write(manifest: dict[str, Any], folder: Path, config: bool = False) -> None:
+    """manifest.yaml, whole or not at all, keys in the order of KEYS; with `config`, config.json as diffusers has it."""
     known = {key: manifest[key] for key in KEYS if manifest.get(key) is not None}
+    if config:
+        return write_json(folder / "config.json", {"_class_name": "Autoencoder", **known})
     text = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=118, default_flow_style=None)
     write_text(folder / "manifest.yaml", text)
 

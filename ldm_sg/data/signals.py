@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.guidance.spatial import Crops, box_coverage, concept_ids, mask_coverage, present
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # the name that diffusers downloads
 Sample = dict[str, np.ndarray]  # one image's signals: those of `columns(spec)`
 
 
@@ -209,20 +211,26 @@ class Signals:
             return (self.k > 0).sum(0).numpy()
         return np.bincount(self.k.numpy(), minlength=self.spec.num_labels)
 
-    def save(self, path: Path) -> None:
-        """One safetensors file."""
+    def save_pretrained(self, folder: Path) -> None:
+        """config.json and one safetensors file, as diffusers' pipelines hold their parts."""
         arrays: dict[str, np.ndarray] = {"count": np.array([self.count])}
         arrays |= {
             n: np.ascontiguousarray(p.numpy()) for n in ("k", "box", "feature") if (p := getattr(self, n)) is not None
         }
         if self.mask is not None:
             arrays |= {"mask_size": np.array([self.mask.size]), "mask": self.mask.blob, "mask_ends": self.mask.ends}
-        path.write_bytes(save(arrays))
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / WEIGHTS).write_bytes(save(arrays))
+        config = {"_class_name": "Signals", **self.spec.to_dict()}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path, spec: GuidanceSpec) -> "Signals":
-        """What `save` wrote; InputError when the file does not hold what `spec` says."""
-        arrays = load_file(path)
+    def from_pretrained(cls, folder: str | Path, **_: Any) -> "Signals":
+        """What `save_pretrained` wrote; InputError when the file does not hold what its config says."""
+        config, path = json.loads((Path(folder) / "config.json").read_text()), Path(folder) / WEIGHTS
+        config.pop("_class_name", None)
+        spec, arrays = GuidanceSpec.from_dict(config, str(folder)), load_file(path)
         if "mask" in arrays:
             arrays["mask"] = PackedMasks(int(arrays.pop("mask_size")[0]), arrays["mask"], arrays.pop("mask_ends"))
         missing = {"count", *columns(spec)} - set(arrays)

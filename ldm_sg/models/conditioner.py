@@ -91,7 +91,6 @@ class Conditioner(ModelMixin, ConfigMixin):
         """Rows of ids [B], or the sum of the rows a multi-hot [B, K] names."""
         return k.to(table.dtype) @ table if k.ndim == 2 else table[k]
 
-    @staticmethod
-    def _scaled(feature: Tensor) -> Tensor:
+    def _scaled(self, feature: Tensor) -> Tensor:
         """Unit vectors [B, D] -> entries of size one, which is what a linear layer's initialisation expects."""
-        return feature * feature.shape[1] ** 0.5
+        return feature.to(self.null.dtype) * feature.shape[1] ** 0.5

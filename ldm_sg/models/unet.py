@@ -1,6 +1,6 @@
 """diffusers' UNet2DConditionModel with the paper's two injections of guidance."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -10,10 +10,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 from torch import Tensor, nn
 
-from ldm_sg.config import ModelConfig
 from ldm_sg.errors import InputError, choices
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.models.conditioner import Conditioner
+
+if TYPE_CHECKING:
+    from ldm_sg.config import ModelConfig
 
 TOKENS = ("vector", "concepts", "none")
 
@@ -21,7 +23,7 @@ TOKENS = ("vector", "concepts", "none")
 class GuidedUNet(nn.Module):
     """The Denoiser: (x_t [B, C, h, w], t [B], guidance) -> prediction [B, C, h, w]."""
 
-    def __init__(self, unet: UNet2DConditionModel, conditioner: Conditioner) -> None:
+    def __init__(self, unet: UNet2DConditionModel, conditioner: nn.Module) -> None:
         super().__init__()
         self.unet, self.conditioner = unet, conditioner
 
@@ -30,7 +32,7 @@ class GuidedUNet(nn.Module):
         if condition.spatial is not None:
             x = torch.cat([x, condition.spatial.to(x.dtype)], dim=1)  # Eq. 8: x_t := concat[x_t, k_s]
         out = self.unet(
-            x,
+            x.to(self.unet.dtype),
             t,
             encoder_hidden_states=condition.tokens,
             encoder_attention_mask=condition.mask,
@@ -75,7 +77,7 @@ class PlainUNet(UNet2DConditionModel):
         return keys | UNet2DConditionModel._get_init_keys(UNet2DConditionModel) if input_class is PlainUNet else keys
 
 
-def make_unet(config: ModelConfig, spec: GuidanceSpec, latent_shape: tuple[int, int, int]) -> GuidedUNet:
+def make_unet(config: "ModelConfig", spec: GuidanceSpec, latent_shape: tuple[int, int, int]) -> GuidedUNet:
     """The network of `config` for latents [C, h, w] and the signals of `spec`. InputError names a size that cannot be."""
     _check(config, latent_shape)
     channels, size = latent_shape[0], latent_shape[1]
@@ -123,7 +125,7 @@ def make_unet(config: ModelConfig, spec: GuidanceSpec, latent_shape: tuple[int, 
     return GuidedUNet(unet, conditioner)
 
 
-def _check(config: ModelConfig, latent_shape: tuple[int, int, int]) -> None:
+def _check(config: "ModelConfig", latent_shape: tuple[int, int, int]) -> None:
     if config.inject not in ("concat", "add"):
         raise InputError(f"model.inject={config.inject!r}; {choices(config.inject, ['concat', 'add'])}")
     if config.tokens not in TOKENS:

@@ -1,16 +1,26 @@
 """The training noise schedule: a config's words -> the diffusers scheduler that pipeline/scheduler holds -> the Objective."""
 
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from torch import Tensor
 
-from ldm_sg.config import ObjectiveConfig
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.compose import Denoiser
+from ldm_sg.guidance.signal import Guidance
 from ldm_sg.objective import Objective
+
+if TYPE_CHECKING:
+    from ldm_sg.config import ObjectiveConfig
 
 PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def noise_scheduler(config: ObjectiveConfig) -> SchedulerMixin:
+def noise_scheduler(config: "ObjectiveConfig") -> SchedulerMixin:
     """The training schedule as a diffusers scheduler. `config` is one that `check` has passed."""
     if config.kind == "flow":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.timesteps, shift=config.shift)
@@ -36,8 +46,45 @@ def _shifted(scheduler: DDPMScheduler, shift: float) -> DDPMScheduler:
 
 def objective_of(scheduler: SchedulerMixin, min_snr: float | None = None) -> Objective:
     """The Objective that a training schedule stands for."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if not hasattr(scheduler, "alphas_cumprod"):
         return Objective("flow", torch.zeros(scheduler.config.num_train_timesteps), shift=scheduler.config.shift)
     kind = {v: k for k, v in PREDICTION.items()}[scheduler.config.prediction_type]
     signal = scheduler.alphas_cumprod.double()
     return Objective(kind, torch.atan2((1 - signal).sqrt(), signal.sqrt()).float(), min_snr)
+
+
+def check_fits(other: SchedulerMixin, own: SchedulerMixin) -> None:
+    """InputError where `other` does not step along the schedule, or by the kind of prediction, that was learnt with `own`."""
+    flows = "FlowMatch" in type(other).__name__ or other.config.get("use_flow_sigmas", False)
+    if hasattr(own, "alphas_cumprod"):
+        same = [scheduler.config.get("prediction_type") for scheduler in (own, other)]
+        fits = not flows and hasattr(other, "alphas_cumprod") and same[0] == same[1]
+        fits = fits and len(other.alphas_cumprod) == len(own.alphas_cumprod)
+        fits = fits and torch.allclose(other.alphas_cumprod.float().cpu(), own.alphas_cumprod.float().cpu(), atol=1e-3)
+    else:
+        fits = flows
+    if not fits:
+        raise InputError(
+            f"pipe.scheduler is a {type(other).__name__} of another noise schedule or prediction than the run's {type(own).__name__} "
+            f"({own.config.get('prediction_type', 'flow')}): make one with X.from_config(pipe.scheduler.config) that can do it"
+        )
+
+
+def drive(
+    scheduler: SchedulerMixin,
+    denoiser: Denoiser,
+    noise: Tensor,
+    guidance: Guidance,
+    steps: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    each: Callable[[int, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Unit noise [B, C, h, w] -> clean latents by diffusers' own stepping; `each` as in `solvers.solve`."""
+    scheduler.set_timesteps(steps, device=noise.device)
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for i, t in enumerate(scheduler.timesteps):
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        prediction = denoiser(seen, t.expand(len(x)), guidance)
+        x = each(i, t, scheduler.step(prediction.to(x.dtype), t, x, **random).prev_sample)
+    return x

@@ -54,7 +54,7 @@ def generate(
         if options.vary == "layout":
             one = torch.randn(pipe.latent_shape, generator=image_generator(options.seed, 0))
             noise = one.expand(len(part), -1, -1, -1)
-        images = pipe(part, w, first_index=start, noise=noise, **options.solving())
+        images = pipe.generate(part, w, first_index=start, noise=noise, **options.solving())
         bar.update(len(part))
         records = [_record(options, **part.describe(i), w=w, index=start + i) for i in range(len(part))]
         yield Batch(images, records, part)
@@ -80,7 +80,7 @@ def _interpolate(pipe: "SelfGuidedPipeline", options: SampleOptions) -> Iterator
         a, b = slerp(ends[0], ends[1], share)
         arc.append(a * ends[0] + b * ends[1])
     for noise in (ends[0].expand(options.n, -1, -1, -1), torch.stack(arc)):
-        images = pipe(Guidance.from_k(k), options.w, noise=noise, **options.solving())
+        images = pipe.generate(Guidance.from_k(k), options.w, noise=noise, **options.solving())
         yield Batch(images, [_record(options, k=[first, last], share=s, w=options.w) for s in shares])
 
 
@@ -92,7 +92,7 @@ def _trajectory(pipe: "SelfGuidedPipeline", options: SampleOptions) -> Iterator[
     for i in range(len(chosen)):
         seen: dict[int, Tensor] = {}
         watch = lambda step, x0, seen=seen: seen.update({step: x0}) if step in shown else None  # noqa: E731
-        final = pipe(chosen[torch.tensor([i])], options.w, first_index=i, watch=watch, **options.solving())
+        final = pipe.generate(chosen[torch.tensor([i])], options.w, first_index=i, watch=watch, **options.solving())
         frames = [pipe.decode(seen[step]) for step in shown[:-1]] + [final]
         said = chosen.describe(i)
         records = [_record(options, **said, index=i, step=s, w=options.w) for s in shown]

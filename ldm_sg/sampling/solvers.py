@@ -147,9 +147,10 @@ def solve(
     step: Step,
     bounds: tuple[Tensor, Tensor] | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
+    each: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Unit noise [B, C, h, w] -> clean latents [B, C, h, w]. `bounds`: what every x0 is clipped to, for pixel space only;
-    `watch(i, x0)` sees each step's."""
+    `watch(i, x0)` sees each step's; `each(i, time, x)` what it came to, and may exchange it."""
     x, past = noise, []
     for i, t in enumerate(grid.times.to(x.device)):
         times = t.expand(len(x))
@@ -159,5 +160,5 @@ def solve(
         if watch is not None:
             watch(i, x0)
         corrected, following = step(grid, i, x, x0, past)
-        past, x = [*past[-1:], (corrected, x0)], following
+        past, x = [*past[-1:], (corrected, x0)], following if each is None else each(i, t, following)
     return x

@@ -154,7 +154,7 @@ def _cluster_picture(run: Path, annotation: Path, path: Path, device: str) -> No
     ids = _largest(annotation)
     ids = [ids[i * len(ids) // (2 * ROWS)] for i in range(ROWS)]
     pipe = open_pipeline(run, device)
-    samples = pipe(pipe.clusters([k for k in ids for _ in range(SAMPLES)]), precision="auto").split(SAMPLES)
+    samples = pipe.generate(pipe.clusters([k for k in ids for _ in range(SAMPLES)]), precision="auto").split(SAMPLES)
     real = members(annotation, LatentSet(annotation).manifest, ids, REAL)
     picture = grids.cluster_picture(ids, list(real.values()), samples)
     grids.save(picture, path)
@@ -167,7 +167,7 @@ def _layout_picture(run: Path, annotation: Path, path: Path, device: str) -> Non
     asked = latents.signals[places]
     drawn = pictures(asked, images.shape[-1])
     assert drawn is not None
-    samples = pipe(asked[torch.arange(ROWS).repeat_interleave(SAMPLES)], precision="auto").split(SAMPLES)
+    samples = pipe.generate(asked[torch.arange(ROWS).repeat_interleave(SAMPLES)], precision="auto").split(SAMPLES)
     rows = [torch.cat([images[i : i + 1], drawn[i : i + 1], samples[i]]) for i in range(ROWS)]
     heads = ["real", "asked", "samples"] + [""] * (SAMPLES - 1)
     grids.save(grids.labelled_rows([""] * ROWS, rows, heads), path)

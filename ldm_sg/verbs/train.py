@@ -107,5 +107,5 @@ def _draw(pipe: "SelfGuidedPipeline", path: Path) -> None:
 
     path.parent.mkdir(exist_ok=True)
     pipe.unet.eval()
-    images = pipe(pipe.draw(40, seed=0), w=pipe.usual_w, seed=0, precision="auto")
+    images = pipe.generate(pipe.draw(40, seed=0), w=pipe.usual_w, seed=0, precision="auto")
     grid(images, columns=10).save(path)

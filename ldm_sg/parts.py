@@ -1,0 +1,61 @@
+"""The parts of a pipeline folder: read without running any code that lies in it, and written with code of their own."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+
+from ldm_sg.autoencoder import Autoencoder
+from ldm_sg.data.signals import Signals
+from ldm_sg.errors import InputError
+from ldm_sg.folder import write_text
+from ldm_sg.hub import hub
+from ldm_sg.models.conditioner import Conditioner
+from ldm_sg.models.unet import PlainUNet
+from ldm_sg.standalone import standalone
+
+if TYPE_CHECKING:
+    from ldm_sg.pipeline import SelfGuidedPipeline
+
+OURS: dict[str, Any] = {part.__name__: part for part in (Autoencoder, Conditioner, PlainUNet, Signals)}
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def fetch(name: str, options: dict[str, Any]) -> Path:
+    """A folder, or the copy of a hub repository; takes what is the hub's out of `options`."""
+    asked = {key: options.pop(key) for key in HUB if key in options}
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    with hub(f"pipeline {name!r}", "give the folder of a pipeline, or a name on the Hugging Face hub"):
+        return Path(snapshot_download(name, **asked))
+
+
+def read_parts(folder: Path, index: dict[str, Any], version: int, options: dict[str, Any]) -> dict[str, Any]:
+    """What builds the pipeline of model_index.json: its parts, those given in `options` instead of the folder's, and settings."""
+    if index.get("version") != version:
+        raise InputError(
+            f"{folder}: a pipeline folder of another version of ldm_sg (model_index.json says {index.get('version', 1)}, this one "
+            f"reads {version}): train the run on with steps=, or make it anew"
+        )
+    if "dtype" in options:
+        options["torch_dtype"] = options.pop("dtype")
+    named = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and name[0] != "_"}
+    parts = {name: options.pop(name) for name in named if name in options}
+    for name, (library, cls) in named.items():
+        if name not in parts:
+            known = getattr(diffusers, cls, None) if library == "diffusers" else OURS.get(cls)
+            if known is None:
+                raise InputError(f"{folder}: its {name} is a {cls} of {library}, which ldm_sg does not know")
+            parts[name] = known.from_pretrained(folder / name, **{"low_cpu_mem_usage": False, **options})
+    return parts | {key: value for key, value in index.items() if key not in named and key[0] != "_"}
+
+
+def write_code(pipe: "SelfGuidedPipeline", folder: Path) -> None:
+    """pipeline.py, and beside each part of a class of this package PART/MODULE.py, where diffusers looks for it."""
+    for name, part in pipe.components.items():
+        if own := OURS.get(type(part).__name__):
+            pipe.register_to_config(**{name: (own.__module__, own.__name__)})
+            write_text(folder / name / f"{own.__module__}.py", standalone(own.__module__, own.__name__))
+    write_text(folder / "pipeline.py", standalone(f"{__package__}.pipeline", "SelfGuidedPipeline"))
