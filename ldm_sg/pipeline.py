@@ -23,7 +23,7 @@ from ldm_sg.models.snapshots import restore
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.objective import Objective
 from ldm_sg.sampling import draw
-from ldm_sg.sampling.schedules import check_fits, drive, objective_of
+from ldm_sg.sampling.schedules import check_fits, drive, objective_of, within
 from ldm_sg.sampling.solvers import Step, dpmpp_2m, make_grid, make_step, solve
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class SelfGuidedPipeline(DiffusionPipeline):
         )
         self.register_to_config(source_size=source_size, drop=drop, version=version)
         self.set_progress_bar_config(disable=True)
+        if next(autoencoder.parameters(), None) is None:  # pixels: nothing to move, and accelerate asks for something
+            self.model_cpu_offload_seq, self._exclude_from_cpu_offload = "unet", ["conditioner", "autoencoder"]
         self.spec, self.schedule = signals.spec, scheduler  # which it was trained with, whatever takes its place
         self.annotator_folder: Path | None = None
         self.checkpoint: int | None = None  # step of the snapshot that it was opened at, where it was one
@@ -232,6 +234,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
             if self.foreign:
                 check_fits(self.scheduler, self.schedule)
                 denoiser, guidance, noise = self._prepare(guidance, noise, w)
+                denoiser = within(denoiser, self.objective.to(noise.device), self.bounds)
                 x = drive(self.scheduler, denoiser, noise, guidance, num_inference_steps, generator, each)
             else:
                 x = self._solve(guidance, noise, w, num_inference_steps, each=each)

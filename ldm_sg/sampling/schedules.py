@@ -70,6 +70,18 @@ def check_fits(other: SchedulerMixin, own: SchedulerMixin) -> None:
         )
 
 
+def within(denoiser: Denoiser, objective: Objective, bounds: tuple[Tensor, Tensor] | None) -> Denoiser:
+    """`denoiser` with the clean latents that it implies clipped to `bounds`, as `solvers.solve` clips them."""
+    if bounds is None:
+        return denoiser
+
+    def clipped(x: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
+        x0 = objective.x0(denoiser(x, t, guidance).to(x.dtype), x, t)
+        return objective.prediction(x0.clamp(*bounds), x, t)
+
+    return clipped
+
+
 def drive(
     scheduler: SchedulerMixin,
     denoiser: Denoiser,
