@@ -84,12 +84,12 @@ class Autoencoder(ModelMixin):
                 "measure_normalisation(autoencoder, batches) fills them in (`ldm-sg annotate` does)"
             )
 
-    def save(self, folder: str | Path, part: bool = False, most: float = SMALL) -> None:
-        """Write manifest.yaml, complete, and the weights where they take at most `most` bytes; `load_autoencoder(folder)` reads
-        it back. Larger weights stay where they are and are referred to. `part`: by the names that diffusers gives files."""
+    def save(self, folder: str | Path, part: bool = False, whole: bool = False) -> None:
+        """Write manifest.yaml, complete, and the weights where they take at most 16 MiB; `load_autoencoder(folder)` reads
+        it back. Larger weights stay where they are and are referred to, but with `whole`. `part`: by diffusers' file names."""
         folder, name = Path(folder), "diffusion_pytorch_model.safetensors" if part else "model.safetensors"
         manifest, state = dict(self.manifest), self.weights()
-        if state and sum(t.numel() * t.element_size() for t in state.values()) <= most:
+        if state and (whole or sum(t.numel() * t.element_size() for t in state.values()) <= SMALL):
             write_bytes(folder / name, save(state))
             manifest.update(source={"file": name}, sha256=file_sha256(folder / name))
             manifest.update(net=self.codec.net_config)
@@ -98,7 +98,7 @@ class Autoencoder(ModelMixin):
 
     def save_pretrained(self, folder: str | Path, refer: bool = False, **_: Any) -> None:
         """As a part of a pipeline; with `refer` large weights stay where they are."""
-        self.save(folder, part=True, most=SMALL if refer else float("inf"))
+        self.save(folder, part=True, whole=not refer)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_: Any) -> "Autoencoder":
