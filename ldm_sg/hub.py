@@ -8,6 +8,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import constants
 
@@ -35,6 +36,16 @@ def hub(what: str, way_out: str) -> Iterator[None]:
     finally:
         constants.HF_HUB_OFFLINE = asked
         logging.disable(logging.NOTSET)
+
+
+def upload(folder: Path, name: str, private: bool = False) -> str:
+    """The files of `folder` as the model repository `name` (USER/NAME) of the hub -> its address."""
+    from huggingface_hub import create_repo, upload_folder
+
+    with hub(f"hub://{name}", "log in with `hf auth login`, or export into a folder"):
+        create_repo(name, exist_ok=True, private=private)
+        upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by ldm-sg")
+    return f"{constants.ENDPOINT}/{name}"
 
 
 def answers(url: str) -> bool:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm_sg.data.photos import photos
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.data.signals import PackedMasks, Signals, columns, extension
 from ldm_sg.errors import InputError
@@ -90,6 +91,15 @@ class LatentSet:
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def __repr__(self) -> str:
+        shape, spec = "x".join(map(str, self.latent_shape)), self.spec
+        labels = f"{spec.num_labels:,} labels" if spec.num_labels else "no labels"
+        return f"LatentSet({str(self.folder)!r}: {len(self):,} latents of {shape}, {spec.kind}, {labels})"
+
+    def images(self, indices: Tensor) -> Tensor:
+        """The photos themselves, uint8 [B, 3, size, size] of `indices` [B], out of the source shards; for a few, to look at."""
+        return photos(self.folder, self.manifest, indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Guidance]:
         """latent [C, h, w] float32 (normalised) and a Guidance of one sample."""

@@ -12,9 +12,8 @@ import yaml
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.shards import read_shard
+from ldm_sg.data.photos import pictures
 from ldm_sg.data.tars import MOST_TEXT, read_members
 from ldm_sg.report import charts, grids, html
 from ldm_sg.report.signals import over, with_boxes
@@ -126,24 +125,8 @@ def _spatial(folder: Path, latents: LatentSet) -> str:
 
 def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
     """The first n images uint8 [n, 3, size, size], of whole rows of eight where there are enough, and their indices."""
-    found: list[Tensor] = []
-    places: list[int] = []
-    start, n = 0, min(n, len(latents) // 8 * 8 or len(latents))
-    for shard, source in zip(latents.manifest["shards"], latents.manifest["source"]):
-        order = {key: start + i for i, key in enumerate(annotated_keys(latents.folder / "shards" / shard["file"]))}
-        for key, image in pictures(source["url"], set(order), latents.manifest["size"]):
-            if len(found) < n:
-                found.append(image)
-                places.append(order[key])
-        start += len(order)
-        if len(found) >= n:
-            break
-    return torch.stack(found), torch.tensor(places)
-
-
-def annotated_keys(shard: Path) -> list[str]:
-    """The keys of an annotated shard, in order."""
-    return [member.key for member in read_members(str(shard), {}) if member.ext == "latent.npy"]
+    places = torch.arange(min(n, len(latents) // 8 * 8 or len(latents)))
+    return latents.images(places), places
 
 
 def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
@@ -177,16 +160,6 @@ def signals(shard: Path) -> Iterator[tuple[str, int]]:
     for member in read_members(str(shard), {"k.npy": MOST_TEXT}):
         if member.ext == "k.npy":
             yield member.key, int(np.load(io.BytesIO(member.data), allow_pickle=False))
-
-
-def pictures(url: str, keys: set[str], size: int) -> Iterator[tuple[str, Tensor]]:
-    """(key, uint8 [3, size, size]) of the wanted keys of a source shard."""
-    for sample in read_shard(url, lambda *_: None):
-        if sample.key in keys:
-            try:
-                yield sample.key, to_tensor(crop_resize(decode(sample.image, sample.key), size))
-            except BadImage:  # a key that came twice: its annotated copy is the good one
-                continue
 
 
 def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:

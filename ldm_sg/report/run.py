@@ -66,7 +66,13 @@ def write_report(run: Path) -> Path:
     sections = [
         html.facts(_facts(config, manifest, curves, timings)),
         _main(run),
-        html.section("Metrics", "", metrics_table(_json(run / "metrics.json")), _evaluations(run)),
+        html.section(
+            "Metrics",
+            "",
+            metrics_table(_json(run / "metrics.json")),
+            html.table(*evaluations(run)),
+            html.paragraph(_consistency(run)),
+        ),
         _training(curves),
         *(html.section(*words, html.picture(run / name, alt=words[0])) for name, words in PICTURES.items()),
         _progress(run),
@@ -77,6 +83,16 @@ def write_report(run: Path) -> Path:
     ]
     lead = "Self-guided diffusion: trained without labels, guided by clusters of self-supervised features."
     return html.write(run / "report.html", html.page(run.resolve().name, lead, sections, "Made by ldm-sg."))
+
+
+def run_facts(run: Path) -> dict[str, str]:
+    """What stands at the top of the report, in words, and which images it learnt from."""
+    config = _yaml(run / "config.yaml")
+    annotation = _annotation_folder(run, config)
+    manifest = _yaml(annotation / "manifest.yaml") if annotation else {}
+    folders = dict.fromkeys(Path(str(entry.get("url"))).parent.name for entry in manifest.get("source") or [])
+    curves, timings = read_curves(run / "metrics.csv"), _numbers(_json(run / "timings.json"))
+    return {"data": ", ".join(folders)} | _facts(config, manifest, curves, timings)
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
@@ -134,8 +150,8 @@ def _variant_order(variant: str) -> tuple[int, float]:
     return (2, float(variant[1:])) if variant else (1, 0.0)
 
 
-def _evaluations(run: Path) -> str:
-    """A row for each judge of each JSON that `ldm-sg evaluate` left in the run."""
+def evaluations(run: Path) -> tuple[list[str], list[list[str]]]:
+    """A head, and a row for each judge of each JSON that `ldm-sg evaluate` left in the run."""
     found = [(path.stem, _json(path)) for path in sorted((run / "evaluations").glob("*.json"))]
     judged = [
         (stem, result, space, values)
@@ -153,12 +169,18 @@ def _evaluations(run: Path) -> str:
         figures = _numbers(values)
         rows.append([*head, *(show(name, figures[name]) if name in figures else "–" for name in names)])
     titles = [SHORT.get(name, METRICS[name]) for name in names]
-    bounds = [_numbers(values) for *_, values in judged if _has(values, "consistency_real")]
+    return ["samples made with", "judged in", "samples / real", *titles], rows
+
+
+def _consistency(run: Path) -> str:
+    """What real images reach, where an evaluation says so."""
+    metrics = [_json(path).get("metrics") or {} for path in sorted((run / "evaluations").glob("*.json"))]
+    judged = [values for spaces in metrics for values in spaces.values() if isinstance(values, dict)]
+    bounds = [_numbers(values) for values in judged if _has(values, "consistency_real")]
     text = (
         "Consistency: real images reach {consistency_real:.1%} after the autoencoder, chance {consistency_chance:.1%}."
     )
-    shown = text.format(**bounds[-1]) if bounds and "consistency_chance" in bounds[-1] else ""
-    return html.table(["samples made with", "judged in", "samples / real", *titles], rows) + html.paragraph(shown)
+    return text.format(**bounds[-1]) if bounds and "consistency_chance" in bounds[-1] else ""
 
 
 def _settings(result: Mapping[str, Any]) -> str:

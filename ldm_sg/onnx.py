@@ -1,0 +1,92 @@
+"""UNet and decoder of a pipeline as ONNX files, held against torch where onnxruntime is installed."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_sg.errors import InputError
+from ldm_sg.folder import disk_errors
+
+if TYPE_CHECKING:
+    from ldm_sg.pipeline import SelfGuidedPipeline
+
+BATCH = 2  # of the example; the files take any
+
+
+class _UNet(nn.Module):
+    """What a step asks of the network, with the condition as plain tensors; `parts` names those that this net reads."""
+
+    def __init__(self, unet: nn.Module, parts: list[str]) -> None:
+        super().__init__()
+        self.unet, self.parts = unet, parts
+
+    def forward(self, x: Tensor, t: Tensor, *given: Tensor) -> Tensor:
+        condition = dict(zip(self.parts, given, strict=True))
+        if "spatial" in condition:
+            x = torch.cat([x, condition["spatial"]], dim=1)
+        return self.unet(
+            x,
+            t,
+            encoder_hidden_states=condition.get("tokens"),
+            encoder_attention_mask=condition.get("mask"),
+            class_labels=condition["vector"],
+            return_dict=False,
+        )[0]
+
+
+class _Decoder(nn.Module):
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents)
+
+
+def need() -> None:
+    """InputError where a package is missing."""
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"--onnx needs {' and '.join(missing)}: pip install 'ldm-sg[onnx]'")
+
+
+@torch.no_grad()
+def export_onnx(pipe: "SelfGuidedPipeline", folder: Path) -> dict[str, float]:
+    """unet.onnx and decoder.onnx, for any batch size -> file name, the largest difference from torch (nan without onnxruntime)."""
+    need()
+    pipe = pipe.to("cpu", torch.float32)
+    pipe.unet.eval()
+    condition = vars(pipe.conditioner(pipe.guidance(pipe.draw(BATCH))))
+    given = {name: part for name, part in condition.items() if part is not None}
+    x = torch.randn(BATCH, *pipe.latent_shape, generator=torch.Generator().manual_seed(0))
+    inputs = {"x": x, "t": torch.linspace(0, 900, BATCH), **given}
+    folder.mkdir(parents=True, exist_ok=True)
+    networks = {
+        "unet.onnx": (_UNet(pipe.unet, list(given)), inputs, "prediction"),
+        "decoder.onnx": (_Decoder(pipe.autoencoder), {"latents": x}, "images"),
+    }
+    return {file: _export(*network, folder / file) for file, network in networks.items()}
+
+
+def _export(network: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> float:
+    batch = {0: torch.export.Dim("batch")}
+    tensors = tuple(inputs.values())
+    shapes = [batch] * len(tensors)
+    shapes = (*shapes[:2], tuple(shapes[2:])) if len(tensors) > 1 else tuple(shapes)
+    with disk_errors(path):
+        torch.onnx.export(
+            network, tensors, path, input_names=list(inputs), output_names=[output], dynamo=True, dynamic_shapes=shapes, verbose=False
+        )  # fmt: skip
+    if find_spec("onnxruntime") is None:
+        return float("nan")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    more = {
+        name: torch.cat([value, value[:1]]) for name, value in inputs.items()
+    }  # another batch size than the example's
+    (made,) = session.run(None, {name: value.numpy() for name, value in more.items()})
+    return float((torch.from_numpy(made) - network(*more.values())).abs().max())
