@@ -279,6 +279,36 @@ def evaluate(
         device=device)  # fmt: skip
 
 
+@app.command(
+    epilog=examples(
+        "export runs/demo exported/demo",
+        "export runs/demo exported/demo --checkpoint best --onnx",
+        "export runs/demo hub://USER/NAME",
+    )
+)
+def export(
+    run: Annotated[str, typer.Argument(help="Run or pipeline folder.")],
+    to: Annotated[str, typer.Argument(help="New folder, or hub://USER/NAME.")],
+    checkpoint: Checkpoint = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="UNet and decoder as ONNX files too, compared with torch.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps: of the samples in the card.")] = "auto",
+) -> None:
+    """Run -> a folder that diffusers alone can load, with a model card; here or on the hub."""
+    from ldm_sg.verbs.export import export as run_export
+
+    run_export(run, to, checkpoint, onnx, device)
+
+
+@app.command("configs", epilog=examples("configs"))
+def configs_() -> None:
+    """List the configs that ship, with a line each."""
+    from ldm_sg.configfile import listing
+
+    print(listing())
+
+
 @app.command(epilog=examples("demo", "demo --config demo_masks"))
 def demo(
     config: Annotated[str, typer.Option(help="demo: clusters; demo_masks: segments.")] = "demo",

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,7 @@ class TrainConfig:
     devices: int = -1  # how many; -1 = all
     workers: int = 2
     val_share: float = 0.02
+    logger: str = "tensorboard"  # wandb: there too
     log_every: int = 50
     val_every: int = 1000
     sample_every: int = 2000
@@ -269,6 +271,9 @@ class TrainConfig:
         _need("compile", self.compile, self.compile in ("auto", True, False), "auto, true or false")
         for name in ("warmup", "val_every", "sample_every", "keep_every", "weight_decay", "clip"):
             _need(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
+        _need("logger", self.logger, self.logger in ("tensorboard", "wandb"), "tensorboard or wandb")
+        wandb = self.logger != "wandb" or find_spec("wandb") is not None
+        _need("logger", self.logger, wandb, "that package is not installed: pip install 'ldm-sg[wandb]'")
         _need("lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
         _need("ema", self.ema, 0 <= self.ema < 1, "from 0 to below 1")
         _need("val_share", self.val_share, 0 <= self.val_share < 1, "a share from 0 to below 1")

@@ -2,6 +2,8 @@
 types are refused with the nearest right one."""
 
 import dataclasses
+import itertools
+import textwrap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +70,20 @@ def read_yaml(path: str | Path) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise InputError(f"{path}: expected a YAML mapping of keys to values")
     return loaded
+
+
+def listing() -> str:
+    """The configs that ship, grouped by the verb that they are for, with the first sentence of each."""
+    lines: list[str] = []
+    for group in sorted(path for path in (ROOT / "configs").iterdir() if path.is_dir()):
+        lines += [*[""] * bool(lines), f"configs/{group.name}/"]
+        for path in sorted(group.glob("*.yaml")):
+            comment = itertools.takewhile(
+                lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines()
+            )
+            said = " ".join(line.lstrip("# ") for line in comment).split(". ")[0]
+            lines.append(f"  {path.name:<34}{textwrap.shorten(said, 110, placeholder=' ...')}")
+    return "\n".join(lines)
 
 
 def _dotlist(overrides: list[str]) -> list[tuple[str, DictConfig]]:

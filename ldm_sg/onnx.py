@@ -1,5 +1,6 @@
 """UNet and decoder of a pipeline as ONNX files, held against torch where onnxruntime is installed."""
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,8 @@ def need() -> None:
 def export_onnx(pipe: "SelfGuidedPipeline", folder: Path) -> dict[str, float]:
     """unet.onnx and decoder.onnx, for any batch size -> file name, the largest difference from torch (nan without onnxruntime)."""
     need()
-    pipe = pipe.to("cpu", torch.float32)
-    pipe.unet.eval()
+    assert pipe.dtype == torch.float32, pipe.dtype
+    pipe = pipe.to("cpu")
     condition = vars(pipe.conditioner(pipe.guidance(pipe.draw(BATCH))))
     given = {name: part for name, part in condition.items() if part is not None}
     x = torch.randn(BATCH, *pipe.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -76,9 +77,10 @@ def _export(network: nn.Module, inputs: dict[str, Tensor], output: str, path: Pa
     tensors = tuple(inputs.values())
     shapes = [batch] * len(tensors)
     shapes = (*shapes[:2], tuple(shapes[2:])) if len(tensors) > 1 else tuple(shapes)
-    with disk_errors(path):
+    with disk_errors(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.onnx.export(
-            network, tensors, path, input_names=list(inputs), output_names=[output], dynamo=True, dynamic_shapes=shapes, verbose=False
+            network.eval(), tensors, path, input_names=list(inputs), output_names=[output], dynamo=True, dynamic_shapes=shapes, verbose=False
         )  # fmt: skip
     if find_spec("onnxruntime") is None:
         return float("nan")

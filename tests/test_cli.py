@@ -28,7 +28,7 @@ SCHEMAS = {
     "model": "ModelConfig",
 }
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
-VERBS = ["pack", "annotate", "train", "sample", "evaluate", "demo", "fit-autoencoder", "distill"]
+VERBS = ["pack", "annotate", "train", "sample", "evaluate", "export", "configs", "demo", "fit-autoencoder", "distill"]
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -68,6 +68,16 @@ def test_version_and_completion() -> None:
 
     assert run("--version") == (0, f"ldm-sg {__version__}\n")
     assert "--install-completion" in run("--help")[1] and "configs/train/" in run("--help")[1]
+
+
+def test_configs_lists_every_one_with_a_line() -> None:
+    code, output = run("configs")
+    lines = output.splitlines()
+    for path in YAMLS:
+        group = lines[lines.index(f"configs/{path.parent.name}/") :]
+        line = next(line for line in group if line.startswith(f"  {path.name} "))
+        assert len(line.split(maxsplit=1)[1]) >= 8 and len(line) < 150
+    assert code == 0 and "  demo.yaml                         The demo: 2,054 fruit photos at 64 px" in output
 
 
 def test_the_script_is_sample_with_a_run_to_start_from(tmp_path: Path) -> None:

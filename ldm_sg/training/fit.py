@@ -1,14 +1,16 @@
 """Lightning's trainer set up for one run: fresh or resumed."""
 
+import hashlib
 import logging
 import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from ldm_sg.config import TrainConfig
+from ldm_sg.configfile import to_mapping
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.training.callbacks import EMA, Hooked, Hooks, MetricsFile, Progress, SaveLast, StopCleanly
 from ldm_sg.training.checkpoint import read_checkpoint
@@ -57,7 +59,7 @@ def fit(
         limit_val_batches=1.0 if validate else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_every,
-        logger=TensorBoardLogger(run, name="", version="tensorboard", purge_step=data.first_step),
+        logger=_loggers(config, run, data.first_step),
         callbacks=[*callbacks, Progress()],
         enable_progress_bar=False,
         enable_checkpointing=False,
@@ -77,6 +79,15 @@ def fit(
             "resumes at the last checkpoint"
         ) from err
     return not stopper.interrupted
+
+
+def _loggers(config: TrainConfig, run: Path, first_step: int) -> list[Logger]:
+    loggers: list[Logger] = [TensorBoardLogger(run, name="", version="tensorboard", purge_step=first_step)]
+    if config.logger == "wandb":  # one run there for one folder here, however often it is started
+        name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
+        settings = {"config": to_mapping(config), "resume": "allow"}
+        loggers.append(WandbLogger(run.name, run, id=name, project="ldm-sg", **settings))
+    return loggers
 
 
 def check_shares(config: TrainConfig, device: torch.device) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # What may change between two starts of one run without making it another run.
 FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every",
-        "keep_every")  # fmt: skip
+        "keep_every", "logger")  # fmt: skip
 
 
 @holds_out
