@@ -77,17 +77,6 @@ class Samples:
         return Image.open(self.folder / "grid.png")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found: figures["inception"]["fd"]; `result` has all that is needed to make them again."""
-
-    result: dict[str, Any]
-
-    @property
-    def figures(self) -> dict[str, dict[str, float]]:
-        return self.result["metrics"]
-
-
 def pack(src: str | Path, dst: str | Path, **options: Any) -> Shards:
     """Images -> source shards; options as in `ldm_sg.verbs.pack`."""
     return Shards(Path(dst), run_pack(src, dst, **options))
@@ -111,12 +100,10 @@ def sample(
     return Samples(run_sample(_folder(run), options or SampleOptions(), folder, overwrite))
 
 
-def evaluate(
-    source: Run | Samples | str | Path, reference: Shards | str | Path, metrics: str | None = None, **options: Any
-) -> Evaluation:
-    """Samples against real images; options as in `ldm_sg.evaluate.options`."""
-    real = reference.glob if isinstance(reference, Shards) else reference
-    return Evaluation(run_evaluate(_folder(source), real, metrics, **options))
+def evaluate(source: Run | Samples | str | Path, reference: Shards | str | Path, **options: Any) -> dict[str, Any]:
+    """Samples against real images: figures under ["metrics"][judge], beside all that is needed to make them again. Options as in
+    `ldm_sg.evaluate.options`."""
+    return run_evaluate(_folder(source), reference.glob if isinstance(reference, Shards) else reference, **options)
 
 
 def _folder(of: Any) -> str:

@@ -1,15 +1,19 @@
-"""UNet and decoder of a pipeline as ONNX files, held against torch where onnxruntime is installed."""
+"""UNet (with its conditioner) and decoder of a pipeline as ONNX files, held against torch where onnxruntime is installed."""
 
 import warnings
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.errors import InputError
 from ldm_sg.folder import disk_errors
+from ldm_sg.guidance.signal import Guidance
+from ldm_sg.models.unet import GuidedUNet
 
 if TYPE_CHECKING:
     from ldm_sg.pipeline import SelfGuidedPipeline
@@ -17,29 +21,19 @@ if TYPE_CHECKING:
 BATCH = 2  # of the example; the files take any
 
 
-class _UNet(nn.Module):
-    """What a step asks of the network, with the condition as plain tensors; `parts` names those that this net reads."""
+class _Denoiser(nn.Module):
+    """The guided network with its signals as plain tensors."""
 
-    def __init__(self, unet: nn.Module, parts: list[str]) -> None:
+    def __init__(self, network: GuidedUNet, parts: Iterable[str]) -> None:
         super().__init__()
-        self.unet, self.parts = unet, parts
+        self.network, self.parts = network, list(parts)
 
-    def forward(self, x: Tensor, t: Tensor, *given: Tensor) -> Tensor:
-        condition = dict(zip(self.parts, given, strict=True))
-        if "spatial" in condition:
-            x = torch.cat([x, condition["spatial"]], dim=1)
-        return self.unet(
-            x,
-            t,
-            encoder_hidden_states=condition.get("tokens"),
-            encoder_attention_mask=condition.get("mask"),
-            class_labels=condition["vector"],
-            return_dict=False,
-        )[0]
+    def forward(self, x: Tensor, t: Tensor, *signals: Tensor) -> Tensor:
+        return self.network(x, t, Guidance(**dict(zip(self.parts, signals, strict=True))))
 
 
 class _Decoder(nn.Module):
-    def __init__(self, autoencoder: Any) -> None:
+    def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
 
@@ -60,13 +54,13 @@ def export_onnx(pipe: "SelfGuidedPipeline", folder: Path) -> dict[str, float]:
     need()
     assert pipe.dtype == torch.float32, pipe.dtype
     pipe = pipe.to("cpu")
-    condition = vars(pipe.conditioner(pipe.guidance(pipe.draw(BATCH))))
-    given = {name: part for name, part in condition.items() if part is not None}
+    guidance = vars(pipe.guidance(pipe.draw(BATCH)))
+    signals = {name: part for name, part in guidance.items() if part is not None}
     x = torch.randn(BATCH, *pipe.latent_shape, generator=torch.Generator().manual_seed(0))
-    inputs = {"x": x, "t": torch.linspace(0, 900, BATCH), **given}
+    inputs = {"x": x, "t": torch.linspace(0, 900, BATCH), **signals}
     folder.mkdir(parents=True, exist_ok=True)
     networks = {
-        "unet.onnx": (_UNet(pipe.unet, list(given)), inputs, "prediction"),
+        "unet.onnx": (_Denoiser(GuidedUNet(pipe.unet, pipe.conditioner), signals), inputs, "prediction"),
         "decoder.onnx": (_Decoder(pipe.autoencoder), {"latents": x}, "images"),
     }
     return {file: _export(*network, folder / file) for file, network in networks.items()}

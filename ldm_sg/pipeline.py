@@ -329,27 +329,17 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def _pixels(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents.to(self._execution_device, self.autoencoder.dtype)).float()
 
-    def enable_vae_tiling(self) -> None:
-        """Large images are decoded in tiles, which takes less memory; InputError where the first stage cannot."""
-        self._first_stage("enable_tiling")()
+    def enable_vae_tiling(self, on: bool = True) -> None:
+        """Large images are decoded in tiles, which takes less memory; InputError where the first stage has no such thing."""
+        net = getattr(self.autoencoder.codec, "net", None)
+        if not hasattr(net, "enable_tiling"):
+            raise InputError(
+                f"enable_vae_tiling: the first stage {self.autoencoder.name!r} ({self.autoencoder.kind}) has no tiles"
+            )
+        net.enable_tiling(on)
 
     def disable_vae_tiling(self) -> None:
-        self._first_stage("disable_tiling")()
-
-    def enable_vae_slicing(self) -> None:
-        """Images are decoded one after the other."""
-        self._first_stage("enable_slicing")()
-
-    def disable_vae_slicing(self) -> None:
-        self._first_stage("disable_slicing")()
-
-    def _first_stage(self, method: str) -> Callable[[], None]:
-        net = getattr(self.autoencoder.codec, "net", None)
-        if not hasattr(net, method):
-            raise InputError(
-                f"{method}: the first stage {self.autoencoder.name!r} ({self.autoencoder.kind}) has no such thing"
-            )
-        return getattr(net, method)
+        self.enable_vae_tiling(False)
 
 
 def open_pipeline(source: str | Path, device: str = "auto", checkpoint: str | None = None) -> SelfGuidedPipeline:

@@ -44,7 +44,7 @@ def test_the_page_on_python_runs(
         assert min(np.abs(photo - original).mean() for original in originals) < 12
     assert names["step"] == 10 and names["samples"].images.shape == (8, 3, 64, 64)
     assert [record["k"] for record in names["samples"].records] == [0] * 4 + [3] * 4
-    assert names["found"].figures["demo-g"]["fd"] > 0 and (tmp_path / "grid.png").is_file()
+    assert names["found"]["metrics"]["demo-g"]["fd"] > 0 and (tmp_path / "grid.png").is_file()
     drawn = np.stack([np.asarray(image) for image in names["images"]])
     assert np.array_equal(drawn, names["same"].permute(0, 2, 3, 1).numpy()) and names["other"].shape == (2, 3, 64, 64)
     (tmp_path / "data" / "photos" / "000000.tar").rename(tmp_path / "gone.tar")

@@ -188,7 +188,7 @@ def test_wrong_calls_are_told(pipe: SelfGuidedPipeline) -> None:
     ):
         with pytest.raises(InputError, match=message):
             pipe(**call)
-    with pytest.raises(InputError, match=r"enable_tiling: the first stage 'patch2' \(patch\) has no such thing"):
+    with pytest.raises(InputError, match=r"enable_vae_tiling: the first stage 'patch2' \(patch\) has no tiles"):
         pipe.enable_vae_tiling()
 
 
@@ -226,6 +226,8 @@ def test_a_network_as_first_stage_is_a_part_with_weights(run: Path, tmp_path: Pa
     assert len(again(cluster=[1, 2], num_inference_steps=2).images) == 2 and hasattr(again.autoencoder, "_hf_hook")
     again.enable_vae_tiling()
     assert again.autoencoder.codec.net.use_tiling
+    again.disable_vae_tiling()
+    assert not again.autoencoder.codec.net.use_tiling
 
 
 def test_folders_of_other_versions_are_refused_and_no_code_is_run(run: Path, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ folder.
 ONNX = """
 ## ONNX
 
-`onnx/unet.onnx` takes latents `x`, times `t` and what the conditioner makes of the signals (`vector`, and `tokens`, `mask`,
-`spatial` where this net has them); `onnx/decoder.onnx` takes normalised `latents` and gives `images` in [-1, 1].
+`onnx/unet.onnx` takes latents `x`, times `t` and the signals, of which `keep` = false means the null; `onnx/decoder.onnx` takes
+normalised `latents` and gives `images` in [-1, 1].
 """
 
 
