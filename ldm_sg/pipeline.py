@@ -1,5 +1,6 @@
 """SelfGuidedPipeline: everything that sampling needs, in one folder of diffusers' format."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -84,6 +85,11 @@ class SelfGuidedPipeline(DiffusionPipeline):
             shutil.copytree(self.annotator_folder, folder / "annotator", dirs_exist_ok=True)
         write_code(self, folder)
         self.save_config(folder)
+
+    def to_json_string(self) -> str:
+        """model_index.json, which says where its class lies: diffusers then needs no `custom_pipeline`."""
+        index = json.loads(super().to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
+        return json.dumps(index, indent=2) + "\n"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SelfGuidedPipeline":
@@ -219,7 +225,11 @@ class SelfGuidedPipeline(DiffusionPipeline):
         asked = [cluster] if isinstance(cluster, int) else cluster
         ids = None if asked is None else [k for k in asked for _ in range(num_images_per_prompt)]
         shape = (num_images_per_prompt if ids is None else len(ids), *self.latent_shape)
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise InputError(f"generator: {len(generator)} of them for {shape[0]} images: give one, or one an image")
         noise = randn_tensor(shape, generator) if latents is None else latents
+        if noise.shape != shape:
+            raise InputError(f"latents: {tuple(noise.shape)}, but {shape[0]} images of this run need {shape}")
         first = generator[0] if isinstance(generator, list) else generator
         seed = int(torch.randint(2**31, (), generator=first, device=first.device if first else None))
         guidance = self.guidance(self.draw(shape[0], seed, clusters=ids))
@@ -336,7 +346,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
             raise InputError(
                 f"enable_vae_tiling: the first stage {self.autoencoder.name!r} ({self.autoencoder.kind}) has no tiles"
             )
-        net.enable_tiling(on)
+        (net.enable_tiling if on else net.disable_tiling)()
 
     def disable_vae_tiling(self) -> None:
         self.enable_vae_tiling(False)

@@ -26,6 +26,7 @@ from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig
 from ldm_sg.data.images import to_float
 from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.photos import annotated_keys, pictures
 from ldm_sg.data.shards import ShardWriter, image_batches
 from ldm_sg.data.signals import npy
 from ldm_sg.errors import InputError
@@ -163,7 +164,7 @@ def test_the_wall_shows_who_is_nearest_and_who_is_farthest(finished, monkeypatch
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     centroids, ids = load_file(out / "annotator" / "centroids.safetensors")["centroids"], LatentSet(out).signals.k
     manifest = yaml.safe_load((out / "manifest.yaml").read_text())
-    everyone = [p for i, s in enumerate(manifest["source"]) for p in report.pictures(s["url"], set(report.annotated_keys(out / f"shards/{i:06d}.tar")), SIZE)]  # fmt: skip
+    everyone = [p for i, s in enumerate(manifest["source"]) for p in pictures(s["url"], set(annotated_keys(out / f"shards/{i:06d}.tar")), SIZE)]  # fmt: skip
     for k, groups in report.extremes(out, manifest, [0, 1, 2]).items():
         own = (ids == k).nonzero()[:, 0].tolist()
         order = sorted(own, key=lambda i: float(np.linalg.norm(features[i] - centroids[k].numpy())))

@@ -71,7 +71,7 @@ def test_to_the_hub(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert export(run, "hub://user/name", device="cpu") == f"{constants.ENDPOINT}/user/name"
     assert (
         seen["made"] == seen["name"] == "user/name"
-        and 'from_pretrained("user/name", custom_pipeline="user/name"' in seen["card"]
+        and 'from_pretrained("user/name", trust_remote_code=True)' in seen["card"]
     )
     for part, code in (
         ("conditioner", "ldm_sg.models.conditioner"),

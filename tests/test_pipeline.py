@@ -70,6 +70,7 @@ import torch
 from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
 folder, out = sys.argv[1:]
+assert type(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)).__name__ == "SelfGuidedPipeline"
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 assert set(pipe.components) == {"unet", "conditioner", "scheduler", "autoencoder", "signals"}
 for i, image in enumerate(pipe(cluster=[2, 2, 0], generator=pipe.generators(3, seed=5)).images):
@@ -184,6 +185,8 @@ def test_wrong_calls_are_told(pipe: SelfGuidedPipeline) -> None:
     for call, message in (
         ({"cluster": 9}, "clusters 0 to 3"),
         ({"cluster": 1, "output_type": "pill"}, "did you mean 'pil'"),
+        ({"cluster": [1, 2], "generator": pipe.generators(3)}, "3 of them for 2 images"),
+        ({"cluster": 1, "latents": torch.zeros(1, 3, 8, 8)}, r"latents: \(1, 3, 8, 8\), but 1 images"),
         ({"cluster": 1, "callback_on_step_end_tensor_inputs": ["noise"]}, "there are latents"),
     ):
         with pytest.raises(InputError, match=message):

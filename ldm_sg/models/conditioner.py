@@ -84,7 +84,8 @@ class Conditioner(ModelMixin, ConfigMixin):
         tokens = torch.where(guidance.keep[:, None, None], tokens, self.token_null)
         # a null sample reads one null token, one without any concept one zero token: attention over nothing is not defined
         alone = torch.arange(there.shape[1], device=there.device) == 0
-        return tokens, torch.where((guidance.keep & there.any(1))[:, None], there, alone)
+        any_read = (guidance.keep & there.any(1))[:, None]
+        return tokens, any_read & there | ~any_read & alone  # ONNX Runtime has no `where` of booleans
 
     @staticmethod
     def _lookup(table: Tensor, k: Tensor) -> Tensor:

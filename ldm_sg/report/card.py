@@ -27,7 +27,7 @@ With torch and diffusers alone; `pipeline.py` and the `*.py` beside the parts ar
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{source}", custom_pipeline="{source}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained("{source}", trust_remote_code=True)
 images = pipe({call}num_inference_steps=25, guidance_scale={w:g}).images
 ```
 
