@@ -12,11 +12,19 @@ from ldm_sg.errors import InputError
 from ldm_sg.folder import claim, holds_out, pipeline_of, read_mapping, write_json, write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor, nn
+
+    from ldm_sg.build import PipelineWriter
+    from ldm_sg.data.latents import LatentSet
     from ldm_sg.pipeline import SelfGuidedPipeline
 
 # What may change between two starts of one run without making it another run.
 FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every",
         "keep_every")  # fmt: skip
+JUDGED = 200  # samples a judgement, with `patience`
 
 
 @holds_out
@@ -41,6 +49,7 @@ def train(config: TrainConfig) -> Path:
     bf16 = use_bf16(config.precision, device)
     check_shares(config, device)
     latents = LatentSet(config.annotation)
+    replay = build.replay(config, latents)
     network = build.network(config, latents)
     if use_compile(config.compile, device):
         network.unet.compile()
@@ -54,7 +63,7 @@ def train(config: TrainConfig) -> Path:
         return run
 
     writer = build.PipelineWriter(config, latents, device)
-    data = LatentData(latents, config, side := build.view_side(config, latents))
+    data = LatentData(latents, config, side := build.view_side(config, latents), replay)
     print(
         f"{len(data.train_pool):,} latents of {latents.latent_shape[0]}x{side}x{side} (+{len(data.val_pool):,} held "
         f"out), {latents.spec.num_labels:,} labels; {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters; "
@@ -63,9 +72,10 @@ def train(config: TrainConfig) -> Path:
     )
     hooks = Hooks(
         start=lambda ema: writer.export(ema, run / "pipeline_untrained"),
-        export=lambda ema: writer.export(ema, run / "pipeline"),
+        export=lambda ema: writer.export(ema, run / "pipeline", run / "lora"),
         draw=lambda ema, step: _draw(writer.pipeline(ema), run / "samples" / f"step_{step:07d}.png"),
-        keep=lambda ema, step: snapshots.keep(ema, run, step),
+        keep=lambda ema, step: snapshots.keep(writer.plain(ema), run, step),
+        judge=_judge(writer, latents, data.val_pool, device) if config.patience else None,
     )
     try:
         finished = fit(module, data, config, run, device, bf16, hooks)
@@ -99,6 +109,23 @@ def _remember_annotation(run: Path, config: TrainConfig, found: str) -> None:
             )
         return
     write_json(path, {"folder": config.annotation, "hash": found})
+
+
+def _judge(
+    writer: "PipelineWriter", latents: "LatentSet", held_out: "Tensor", device: "torch.device"
+) -> "Callable[[nn.Module], float]":
+    """EMA network -> FD of JUDGED samples to the held-out images."""
+    from ldm_sg.annotate.kinds import load_annotator
+    from ldm_sg.evaluate.nearby import distance
+
+    g, real = load_annotator(latents.folder / "annotator", device), latents.features(held_out)
+
+    def judge(ema: "nn.Module") -> float:
+        pipe = writer.pipeline(ema)
+        pipe.unet.eval()
+        return distance(pipe, pipe.draw(JUDGED), g, real)
+
+    return judge
 
 
 def _draw(pipe: "SelfGuidedPipeline", path: Path) -> None:
