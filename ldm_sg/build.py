@@ -3,12 +3,14 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ldm_sg.annotate.kinds import load_f
 from ldm_sg.autoencoder import load_autoencoder
+from ldm_sg.autoencoder.manifest import read as read_manifest
 from ldm_sg.config import TrainConfig, model_config
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
@@ -51,22 +53,28 @@ def network(config: TrainConfig, latents: LatentSet) -> GuidedUNet:
     return model
 
 
+def _other_stage(mine: dict[str, Any], its: dict[str, Any]) -> str:
+    """What makes latents of one first stage differ from another's, by their manifests."""
+    keys = ("kind", "channels", "factor", "sha256", "latent_mean", "latent_std")
+    return ", ".join(key for key in keys if mine.get(key) != its.get(key))
+
+
 def _start_from(model: GuidedUNet, config: TrainConfig, latents: LatentSet) -> None:
     """The weights of the run `config.init`. InputError where it has another network, or latents of another first stage."""
     old, where = open_pipeline(str(config.init), "cpu"), f"init={config.init!r}"
-    mine, its = (m.get("sha256") for m in (latents.manifest["autoencoder"], old.autoencoder.manifest))
-    if mine != its:
-        names = latents.manifest["autoencoder"]["name"], old.autoencoder.name
+    stage = read_manifest(latents.folder / "autoencoder" / "manifest.yaml")
+    if differs := _other_stage(stage, old.autoencoder.manifest):
         raise InputError(
-            f"{where}: its latents are of autoencoder {names[1]!r} (sha256 {str(its)[:8]}), those of {latents.folder} of "
-            f"{names[0]!r} ({str(mine)[:8]}): annotate with autoencoder={config.init}/pipeline/autoencoder"
+            f"{where}: its latents are of first stage {old.autoencoder.name!r}, those of {latents.folder} of {stage['name']!r}: "
+            f"other {differs}; annotate with autoencoder={config.init}/pipeline/autoencoder"
         )
-    weights = None
-    if (
-        labels := (latents.spec.num_labels, old.spec.num_labels)
-        if latents.spec.num_labels * old.spec.num_labels
-        else None
-    ):
+    mine, its = objective(config), objective_of(old.scheduler)
+    if (mine.kind, mine.shift) != (its.kind, its.shift) or not torch.equal(mine.angles, its.angles):
+        raise InputError(
+            f"{where}: it was trained with another objective or schedule; give objective.* of its config.yaml"
+        )
+    weights, labels = None, (latents.spec.num_labels, old.spec.num_labels)
+    if all(labels):
         folders = latents.folder / "annotator", old.annotator_folder
         weights = likeness(*(load_f(folder)[0].prototypes() for folder in folders), labels)
     network = GuidedUNet(old.unet, old.conditioner)
@@ -86,11 +94,9 @@ def replay(config: TrainConfig, latents: LatentSet) -> LatentSet | None:
     if not config.replay.share:
         return None
     old, where = LatentSet(str(config.replay.annotation)), f"replay.annotation={config.replay.annotation!r}"
-    stages = [(s.manifest["autoencoder"].get("sha256"), s.latent_shape) for s in (latents, old)]
-    if stages[0] != stages[1]:
-        raise InputError(
-            f"{where}: its latents are of another first stage, or of another size, than those of {latents.folder}"
-        )
+    stages = [read_manifest(s.folder / "autoencoder" / "manifest.yaml") for s in (latents, old)]
+    if latents.latent_shape != old.latent_shape or _other_stage(*stages):
+        raise InputError(f"{where}: its latents are of another first stage, or size, than those of {latents.folder}")
     new, known = (load_f(s.folder / "annotator")[0].prototypes() for s in (latents, old))
     alike = dataclasses.replace(old.spec, num_labels=latents.spec.num_labels) == latents.spec
     count = old.spec.num_labels

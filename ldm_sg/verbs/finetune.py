@@ -90,9 +90,8 @@ def _annotation(
     count = sources.count(sources.open_images(shards))
     if clusters != "reuse" and k is None and f.spec.num_labels:
         k = f.k if count is None or not f.gives_ids else max(2, min(f.k, count // IMAGES_A_CLUSTER))
-    own = replace(
-        f.cfg, reuse=None, extend=None, k=k or f.cfg.k, **({clusters: str(folder)} if clusters != "refit" else {})
-    )
+    known = {name: str(folder) if clusters == name else None for name in ("reuse", "extend")}
+    own = replace(f.cfg, k=k or f.cfg.k, **known)
     annotate(
         AnnotateConfig(
             shards=shards, out=str(data / "annotation"), autoencoder=str(run / "pipeline" / "autoencoder"), size=size,
