@@ -333,6 +333,19 @@ def finetune(
     )
 
 
+@app.command(epilog=examples("dedup annotations/photos", "dedup annotations/photos --threshold 0.9 --outliers 0.01"))
+def dedup(
+    annotation: Annotated[Path, typer.Argument(help="Annotation set.")],
+    threshold: Annotated[float, typer.Option(help="Cosine of g's features from which on two images are one.")] = 0.96,
+    outliers: Annotated[float, typer.Option(help="Share of the images, those farthest from all others.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="The list; default ANNOTATION/leave_out.jsonl.")] = None,
+) -> None:
+    """Near-duplicates and outliers -> a list that `train leave_out=` reads, and a picture. Nothing is deleted."""
+    from ldm_sg.verbs.dedup import dedup as run
+
+    run(annotation, threshold, outliers, out)
+
+
 @app.command(
     "fit-autoencoder",
     epilog=examples(

@@ -1,6 +1,8 @@
 """Batches as a pure function of (seed, step): every rank takes the same number of steps and resuming is exact."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.data.latents import LatentSet, step_indices
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.guidance.spatial import Crops
 
@@ -29,6 +32,25 @@ def split(n: int, val_share: float, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(mix_seed(seed, n)))
     held_out = min(max(1, round(n * val_share)), n - 1) if val_share else 0
     return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def read_left_out(path: Path, latents: LatentSet) -> Tensor:
+    """Indices [M] out of a list of lines {"set": start of the set's hash, "index": i}; InputError where it is none of this set."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        indices = torch.tensor([int(line["index"]) for line in lines], dtype=torch.long)
+        sets = {str(line["set"]) for line in lines}
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise InputError(
+            f"leave_out={str(path)!r}: not a list that `ldm-sg dedup` wrote: {one_line(err)[:100]}"
+        ) from err
+    if any(not latents.hash.startswith(name) for name in sets) or (
+        len(indices) and not 0 <= indices.min() <= indices.max() < len(latents)
+    ):
+        raise InputError(
+            f"leave_out={str(path)!r}: the list of another set than {latents.folder}: `ldm-sg dedup {latents.folder}`"
+        )
+    return indices
 
 
 class Steps(Sampler[list[int]]):
@@ -107,7 +129,13 @@ class LatentData(pl.LightningDataModule):
     def __init__(self, latents: LatentSet, config: TrainConfig, side: int, replay: LatentSet | None = None) -> None:
         super().__init__()
         self.latents, self.config, self.side, self.replay = latents, config, side, replay
-        self.train_pool, self.val_pool = split(len(latents), config.val_share, config.seed)
+        pools = split(len(latents), config.val_share, config.seed)
+        if config.leave_out:
+            gone = read_left_out(Path(config.leave_out), latents)
+            pools = tuple(pool[~torch.isin(pool, gone)] for pool in pools)
+        self.train_pool, self.val_pool = pools
+        if not len(self.train_pool):
+            raise InputError(f"leave_out={config.leave_out!r}: leaves no image to learn from")
         self.first_step = 0  # set before fit when resuming
 
     def _loader(self, sampler: Sampler, random: bool, workers: int) -> DataLoader:

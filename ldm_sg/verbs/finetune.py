@@ -16,6 +16,7 @@ from ldm_sg.evaluate import nearby, sources
 from ldm_sg.folder import pipeline_of, read_mapping, write_json, write_text
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.report import grids
+from ldm_sg.report.run import write_report
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.pack import pack
 from ldm_sg.verbs.train import train
@@ -133,3 +134,4 @@ def _look(
         found["fd_of_the_base_before"] = nearby.distance(pipe, asked, judge, real)
         found["fd_of_the_base_after"] = nearby.distance(tuned, grown, judge, real)
     write_json(out / "finetune.json", found)
+    write_report(out)

@@ -9,7 +9,7 @@ from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.errors import InputError
-from ldm_sg.folder import claim, holds_out, pipeline_of, read_mapping, write_json, write_text
+from ldm_sg.folder import claim, file_sha256, holds_out, pipeline_of, read_mapping, write_json, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,11 +32,13 @@ def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
     config.check()
     finished_manifest(Path(config.annotation))
+    if config.leave_out and not Path(config.leave_out).is_file():
+        raise InputError(f"leave_out={config.leave_out!r}: no such file; `ldm-sg dedup {config.annotation}` writes one")
     if config.init and pipeline_of(config.init) is None:
         raise InputError(f"init={config.init!r}: no pipeline/ there; give the folder of a trained run")
 
     from ldm_sg import build
-    from ldm_sg.data.latents import LatentSet
+    from ldm_sg.data.latents import LatentSet, set_hash
     from ldm_sg.hardware import pick_device, use_bf16, use_compile
     from ldm_sg.models import snapshots
     from ldm_sg.report.run import write_report
@@ -56,7 +58,8 @@ def train(config: TrainConfig) -> Path:
     module = DiffusionModule(network, build.objective(config), config)
     run = Path(config.out)
     claim(run, "config.yaml", to_mapping(config), FREE)
-    _remember_annotation(run, config, latents.hash)
+    content = set_hash([latents.hash, file_sha256(config.leave_out)]) if config.leave_out else latents.hash
+    _remember_annotation(run, config, content)
     done = checkpoint_step(run / "checkpoints" / "last.ckpt")
     if done >= config.steps and (run / "pipeline").is_dir():
         print(f"{run}: already trained for {done:,} steps (asked: {config.steps:,}); raise steps= to go on")
