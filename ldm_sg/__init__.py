@@ -20,7 +20,7 @@ _PUBLIC = {
     "load_autoencoder": "ldm_sg.autoencoder",
     "load_config": "ldm_sg.api",
 }
-_VERBS = ("pack", "annotate", "train", "sample", "evaluate")  # functions of ldm_sg.api
+_VERBS = ("pack", "annotate", "train", "finetune", "sample", "evaluate")  # functions of ldm_sg.api
 _ROOMS = ("annotate", "evaluate")  # verbs whose name a room has too
 __all__ = [*_PUBLIC, *_VERBS, "__version__"]
 

@@ -19,6 +19,7 @@ from ldm_sg.report.run import read_curves
 from ldm_sg.sampling.request import SampleOptions
 from ldm_sg.verbs.annotate import annotate as run_annotate
 from ldm_sg.verbs.evaluate import evaluate as run_evaluate
+from ldm_sg.verbs.finetune import finetune as run_finetune
 from ldm_sg.verbs.pack import pack as run_pack
 from ldm_sg.verbs.sample import sample as run_sample
 from ldm_sg.verbs.train import train as run_train
@@ -90,6 +91,11 @@ def annotate(config: AnnotateConfig) -> LatentSet:
 def train(config: TrainConfig) -> Run:
     """Annotation set -> run; goes on with one that stopped."""
     return Run(run_train(config))
+
+
+def finetune(run: Run | str | Path, images: Shards | LatentSet | str | Path, **options: Any) -> Run:
+    """A run moved to other images; options as in `ldm_sg.verbs.finetune`."""
+    return Run(run_finetune(_folder(run), _folder(images), **options))
 
 
 def sample(

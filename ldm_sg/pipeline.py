@@ -91,6 +91,29 @@ class SelfGuidedPipeline(DiffusionPipeline):
         index = json.loads(super().to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
         return json.dumps(index, indent=2) + "\n"
 
+    def save_lora(self, unet: ModelMixin, folder: Path) -> None:
+        """Into FOLDER: the adapters of `unet`, which are in this pipeline's weights, and what else the run it started from lacks:
+        conditioner, signals and f. `load_lora` adds them to that run's pipeline."""
+        from ldm_sg.models.lora import save_lora
+
+        self.conditioner.save_pretrained(folder / "conditioner")
+        shutil.copytree(self.annotator_folder, folder / "annotator", ignore=shutil.ignore_patterns("g"))
+        self._portable_signals().save_pretrained(folder / "signals")
+        save_lora(unet, folder)
+
+    def load_lora(self, folder: Path) -> None:
+        """Makes this pipeline the one that was fine-tuned from it, with what `save_lora` wrote."""
+        from ldm_sg.models.lora import load_lora
+
+        load_lora(self.unet, folder)
+        parts = {
+            name: type(getattr(self, name)).from_pretrained(folder / name, low_cpu_mem_usage=False)
+            for name in ("conditioner", "signals")
+        }
+        self.register_modules(**parts)
+        self.conditioner.to(self.device, self.unet.dtype)
+        self.spec, self._members, self.annotator_folder = self.signals.spec, {}, folder / "annotator"
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SelfGuidedPipeline":
         """A pipeline folder, or the hub id of one (revision, token, cache_dir, local_files_only). None of its code is run: its parts
@@ -352,9 +375,11 @@ class SelfGuidedPipeline(DiffusionPipeline):
         self.enable_vae_tiling(False)
 
 
-def open_pipeline(source: str | Path, device: str = "auto", checkpoint: str | None = None) -> SelfGuidedPipeline:
+def open_pipeline(
+    source: str | Path, device: str = "auto", checkpoint: str | None = None, lora: str | None = None
+) -> SelfGuidedPipeline:
     """A run folder or a pipeline folder; InputError when it is neither, or cannot be read. `checkpoint`: a step that the run
-    keeps EMA weights of, or `best`."""
+    keeps EMA weights of, or `best`. `lora`: the lora/ folder of a run that was fine-tuned from this one."""
     folder = pipeline_of(source)
     if folder is None:
         if not Path(source).is_dir():
@@ -365,6 +390,8 @@ def open_pipeline(source: str | Path, device: str = "auto", checkpoint: str | No
         pipe = SelfGuidedPipeline.from_pretrained(folder).to(on)
         if checkpoint is not None:
             pipe.checkpoint = restore(GuidedUNet(pipe.unet, pipe.conditioner), Path(source), checkpoint)
+        if lora is not None:
+            pipe.load_lora(Path(lora))
     except InputError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as err:

@@ -54,7 +54,7 @@ def test_the_page_on_python_runs(
 
 def test_verbs_are_functions_whatever_was_imported_before() -> None:
     """`ldm_sg.annotate` and `ldm_sg.evaluate` are rooms too."""
-    for verb in ("pack", "annotate", "train", "sample", "evaluate"):
+    for verb in ("pack", "annotate", "train", "finetune", "sample", "evaluate"):
         assert callable(getattr(ldm_sg, verb)) and verb in ldm_sg.__all__
     importlib.import_module("ldm_sg.annotate.clusters")
     from ldm_sg import annotate, evaluate

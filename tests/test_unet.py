@@ -11,7 +11,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
+from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import ObjectiveConfig, model_config
+from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.models.unet import PlainUNet, make_unet
@@ -115,12 +117,18 @@ def test_only_weights_of_layers_decay(tokens: str) -> None:
     assert any("to_q.weight" in names[id(p)] for p in weights)
 
 
-def test_a_pipeline_without_cross_attention_is_read_back(tmp_path: Path) -> None:
-    """diffusers finds out how a component is loaded from the names in its class's module."""
-    net = make_unet(model_config({**TINY, "tokens": "none"}), GuidanceSpec(num_labels=4), (4, 8, 8))
-    pipe = SelfGuidedPipeline(net.unet, net.conditioner, noise_scheduler(ObjectiveConfig()))
-    DiffusionPipeline.save_pretrained(pipe, tmp_path)
-    again = super(SelfGuidedPipeline, SelfGuidedPipeline).from_pretrained(tmp_path, low_cpu_mem_usage=False)
+def test_a_pipeline_without_cross_attention_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ldm_sg, and by diffusers with the code beside it."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    spec = GuidanceSpec(num_labels=4)
+    net = make_unet(model_config({**TINY, "tokens": "none"}), spec, (12, 8, 8))
+    signals = Signals.of_ids(spec, torch.arange(4))
+    parts = (noise_scheduler(ObjectiveConfig()), load_autoencoder("patch2"), signals)
+    SelfGuidedPipeline(net.unet, net.conditioner, *parts).save_pretrained(tmp_path)
+    other = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(other.unet).__name__ == "PlainUNet" and type(other.unet) is not PlainUNet
+    assert torch.equal(other.unet.conv_in.weight, net.unet.conv_in.weight)
+    again = SelfGuidedPipeline.from_pretrained(tmp_path)
     assert type(again.unet) is PlainUNet
     for key, value in net.unet.state_dict().items():
         assert torch.equal(again.unet.state_dict()[key], value)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks for it here, to load PlainUNet from a pipeline
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 from torch import Tensor, nn
