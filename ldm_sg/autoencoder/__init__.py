@@ -101,10 +101,12 @@ class Autoencoder(ModelMixin):
         self.save(folder, part=True, whole=not refer)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_: Any) -> "Autoencoder":
-        """What `save_pretrained` wrote, or whatever `load_autoencoder` takes."""
-        autoencoder = load_autoencoder(folder)
-        return autoencoder if torch_dtype is None else nn.Module.to(autoencoder, torch_dtype)
+    def from_pretrained(
+        cls, folder: str | Path, torch_dtype: torch.dtype | None = None, device_map: Any = None, **_: Any
+    ) -> "Autoencoder":
+        """What `save_pretrained` wrote, or whatever `load_autoencoder` takes; `device_map`: a device, or that of {"": device}."""
+        device = device_map.get("") if isinstance(device_map, dict) else device_map
+        return nn.Module.to(load_autoencoder(folder), device, torch_dtype)
 
     def weights(self) -> dict[str, Tensor]:
         """The network's tensors as they are stored."""
