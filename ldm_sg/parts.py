@@ -48,7 +48,8 @@ def read_parts(folder: Path, index: dict[str, Any], version: int, options: dict[
             known = getattr(diffusers, cls, None) if library == "diffusers" else OURS.get(cls)
             if known is None:
                 raise InputError(f"{folder}: its {name} is a {cls} of {library}, which ldm_sg does not know")
-            parts[name] = known.from_pretrained(folder / name, **{"low_cpu_mem_usage": False, **options})
+            safe = {"low_cpu_mem_usage": False, "use_safetensors": True, **options}
+            parts[name] = known.from_pretrained(folder / name, **({} if name == "scheduler" else safe))
     return parts | {key: value for key, value in index.items() if key not in named and key[0] != "_"}
 
 
