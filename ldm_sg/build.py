@@ -10,7 +10,7 @@ from torch import nn
 
 from ldm_sg.annotate.kinds import load_f
 from ldm_sg.autoencoder import load_autoencoder
-from ldm_sg.autoencoder.manifest import read as read_manifest
+from ldm_sg.autoencoder.manifest import find as find_stage
 from ldm_sg.config import TrainConfig, model_config
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
@@ -62,7 +62,7 @@ def _other_stage(mine: dict[str, Any], its: dict[str, Any]) -> str:
 def _start_from(model: GuidedUNet, config: TrainConfig, latents: LatentSet) -> None:
     """The weights of the run `config.init`. InputError where it has another network, or latents of another first stage."""
     old, where = open_pipeline(str(config.init), "cpu"), f"init={config.init!r}"
-    stage = read_manifest(latents.folder / "autoencoder" / "manifest.yaml")
+    stage = find_stage(str(latents.folder / "autoencoder"))[0]
     if differs := _other_stage(stage, old.autoencoder.manifest):
         raise InputError(
             f"{where}: its latents are of first stage {old.autoencoder.name!r}, those of {latents.folder} of {stage['name']!r}: "
@@ -94,7 +94,7 @@ def replay(config: TrainConfig, latents: LatentSet) -> LatentSet | None:
     if not config.replay.share:
         return None
     old, where = LatentSet(str(config.replay.annotation)), f"replay.annotation={config.replay.annotation!r}"
-    stages = [read_manifest(s.folder / "autoencoder" / "manifest.yaml") for s in (latents, old)]
+    stages = [find_stage(str(s.folder / "autoencoder"))[0] for s in (latents, old)]
     if latents.latent_shape != old.latent_shape or _other_stage(*stages):
         raise InputError(f"{where}: its latents are of another first stage, or size, than those of {latents.folder}")
     new, known = (load_f(s.folder / "annotator")[0].prototypes() for s in (latents, old))
