@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 FEWER = {"--steps": "5", "-n": "12", "--k": "4", "--replay": "0.2"}
 
 
+@pytest.mark.slow
 def test_every_command_of_your_own_images(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     pytest.importorskip("peft")
     (tmp_path / "runs").mkdir()
@@ -23,7 +24,7 @@ def test_every_command_of_your_own_images(base: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     text = (ROOT / "docs" / "your-own-images.md").read_text()
-    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).splitlines()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
     assert len(lines) > 10
     for line in lines:
         words = shlex.split(line.split(" #")[0])
