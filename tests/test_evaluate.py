@@ -82,7 +82,7 @@ def perfect(self, guidance, w=2.0, steps=25, scheduler="dpmpp_2m", seed=0, first
 
 
 def test_a_perfect_generator_reaches_the_ceiling(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(SelfGuidedPipeline, "__call__", perfect)
+    monkeypatch.setattr(SelfGuidedPipeline, "generate", perfect)
     monkeypatch.setattr(SelfGuidedPipeline, "test_set", str(run.parent / "set"), raising=False)
     result = evaluate(run, str(run.parent / "real.tar"), "fd,kid,prdc,consistency", n=60, batch_size=16, device="cpu")
     found = result["metrics"]["tiny-g"]
@@ -110,7 +110,7 @@ def untrained(run: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.undo()
         noise = torch.randint(0, 256, (60, 3, 16, 16), generator=torch.Generator().manual_seed(1)).byte()
-        patch.setattr(SelfGuidedPipeline, "__call__", lambda self, guidance, **_: noise[: len(guidance)])
+        patch.setattr(SelfGuidedPipeline, "generate", lambda self, guidance, **_: noise[: len(guidance)])
         return evaluate(run, str(run.parent / "real.tar"), "fd", n=60, batch_size=60, device="cpu")
 
 
@@ -223,9 +223,9 @@ def test_several_judges_see_the_same_samples_and_each_figure_says_its_space(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     (tmp_path / "fine.yaml").write_text(f"model: {run.parent / 'g'}\nsize: 48\n")
-    calls, draw = [], SelfGuidedPipeline.__call__
+    calls, draw = [], SelfGuidedPipeline.generate
     monkeypatch.setattr(
-        SelfGuidedPipeline, "__call__", lambda self, *a, **k: calls.append(k["first_index"]) or draw(self, *a, **k)
+        SelfGuidedPipeline, "generate", lambda self, *a, **k: calls.append(k["first_index"]) or draw(self, *a, **k)
     )
     args = {"metrics": "fd,prdc,consistency", "n": 10, "steps": 2, "batch_size": 5, "device": "cpu"}
     result = evaluate(run, str(run.parent / "real.tar"), features=f"own,{tmp_path / 'fine.yaml'}", **args)
@@ -283,9 +283,9 @@ def test_a_run_without_a_null_is_drawn_with_w_1(run: Path, tmp_path: Path) -> No
 
 def test_strategies_are_used_and_recorded(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = {"metrics": "fd", "n": 6, "steps": 4, "w": 3.0, "device": "cpu", "out": tmp_path / "r.json"}
-    used, draw = [], SelfGuidedPipeline.__call__
+    used, draw = [], SelfGuidedPipeline.generate
     monkeypatch.setattr(
-        SelfGuidedPipeline, "__call__", lambda self, *a, **k: used.append(k["strategy"]) or draw(self, *a, **k)
+        SelfGuidedPipeline, "generate", lambda self, *a, **k: used.append(k["strategy"]) or draw(self, *a, **k)
     )
     assert evaluate(run, str(run.parent / "real.tar"), **args)["sampling"]["strategy"] == "cfg"
     made = evaluate(run, str(run.parent / "real.tar"), strategy="apg", interval=[0.1, 0.9], **args)["sampling"]
