@@ -164,7 +164,7 @@ def test_the_wall_shows_who_is_nearest_and_who_is_farthest(finished, monkeypatch
     centroids, ids = load_file(out / "annotator" / "centroids.safetensors")["centroids"], LatentSet(out).signals.k
     manifest = yaml.safe_load((out / "manifest.yaml").read_text())
     everyone = [p for i, s in enumerate(manifest["source"]) for p in report.pictures(s["url"], set(report.annotated_keys(out / f"shards/{i:06d}.tar")), SIZE)]  # fmt: skip
-    for k, groups in report.extremes(out, manifest, [0, 1, 2]).items():
+    for k, groups in report.extremes(LatentSet(out), [0, 1, 2]).items():
         own = (ids == k).nonzero()[:, 0].tolist()
         order = sorted(own, key=lambda i: float(np.linalg.norm(features[i] - centroids[k].numpy())))
         wanted = [everyone[i][1] for i in [*order[:2], *order[2:][-1:]]]

@@ -91,6 +91,11 @@ class LatentSet:
     def __len__(self) -> int:
         return len(self._where)
 
+    @property
+    def shards(self) -> np.ndarray:
+        """The place in `paths` of each sample's shard [N], rising."""
+        return self._where["shard"]
+
     def __getitem__(self, index: int) -> tuple[Tensor, Guidance]:
         """latent [C, h, w] float32 (normalised) and a Guidance of one sample."""
         if not -len(self) <= index < len(self):
