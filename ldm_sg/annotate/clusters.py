@@ -4,7 +4,6 @@ Features are L2-normalised, and both the fit and the assignment read the same no
 code assigns un-normalised ones, which moves about 5% of the ids."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
@@ -17,11 +16,9 @@ from torchmetrics.functional.clustering.adjusted_rand_score import _adjusted_ran
 from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_score_compute
 
 from ldm_sg.annotate.annotator import Annotator, Study
-from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.stage import Stage, sample_features
-from ldm_sg.annotate.views import Views
+from ldm_sg.annotate.stage import Observed, sample_features
 from ldm_sg.config import AnnotatorConfig
-from ldm_sg.data.signals import Signals
+from ldm_sg.data.signals import Columns
 from ldm_sg.errors import InputError
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
@@ -77,11 +74,8 @@ class Clusters(Annotator):
         self._take(torch.from_numpy(np.array(kmeans.centroids, dtype=np.float32).reshape(self.k, -1)))
         return self
 
-    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
-        return {"k": self.assign(stage.read_features()).numpy()}
-
-    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
-        return Signals.of_ids(self.spec, self.assign(g(seen.squares)))
+    def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
+        return {"k": self.assign(seen.features).numpy()}
 
     def assign(self, features: np.ndarray | Tensor) -> Tensor:
         """Features [B, D] -> ids [B] long, of the nearest centroid."""

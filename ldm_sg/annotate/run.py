@@ -3,7 +3,7 @@ is fitted on the features and the annotated shards are written; the manifest com
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.latents import set_hash
 from ldm_sg.data.shards import ShardWriter, expand
-from ldm_sg.data.signals import files_of, npy
+from ldm_sg.data.signals import Columns, Signals, files_of, npy
 from ldm_sg.errors import InputError
 from ldm_sg.folder import claim, file_sha256, flat, read_mapping, write_text
 from ldm_sg.hardware import pick_device
@@ -62,7 +62,7 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
         extract(cfg, shards, all_stages, size, extractor, autoencoder, annotator)
     summary = summarise(all_stages, cfg.max_skipped, cfg.shards)
     if not fitted:
-        annotator.fit(replace(study, counts=summary.counts))
+        annotator.fit(replace(study, counts=[source["images"] for source in summary.sources]))
         save_annotator(out / "annotator", annotator, extractor)
     annotator, _ = load_f(out / "annotator")
     ids = corrupted_ids(all_stages, annotator)
@@ -88,9 +88,8 @@ def take(out: Path, cfg: AnnotateConfig, shards: list[str], late: frozenset[str]
 
 @dataclass
 class Summary:
-    counts: list[int]  # images a shard
-    urls: list[str]
-    sources: list[dict[str, Any]]  # their fingerprints
+    sources: list[dict[str, Any]]  # of each shard: its url, its images, its fingerprint
+    images: int
     classes: np.ndarray  # the class numbers that occur, sorted
     skipped: int
     latent_shape: list[int]
@@ -98,26 +97,23 @@ class Summary:
 
 def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summary:
     """Counts over all shards; InputError when there is no image, or too large a share was skipped."""
-    counts, urls, sources, skipped, shape, first = [], [], [], 0, None, None
-    classes = np.empty(0, np.int64)
+    sources, skipped, shape, first, classes = [], 0, None, None, np.empty(0, np.int64)
     for stage in all_stages:
         meta = stage.read_meta()
-        counts.append(len(meta.keys))
-        urls.append(meta.url)
-        sources.append(meta.source)
+        sources.append({"url": meta.url, "images": len(meta.keys)} | meta.source)
         skipped += len(meta.skipped)
         first = first or next(iter(meta.skipped), None)
         classes = np.union1d(classes, np.array(meta.cls, np.int64))
         shape = meta.latent_shape or shape
-    total = sum(counts)
+    total = sum(source["images"] for source in sources)
     example = f"; the first: {first[0]} {first[1]}: {first[2]}" if first else ""
     if shape is None:
-        raise InputError(f"shards={shards!r}: no usable image in {len(counts)} shards{example}")
+        raise InputError(f"shards={shards!r}: no usable image in {len(sources)} shards{example}")
     if skipped > max_skipped * (total + skipped):
         raise InputError(
             f"{skipped} of {total + skipped} images cannot be used, more than max_skipped={max_skipped} of them{example}"
         )
-    return Summary(counts, urls, sources, classes[classes >= 0], skipped, shape)
+    return Summary(sources, total, classes[classes >= 0], skipped, shape)
 
 
 def no_ids(cfg: AnnotatorConfig) -> InputError:
@@ -153,33 +149,26 @@ def write_shards(
     for stage in tqdm(all_stages, desc="write", unit=" shards"):
         meta = stage.read_meta()
         n = len(meta.keys)
-        signals = dict(annotator.signals(stage)) if n else {}
+        signals = annotator.signals(stage) if n else {}
         if ids is not None and n:
             signals["k"] = ids[start : start + n]
         start += n
         if n and spec.num_labels:
-            add_labels(found, signals, np.array(meta.cls, np.int64), classes)
+            add_labels(found, Signals.from_columns(spec, signals, n), np.array(meta.cls, np.int64), classes)
         if not stage.tar.is_file():
             write_shard(stage, meta, signals, flips)
     return found
 
 
-def add_labels(found: Labels, signals: dict[str, Sequence[np.ndarray]], cls: np.ndarray, classes: np.ndarray) -> None:
+def add_labels(found: Labels, signals: Signals, cls: np.ndarray, classes: np.ndarray) -> None:
     """Counts the labels of one shard's signals."""
-    if "mask" in signals:
-        for mask in signals["mask"]:
-            ids = np.unique(mask)
-            found.counts[ids[ids < len(found.counts)]] += 1
-    elif np.ndim(signals["k"]) == 2:
-        found.counts += np.asarray(signals["k"], np.int64).sum(0)
-    else:
-        k = np.asarray(signals["k"])
-        found.counts += np.bincount(k, minlength=len(found.counts))
+    found.counts += signals.counts()
+    if signals.k is not None and signals.k.ndim == 1:
         columns = np.where(cls < 0, len(classes), np.searchsorted(classes, cls))
-        found.table += contingency(k, columns, found.table.shape)
+        found.table += contingency(signals.k.numpy(), columns, found.table.shape)
 
 
-def write_shard(stage: Stage, meta: ShardMeta, signals: dict[str, Sequence[np.ndarray]], flips: bool) -> None:
+def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) -> None:
     """KEY.latent.npy, KEY.flip.npy with flips, and the signals' files for each key."""
     arrays = {
         which: stage.read_latents(which, meta) for which in (["latent", "flip"] if flips else ["latent"]) if meta.keys
@@ -217,8 +206,8 @@ def describe(
     if len(labels.counts):
         f |= {"empty": int((labels.counts == 0).sum()), "counts": labels.counts.tolist()}
     files = [
-        {"file": stage.tar.name, "images": n, "bytes": stage.tar.stat().st_size, "sha256": file_sha256(stage.tar)}
-        for stage, n in zip(all_stages, summary.counts)
+        {"file": tar.name, "images": source["images"], "bytes": tar.stat().st_size, "sha256": file_sha256(tar)}
+        for tar, source in zip((stage.tar for stage in all_stages), summary.sources)
     ]
     first_stage = {key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256")}
     seen = {}  # images.show, in words
@@ -232,11 +221,9 @@ def describe(
         "annotator": f,
         "autoencoder": first_stage,
         "size": size,
-        "source": [
-            {"url": url, "images": n} | known for url, n, known in zip(summary.urls, summary.counts, summary.sources)
-        ],
+        "source": summary.sources,
         "view": seen,
-        "num_images": sum(summary.counts),
+        "num_images": summary.images,
         "num_skipped": summary.skipped,
         "latent_shape": summary.latent_shape,
         "flips": cfg.flips,

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm_sg.data.progress import finished_manifest
-from ldm_sg.data.signals import PackedMasks, Signals, columns, extension
+from ldm_sg.data.signals import Columns, Signals, columns, concatenated, extension, stacked, to_arrays, to_columns
 from ldm_sg.errors import InputError
 from ldm_sg.folder import file_sha256, read_mapping, whole, write_json
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
@@ -78,10 +78,9 @@ class LatentSet:
         self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latent_shape"])
         self.flips = bool(self.manifest["flips"])
         count = self.manifest["num_images"]
-        self._where, arrays = _index(
-            self.folder, self.hash, self.paths, self.latent_shape, self.flips, self.spec, count
-        )
-        self.signals = Signals.from_arrays(self.spec, arrays, len(self._where))
+        found = _index(self.folder, self.hash, self.paths, self.latent_shape, self.flips, self.spec, count)
+        self._where = found.pop("where")
+        self.signals = Signals.from_columns(self.spec, found, len(self._where))
         if len(self) != count:
             raise InputError(f"{self.folder}: its shards hold {len(self)} images, its manifest says {count}")
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -183,66 +182,40 @@ def _index(
     flips: bool,
     spec: GuidanceSpec,
     count: int,
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """(_WHERE [N], columns of signals), kept in FOLDER/index under the set's hash; made again where they are not of `count`
-    images."""
-    names = ["where"]
-    for name in columns(spec):
-        names += ["mask_size", "mask", "mask_ends"] if name == "mask" else [name]
+) -> Columns:
+    """`where` (_WHERE [N]) and the signals, kept in FOLDER/index under the set's hash; made again where they are not of
+    `count` images."""
+    names = ["where", *columns(spec), *["mask_size", "mask_ends"] * (spec.spatial == "mask")]
     saved = {name: folder / "index" / f"{name}-{digest[:16]}.npy" for name in names}
     try:
         # What is large is mapped, not read: shared by all ranks and workers of a machine.
         modes: dict[str, Any] = {"where": "r", "mask": "r", "feature": "c"}
-        arrays = {name: np.load(path, mmap_mode=modes.get(name)) for name, path in saved.items()}
-        rows = {len(array) for name, array in arrays.items() if name not in ("mask", "mask_size")}
-        if rows != {count} or arrays["where"].dtype != _WHERE:
+        found = to_columns({name: np.load(path, mmap_mode=modes.get(name)) for name, path in saved.items()})
+        if {len(column) for column in found.values()} != {count} or found["where"].dtype != _WHERE:
             raise ValueError
     except (OSError, ValueError, EOFError):  # not there yet, or damaged
-        arrays = _concatenate(folder, paths, shape, flips, spec)
+        bar = tqdm(paths, "index", disable=len(paths) < 17)
+        parts = [_index_shard(path, i, shape, flips, columns(spec)) for i, path in enumerate(bar)]
+        if not (parts := [part for part in parts if len(part["where"])]):
+            raise InputError(f"{folder}: an annotation set without images") from None
+        found = concatenated(parts)
+        arrays = to_arrays(found)
         for name, path in saved.items() if os.access(folder, os.W_OK) else ():
             with whole(path) as new, new.open("wb") as file:
                 np.save(file, arrays[name])
-    if "mask" in arrays:
-        arrays["mask"] = PackedMasks(int(arrays.pop("mask_size")[0]), arrays["mask"], arrays.pop("mask_ends"))
-    return arrays.pop("where"), arrays
+    return found
 
 
-def _concatenate(
-    folder: Path, paths: list[Path], shape: tuple[int, int, int], flips: bool, spec: GuidanceSpec
-) -> dict[str, np.ndarray]:
-    many = len(paths) > 16
-    wheres, parts = [], []
-    for i, path in enumerate(tqdm(paths, "index", disable=not many)):
-        where, signals = _index_shard(path, i, shape, flips, columns(spec))
-        if len(where):
-            wheres.append(where)
-            parts.append(signals)
-    if not wheres:
-        raise InputError(f"{folder}: an annotation set without images")
-    arrays = {"where": np.concatenate(wheres)}
-    for name in columns(spec):
-        if name != "mask":
-            arrays[name] = np.concatenate([part[name] for part in parts])
-            continue
-        packed = PackedMasks.concatenate([part[name] for part in parts])
-        arrays |= {"mask_size": np.array([packed.size]), "mask": packed.blob, "mask_ends": packed.ends}
-    return arrays
-
-
-def _index_shard(
-    path: Path, shard: int, shape: tuple[int, int, int], flips: bool, wanted: tuple[str, ...]
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Offsets of the array data of every latent (and flip) in one shard, and the signals themselves."""
+def _index_shard(path: Path, shard: int, shape: tuple[int, int, int], flips: bool, wanted: tuple[str, ...]) -> Columns:
+    """`where`: offsets of the array data of every latent (and flip) in one shard; and the signals themselves."""
     signals: dict[str, list[Any]] = {extension(name): [] for name in wanted}
     offsets: dict[str, list[int]] = {LATENT: [], FLIP: []}
-    headers = _NpyHeaders(path)
     with path.open("rb", buffering=0) as file:
         for ext, offset, size in _members(file.fileno(), path):
             if ext in signals:
-                whole = os.pread(file.fileno(), size, offset)
-                signals[ext].append(_mask(whole, path) if ext == "mask.png" else headers.array(whole))
+                signals[ext].append(_read_signal(ext, os.pread(file.fileno(), size, offset), path))
             elif ext in offsets:
-                dtype, found, length = headers.parse(os.pread(file.fileno(), _NPY_HEADER, offset))
+                dtype, found, length = _read_header(os.pread(file.fileno(), _NPY_HEADER, offset), path)
                 if (dtype, found) != (np.float16, shape) or size != length + 2 * math.prod(shape):
                     raise InputError(f"{path}: a {ext} is {dtype} {found}, the manifest says float16 {shape}")
                 offsets[ext].append(offset + length)
@@ -253,22 +226,10 @@ def _index_shard(
     where = np.empty(n, _WHERE)
     where["shard"], where["latent"] = shard, offsets[LATENT]
     where["flip"] = offsets[FLIP] if flips else -1
-    if not n:
-        return where, {}
     try:
-        return where, {
-            name: PackedMasks.of(signals[extension(name)]) if name == "mask" else np.stack(signals[extension(name)])
-            for name in wanted
-        }
+        return {"where": where} | {name: stacked(name, signals[extension(name)]) for name in wanted if n}
     except (ValueError, AssertionError) as err:
         raise InputError(f"{path}: signals of different shapes in it") from err
-
-
-def _mask(data: bytes, path: Path) -> np.ndarray:
-    try:
-        return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
-    except Exception as err:  # damaged files make Pillow raise anything
-        raise InputError(f"{path}: holds a mask that cannot be decoded") from err
 
 
 def _members(file: int, path: Path) -> Iterator[tuple[str, int, int]]:
@@ -291,36 +252,33 @@ def _members(file: int, path: Path) -> Iterator[tuple[str, int, int]]:
         at += 512 + -(-size // 512) * 512
 
 
-class _NpyHeaders:
-    """Parses .npy headers, each distinct one once: all latents of a shard share theirs."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.known: dict[bytes, tuple[np.dtype, tuple[int, ...], int]] = {}
-
-    def parse(self, data: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
-        """Start of a file -> dtype, shape, length of the header."""
-        length = 10 + int.from_bytes(data[8:10], "little")  # format 1.0, which numpy writes for plain arrays
-        header = data[:length]
-        if header not in self.known:
-            self.known[header] = (*self._read(header), length)
-        return self.known[header]
-
-    def array(self, data: bytes) -> np.ndarray:
-        """A whole small file."""
-        dtype, shape, length = self.parse(data)
+def _read_signal(ext: str, data: bytes, path: Path) -> np.ndarray:
+    if ext == "mask.png":
         try:
-            return np.frombuffer(data, dtype, offset=length).reshape(shape)
-        except ValueError as err:
-            raise InputError(f"{self.path}: holds an array that is cut off") from err
+            return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
+        except Exception as err:  # damaged files make Pillow raise anything
+            raise InputError(f"{path}: holds a mask that cannot be decoded") from err
+    dtype, shape, length = _read_header(data, path)
+    try:
+        return np.frombuffer(data, dtype, offset=length).reshape(shape)
+    except ValueError as err:
+        raise InputError(f"{path}: holds an array that is cut off") from err
 
-    def _read(self, header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
-        try:
-            stream = io.BytesIO(header)
-            np.lib.format.read_magic(stream)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        except Exception as err:  # numpy tokenizes and evaluates it: TokenError, SyntaxError, TypeError ...
-            raise InputError(f"{self.path}: holds something that is not a plain .npy array") from err
-        if fortran or dtype.hasobject:
-            raise InputError(f"{self.path}: holds a Fortran-ordered or object array")
-        return dtype, shape
+
+def _read_header(data: bytes, path: Path) -> tuple[np.dtype, tuple[int, ...], int]:
+    """Start of a .npy file -> dtype, shape, length of the header."""
+    length = 10 + int.from_bytes(data[8:10], "little")  # format 1.0, which numpy writes for plain arrays
+    return *_parse_header(data[:length], path), length
+
+
+@functools.lru_cache(maxsize=64)  # all latents of a shard share theirs
+def _parse_header(header: bytes, path: Path) -> tuple[np.dtype, tuple[int, ...]]:
+    try:
+        stream = io.BytesIO(header)
+        np.lib.format.read_magic(stream)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as err:  # numpy tokenizes and evaluates it: TokenError, SyntaxError, TypeError ...
+        raise InputError(f"{path}: holds something that is not a plain .npy array") from err
+    if fortran or dtype.hasobject:
+        raise InputError(f"{path}: holds a Fortran-ordered or object array")
+    return dtype, shape
