@@ -45,7 +45,7 @@ class Oracle(Annotator):
             return Observed({"mask": PackedMasks.of(masks)}, {"classes": seen})
         labels = np.full((len(batch.keys), MOST), -1, np.int64)
         boxes = np.zeros((len(batch.keys), MOST, 4), np.float32)
-        for i, (cls, truth) in enumerate(zip(batch.cls.tolist(), batch.truth, strict=True)):
+        for i, (cls, truth) in enumerate(zip(batch.cls, batch.truth, strict=True)):
             own = truth.labels if truth.labels is not None else [cls]
             labels[i, : len(own)] = own[:MOST]
             if own == [-1] and self.cfg.truth == "labels":

@@ -98,10 +98,10 @@ class StageWriter:
         self.files: dict[str, IO[bytes]] = {w: temporary(path).open("wb") for w, path in self.paths.items()}
         return self
 
-    def add(self, keys: list[str], cls: Tensor, latents: dict[str, Tensor], observed: Observed) -> None:
+    def add(self, keys: list[str], cls: list[int], latents: dict[str, Tensor], observed: Observed) -> None:
         """A batch of B images: latents [B, C, h, w] normalised."""
         self.meta.keys += keys
-        self.meta.cls += cls.tolist()
+        self.meta.cls += cls
         if isinstance(observed.features, Tensor):
             self.features.append(observed.features.half().cpu().numpy())
         self.meta.latent_shape = list(latents["latent"].shape[1:])

@@ -154,23 +154,16 @@ def _plain(content: dict[str, Any]) -> Annotations:
 
 def _plain_box(name: str, number: int, entry: Any) -> tuple[Any, ...]:
     """x0, y0, x1, y1, label (a name, or a number; 0 where there is none)."""
-    label: Any = 0
-    match entry:
-        case [x0, y0, x1, y1]:
-            pass
-        case [x0, y0, x1, y1, label]:
-            pass
-        case {"xyxy": [x0, y0, x1, y1], "label": label}:
-            pass
-        case {"xyxy": [x0, y0, x1, y1], **rest} if not rest:
-            pass
-        case _:
-            raise ValueError(f"box {number} of {_short(name)} is {_short(entry)}: {_PLAIN}")
-    numbers = all(type(value) in (int, float) for value in (x0, y0, x1, y1))
-    if not numbers or type(label) not in (int, str) or (isinstance(label, int) and not 0 <= label < 2**31):
+    corners, label = entry, 0
+    if isinstance(entry, dict) and "xyxy" in entry and ("label" in entry or len(entry) == 1):
+        corners, label = entry["xyxy"], entry.get("label", 0)
+    elif isinstance(entry, list) and len(entry) == 5:
+        *corners, label = entry
+    right = isinstance(corners, list) and len(corners) == 4 and all(type(value) in (int, float) for value in corners)
+    if not right or type(label) not in (int, str) or (isinstance(label, int) and not 0 <= label < 2**31):
         raise ValueError(f"box {number} of {_short(name)} is {_short(entry)}: {_PLAIN}")
     try:
-        return float(x0), float(y0), float(x1), float(y1), label
+        return *map(float, corners), label
     except OverflowError:
         raise ValueError(f"box {number} of {_short(name)} has a coordinate of hundreds of digits") from None
 

@@ -10,7 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -141,7 +141,7 @@ def _groups(url: str) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
 
 def _grouped(members: Iterator[Member], last: bool) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
     """At damage the group that it fell into, which may lack a file, comes only where this is the `last` try."""
-    key, files, duplicates, damage = "", {}, [], None  # type: ignore[var-annotated]
+    key, files, duplicates = "", {}, []  # type: ignore[var-annotated]
     try:
         for member in members:
             if member.key != key and files:
@@ -151,12 +151,12 @@ def _grouped(members: Iterator[Member], last: bool) -> Iterator[tuple[str, dict[
             if member.ext in files:
                 duplicates.append(member.ext)
             files.setdefault(member.ext, member)
-    except Damaged as err:
-        damage = err
-    if files and (last or damage is None):
+    except Damaged:
+        if files and last:
+            yield key, files, duplicates
+        raise
+    if files:
         yield key, files, duplicates
-    if damage is not None:
-        raise damage
 
 
 def _images_in(url: str) -> int | None:
@@ -241,15 +241,22 @@ class Truth:
     whole_boxes: np.ndarray | None = None  # float32 [M', 4] as shares of the uncropped image's sides
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageBatch:
     """Decoded images of one or more shards."""
 
-    keys: list[str]
-    images: "Tensor"  # uint8 [B, 3, size, size]
-    cls: "Tensor"  # [B] long, -1 = unknown
-    truth: list[Truth]  # empty unless asked for
-    shown: list[Shown]
+    keys: list[str] = field(default_factory=list)
+    cls: list[int] = field(default_factory=list)  # -1 = unknown
+    truth: list[Truth] = field(default_factory=list)  # empty unless asked for
+    shown: list[Shown] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)  # shard, key, reason
+
+    @functools.cached_property
+    def images(self) -> "Tensor":
+        """uint8 [B, 3, size, size]."""
+        import torch  # not in the processes that decode
+
+        return torch.from_numpy(np.stack([shown.square for shown in self.shown]))
 
 
 def image_batches(
@@ -273,17 +280,11 @@ def image_batches(
     samples = ((shard, sample) for shard in shards for sample in read_shard(shard, on_skip))
     decode_one = functools.partial(_decode_batch, size, truth, looks)
     batches = _batched(samples, batch_size, truth)
-    decoded = map(decode_one, batches) if isinstance(workers, int) else workers.in_order(decode_one, batches)
-    yield from _tensors(decoded, on_skip)
-
-
-@dataclass
-class _Decoded:
-    keys: list[str]
-    shown: list[Shown]
-    cls: list[int]
-    truth: list[Truth]
-    skipped: list[tuple[str, str, str]]
+    for batch in map(decode_one, batches) if isinstance(workers, int) else workers.in_order(decode_one, batches):
+        for entry in batch.skipped:
+            on_skip(*entry)
+        if batch.keys:
+            yield batch
 
 
 def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int, truth: bool) -> Iterator[list[tuple[str, Sample]]]:
@@ -293,8 +294,8 @@ def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int, truth: bool
         yield batch
 
 
-def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tuple[str, Sample]]) -> _Decoded:
-    out = _Decoded([], [], [], [], [])
+def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tuple[str, Sample]]) -> ImageBatch:
+    out = ImageBatch()
     for shard, sample in batch:
         try:
             image = decode(sample.image)
@@ -330,14 +331,3 @@ def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
         all_boxes = [box[:4] for box in crop_meta(sample.meta, original, size, crop=False)["boxes"]]
         whole = np.array(all_boxes, np.float32).reshape(-1, 4) / np.array(sides * 2, np.float32)
     return Truth(labels, boxes, mask, whole)
-
-
-def _tensors(decoded: Iterable[_Decoded], on_skip: OnSkip) -> Iterator[ImageBatch]:
-    import torch
-
-    for batch in decoded:
-        for entry in batch.skipped:
-            on_skip(*entry)
-        if batch.keys:
-            images = torch.from_numpy(np.stack([shown.square for shown in batch.shown]))
-            yield ImageBatch(batch.keys, images, torch.tensor(batch.cls), batch.truth, batch.shown)
