@@ -208,10 +208,10 @@ def test_resume_does_only_what_is_missing_and_gives_the_same_set(tmp_path, monke
     cfg = config(tmp_path, shards)
     finish = stage.StageWriter.finish
 
-    def killed(self):
+    def killed(self, skipped):
         if self.stage.index == 2:
             raise KeyboardInterrupt
-        finish(self)
+        finish(self, skipped)
 
     monkeypatch.setattr(stage.StageWriter, "finish", killed)
     with pytest.raises(KeyboardInterrupt):

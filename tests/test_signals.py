@@ -346,7 +346,7 @@ def test_segments_and_their_match_with_true_masks(method: str, tmp_path: Path, m
     cfg = config(tmp_path, source, kind="segments", k=4, segments=SegmentsConfig(method=method, steps=50))
     cfg.features = FeaturesConfig(layer=-3, batch_size=5, precision="fp32")
     with monkeypatch.context() as patch:  # killed in the pass, after the fit
-        patch.setattr(StageWriter, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(StageWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             annotate(cfg)
     monkeypatch.setattr(Segmenter, "fit", lambda *_: pytest.fail("fitted again"))

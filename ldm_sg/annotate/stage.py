@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -83,7 +82,7 @@ class Stage:
 
 
 class StageWriter:
-    """Takes a shard's batches as they come; `finish` gives the files their names. Any error leaves none of them."""
+    """Takes a shard's batches as they come; `finish` gives the files their names, and without it none of them stays."""
 
     def __init__(self, stage: Stage, url: str, flips: bool):
         self.stage, self.meta = stage, ShardMeta(url, [], [], [], None)
@@ -113,7 +112,8 @@ class StageWriter:
                 self.files[which].write(values.half().cpu().contiguous().numpy().data)
                 self.files[which].flush()
 
-    def finish(self) -> None:
+    def finish(self, skipped: list[tuple[str, str, str]]) -> None:
+        self.meta.skipped = skipped
         for which, file in self.files.items():
             file.close()
             temporary(self.paths[which]).replace(self.paths[which])
@@ -125,11 +125,10 @@ class StageWriter:
         self.meta.source = fingerprint(self.meta.url)
         write_text(self.stage.meta, json.dumps(asdict(self.meta)))
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is not None:
-            for which, file in self.files.items():
-                file.close()
-                temporary(self.paths[which]).unlink(missing_ok=True)
+    def __exit__(self, *error: object) -> None:
+        for which, file in self.files.items():
+            file.close()
+            temporary(self.paths[which]).unlink(missing_ok=True)
 
 
 def fingerprint(url: str) -> dict[str, Any]:

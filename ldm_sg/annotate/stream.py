@@ -3,10 +3,9 @@ what they make goes to disk batch by batch."""
 
 import itertools
 import queue
-import tarfile
 import threading
 from collections.abc import Iterator
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisat
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_float, to_tensor
 from ldm_sg.data.pool import decoder_pool
-from ldm_sg.data.shards import IMAGE_EXTENSIONS, Damage, ImageBatch, image_batches, is_remote, read_shard
+from ldm_sg.data.shards import Damage, ImageBatch, count_images, image_batches, is_remote, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.hardware import use_bf16
 
@@ -123,24 +122,20 @@ def batches_of(
 
 def ahead(source: Iterator[Passing], depth: int = 4) -> Iterator[Passing]:
     """`source` run in a thread of its own, at most `depth` batches ahead: reading goes on while the networks compute."""
-    items: queue.Queue[Passing | BaseException | None] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: Passing | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return items.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    items: queue.SimpleQueue[Passing | BaseException | None] = queue.SimpleQueue()
+    room, stop = threading.Semaphore(depth), threading.Event()
 
     def run() -> None:
         try:
             with closing(source):
-                for item in itertools.takewhile(lambda _: not stop.is_set(), source):
-                    put(item)
-            put(None)
+                for item in source:
+                    items.put(item)
+                    room.acquire()
+                    if stop.is_set():
+                        return
+            items.put(None)
         except BaseException as err:  # handed to the thread that asked
-            put(err)
+            items.put(err)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -148,9 +143,11 @@ def ahead(source: Iterator[Passing], depth: int = 4) -> Iterator[Passing]:
         while (item := items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
+            room.release()
             yield item
     finally:
         stop.set()
+        room.release()
         thread.join(timeout=2)  # it may wait for a server; it ends with the process
 
 
@@ -174,22 +171,18 @@ def extract(
     total, damaged = expected_images([shards[index] for index in todo]), []
     with closing(ahead(batches)) as source, tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
         for done, index in enumerate(todo):
-            with suppress(_Refused), StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
-                for passing in source:
-                    batch = passing.batch
-                    if passing.damage:
-                        damaged.append(passing.damage)
-                        raise _Refused
-                    if batch is None:
-                        writer.meta.skipped = passing.skipped
-                        break
+            with StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
+                while batch := (passing := next(source)).batch:
                     images = to_float(batch.images.to(autoencoder.mean.device))
                     observed = annotator.observe(extractor, Views.of(images, batch.shown), batch)
                     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                         latents = encode(autoencoder, images, cfg.flips)
                     writer.add(batch.keys, batch.cls, latents, observed)
                     bar.update(len(batch.keys))
-                writer.finish()
+                if passing.damage:
+                    damaged.append(passing.damage)
+                else:
+                    writer.finish(passing.skipped)
             bar.total = round(bar.n / (done + 1) * len(todo))  # a better guess than the first, and right at the end
     if damaged:
         raise InputError(
@@ -203,13 +196,8 @@ def expected_images(shards: list[str]) -> int | None:
     not to be had at once."""
     if any(is_remote(url) for url in shards):
         return None
-    try:
-        with tarfile.open(shards[0]) as tar:
-            first = sum(member.name.rpartition("/")[2].partition(".")[2].lower() in IMAGE_EXTENSIONS for member in tar)
-    except tarfile.TarError:
-        return None
-    sizes = [Path(url).stat().st_size for url in shards]
-    return round(first * sum(sizes) / max(sizes[0], 1))
+    first, sizes = count_images(shards[0]), [Path(url).stat().st_size for url in shards]
+    return round(first * sum(sizes) / max(sizes[0], 1)) or None
 
 
 @torch.no_grad()

@@ -81,9 +81,7 @@ def decode(data: bytes, key: str = "") -> Image.Image:
         raise BadImage(f"its header claims more than {MAX_PIXELS:,} pixels", key) from None
     except Image.UnidentifiedImageError:
         raise BadImage(f"not an image ({', '.join(FORMATS)})", key) from None
-    except (
-        Exception
-    ) as err:  # damaged files make Pillow raise OSError, ValueError, SyntaxError, struct.error, zlib.error ...
+    except Exception as err:  # damaged files make Pillow raise OSError, ValueError, SyntaxError, struct.error ...
         raise BadImage(f"cannot be decoded: {one_line(err)}", key) from err
     return rgb if turn is None else rgb.transpose(turn)
 

@@ -6,10 +6,8 @@ import hashlib
 import itertools
 import json
 import os
-import tarfile
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
-from ldm_sg.data.shards import IMAGE_EXTENSIONS, expand, is_remote, read_shard
+from ldm_sg.data.pool import in_order
+from ldm_sg.data.shards import count_images, expand, is_remote, read_shard
 from ldm_sg.errors import InputError
 
 PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
@@ -121,18 +120,8 @@ def count(images: ImageSet) -> int | None:
 
 @functools.cache
 def _count_shard(path: str, size: int, changed: int) -> int:
-    """Images in a shard as it is now: reading all headers takes seconds for a large one, and it is asked several times."""
-    keys = set()
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                folder, name = os.path.split(member.name)
-                key, _, extension = name.partition(".")
-                if key and extension.lower() in IMAGE_EXTENSIONS:
-                    keys.add((folder, key))
-    except (tarfile.TarError, OSError, EOFError):
-        pass  # read_shard reports the damage; what lies before it counts
-    return len(keys)
+    """Of the shard as it is now: it is asked several times."""
+    return count_images(path)
 
 
 def spread(total: int, limit: int) -> list[int]:
@@ -148,15 +137,23 @@ def batches(
 
     Remote shards, whose number of images is not known, give their first `limit`. Images that cannot be read are left
     out (a batch is short there) and reported. Threads read and decode two batches ahead: Pillow frees the interpreter."""
-    entries = _chosen(images, limit, on_skip)
-    waiting: deque[list[tuple[int, str, Future[Tensor]]]] = deque()
+
+    def load(entry: tuple[int, tuple[str, Path | bytes]]) -> tuple[int, str, Tensor | str]:
+        position, (name, data) = entry
+        try:
+            return position, name, to_tensor(crop_resize(_open(data), size, within))
+        except BadImage as err:
+            return position, name, err.reason
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        while group := list(itertools.islice(entries, batch_size)):
-            waiting.append([(at, name, pool.submit(_load, data, size, within)) for at, (name, data) in group])
-            if len(waiting) > 2:
-                yield from _finish(waiting.popleft(), on_skip)
-        while waiting:
-            yield from _finish(waiting.popleft(), on_skip)
+        loaded = in_order(pool, load, _chosen(images, limit, on_skip), 2 * batch_size)
+        while group := list(itertools.islice(loaded, batch_size)):
+            for _, name, found in group:
+                if isinstance(found, str):
+                    on_skip(name, found)
+            good = {position: found for position, _, found in group if isinstance(found, Tensor)}
+            if good:
+                yield torch.tensor(list(good)), torch.stack(list(good.values()))
 
 
 def pictures(images: ImageSet, limit: int) -> Iterator[Image.Image]:
@@ -176,22 +173,6 @@ def _chosen(images: ImageSet, limit: int, on_skip: OnSkip) -> Iterator[tuple[int
         return entries  # reading on to the end reports what is damaged there
     wanted = dict.fromkeys(spread(total, limit))
     return (entry for entry in itertools.islice(entries, max(wanted) + 1) if entry[0] in wanted)
-
-
-def _finish(group: list[tuple[int, str, Future[Tensor]]], on_skip: OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
-    positions, loaded = [], []
-    for position, name, future in group:
-        try:
-            loaded.append(future.result())
-            positions.append(position)
-        except BadImage as err:
-            on_skip(name, err.reason)
-    if loaded:
-        yield torch.tensor(positions), torch.stack(loaded)
-
-
-def _load(source: Path | bytes, size: int, within: int | None) -> Tensor:
-    return to_tensor(crop_resize(_open(source), size, within))
 
 
 def _open(source: Path | bytes) -> Image.Image:
