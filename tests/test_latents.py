@@ -96,7 +96,7 @@ def test_multi_hot_signals(tmp_path):
 def test_second_opening_uses_the_index_and_gives_the_same(tmp_path, monkeypatch):
     folder, _, _ = make(tmp_path)
     first = LatentSet(folder)
-    monkeypatch.setattr(module, "_index_shard", lambda *a: pytest.fail("indexed again"))
+    monkeypatch.setattr(LatentSet, "_index_shard", lambda *a: pytest.fail("indexed again"))
     second = LatentSet(folder)
     everything = torch.arange(12)
     assert torch.equal(first.latents(everything), second.latents(everything)) and torch.equal(

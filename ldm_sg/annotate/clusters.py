@@ -5,6 +5,7 @@ code assigns un-normalised ones, which moves about 5% of the ids."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -50,28 +51,14 @@ class Clusters(Annotator):
         """Lloyd's algorithm on normalised `features` [N, D], all of them held in memory (the caller bounds N); of several
         restarts the one with the smallest sum of squared distances."""
         points = normalise(features)
-        if self.k > len(points):
-            raise InputError(
-                f"annotator.k={self.k}: only {len(points):,} images to cluster; choose k of at most {len(points):,}"
-            )
-        if len(points) < FAISS_COMFORTABLE * self.k:
+        if self.k <= len(points) < FAISS_COMFORTABLE * self.k:
             print(
                 f"note: {len(points) / self.k:.1f} images a cluster (k={self.k}); "
                 f"under {FAISS_COMFORTABLE} the centroids are rough",
                 file=sys.stderr,
             )
-        kmeans = faiss.Kmeans(
-            points.shape[1],
-            self.k,
-            niter=self.cfg.niter,
-            nredo=self.cfg.restarts,
-            seed=self.cfg.seed,
-            min_points_per_centroid=1,
-            max_points_per_centroid=len(points),  # the bound on memory is the caller's sample, not faiss's
-            gpu=on_gpu(),
-        )
-        kmeans.train(points)
-        self._take(torch.from_numpy(np.array(kmeans.centroids, dtype=np.float32).reshape(self.k, -1)))
+        settings = {"niter": self.cfg.niter, "nredo": self.cfg.restarts, "seed": self.cfg.seed}
+        self._take(kmeans(points, self.k, "images", **settings))
         return self
 
     def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
@@ -106,6 +93,18 @@ class Clusters(Annotator):
         if not path.is_file():
             raise InputError(f"{path} not found: the annotator is not complete; run annotate again")
         self._take(load_file(path)["centroids"])
+
+
+def kmeans(points: np.ndarray, k: int, what: str, **settings: Any) -> Tensor:
+    """Points [N, D], which are `what`, -> faiss's centroids [K, D]. InputError where there are fewer points."""
+    if k > len(points):
+        raise InputError(
+            f"annotator.k={k}: only {len(points):,} {what} to cluster; choose k of at most {len(points):,}"
+        )
+    bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}  # the caller bounds the sample
+    fit = faiss.Kmeans(points.shape[1], k, gpu=on_gpu(), **bounds, **settings)
+    fit.train(points)
+    return torch.from_numpy(np.array(fit.centroids, np.float32).reshape(k, -1))
 
 
 def normalise(features: np.ndarray | Tensor) -> np.ndarray:

@@ -3,7 +3,6 @@ is fitted on the features and the annotated shards are written; the manifest com
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.baselines import corrupted
 from ldm_sg.annotate.clusters import ari, contingency, entropy, nmi
-from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.annotate.features import load_extractor
 from ldm_sg.annotate.kinds import load_f, make_annotator, save_annotator
 from ldm_sg.annotate.stage import ShardMeta, Stage, check_unchanged, stages
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
@@ -52,14 +51,13 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     device = pick_device(cfg.device)
     source = first_size(shards) if cfg.size is None or cfg.features.size is None else None
     size = cfg.size or source
-    autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
+    autoencoder = prepare_autoencoder(cfg, shards, size, device)
     extractor = load_extractor(cfg.features, device, source) if annotator.reads_g else None
     study = Study(cfg, shards, all_stages, size, extractor, [])
     fitted = (out / "annotator" / "annotator.yaml").is_file()
     if not fitted:
         annotator.prepare(study)
-    if not all(stage.done for stage in all_stages):
-        extract(cfg, shards, all_stages, size, extractor, autoencoder, annotator)
+    extract(study, autoencoder, annotator)
     summary = summarise(all_stages, cfg.max_skipped, cfg.shards)
     if not fitted:
         annotator.fit(replace(study, counts=[source["images"] for source in summary.sources]))
@@ -67,8 +65,8 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     annotator, _ = load_f(out / "annotator")
     ids = corrupted_ids(all_stages, annotator)
     labels = write_shards(all_stages, annotator, cfg.flips, summary.classes, ids)
-    write_text(out / "skipped.jsonl", "".join(skipped_lines(all_stages)))
-    manifest = describe(cfg, out, all_stages, annotator, extractor, autoencoder, size, summary, labels)
+    write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
+    manifest = describe(study, annotator, autoencoder, summary, labels)
     write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
     shutil.rmtree(out / "work")
     return out
@@ -91,27 +89,27 @@ class Summary:
     sources: list[dict[str, Any]]  # of each shard: its url, its images, its fingerprint
     images: int
     classes: np.ndarray  # the class numbers that occur, sorted
-    skipped: int
+    skipped: list[dict[str, str]]  # shard, key, reason
     latent_shape: list[int]
 
 
 def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summary:
     """Counts over all shards; InputError when there is no image, or too large a share was skipped."""
-    sources, skipped, shape, first, classes = [], 0, None, None, np.empty(0, np.int64)
+    sources, skipped, shape, classes = [], [], None, np.empty(0, np.int64)
     for stage in all_stages:
         meta = stage.read_meta()
         sources.append({"url": meta.url, "images": len(meta.keys)} | meta.source)
-        skipped += len(meta.skipped)
-        first = first or next(iter(meta.skipped), None)
+        skipped += [dict(zip(("shard", "key", "reason"), entry)) for entry in meta.skipped]
         classes = np.union1d(classes, np.array(meta.cls, np.int64))
         shape = meta.latent_shape or shape
     total = sum(source["images"] for source in sources)
-    example = f"; the first: {first[0]} {first[1]}: {first[2]}" if first else ""
+    example = "; the first: {shard} {key}: {reason}".format(**skipped[0]) if skipped else ""
     if shape is None:
         raise InputError(f"shards={shards!r}: no usable image in {len(sources)} shards{example}")
-    if skipped > max_skipped * (total + skipped):
+    seen = total + len(skipped)
+    if len(skipped) > max_skipped * seen:
         raise InputError(
-            f"{skipped} of {total + skipped} images cannot be used, more than max_skipped={max_skipped} of them{example}"
+            f"{len(skipped)} of {seen} images cannot be used, more than max_skipped={max_skipped} of them{example}"
         )
     return Summary(sources, total, classes[classes >= 0], skipped, shape)
 
@@ -179,25 +177,12 @@ def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) ->
             writer.write(key, files | files_of({name: column[i] for name, column in signals.items()}))
 
 
-def skipped_lines(all_stages: list[Stage]) -> Iterator[str]:
-    for stage in all_stages:
-        for shard, key, reason in stage.read_meta().skipped:
-            yield json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n"
-
-
 def describe(
-    cfg: AnnotateConfig,
-    out: Path,
-    all_stages: list[Stage],
-    annotator: Annotator,
-    extractor: FeatureExtractor | None,
-    autoencoder: Autoencoder,
-    size: int,
-    summary: Summary,
-    labels: Labels,
+    study: Study, annotator: Annotator, autoencoder: Autoencoder, summary: Summary, labels: Labels
 ) -> dict[str, Any]:
     """manifest.yaml: what made the set, how many of what, and the hash of its content."""
-    f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(total(all_stages))
+    cfg, extractor, size = study.config, study.extractor, study.size
+    f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(total(study.stages))
     known = labels.table[:, :-1]
     if labels.table.any():
         f |= {"entropy": round(entropy(labels.counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}
@@ -207,7 +192,7 @@ def describe(
         f |= {"empty": int((labels.counts == 0).sum()), "counts": labels.counts.tolist()}
     files = [
         {"file": tar.name, "images": source["images"], "bytes": tar.stat().st_size, "sha256": file_sha256(tar)}
-        for tar, source in zip((stage.tar for stage in all_stages), summary.sources)
+        for tar, source in zip((stage.tar for stage in study.stages), summary.sources)
     ]
     first_stage = {key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256")}
     seen = {}  # images.show, in words
@@ -224,7 +209,7 @@ def describe(
         "source": summary.sources,
         "view": seen,
         "num_images": summary.images,
-        "num_skipped": summary.skipped,
+        "num_skipped": len(summary.skipped),
         "latent_shape": summary.latent_shape,
         "flips": cfg.flips,
         "guidance": annotator.spec.to_dict(),

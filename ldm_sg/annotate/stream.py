@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_sg.annotate.annotator import Annotator
-from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.stage import Stage, StageWriter
+from ldm_sg.annotate.annotator import Annotator, Study
+from ldm_sg.annotate.stage import StageWriter
 from ldm_sg.annotate.views import Views
 from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisation
 from ldm_sg.config import AnnotateConfig
@@ -42,11 +41,9 @@ def first_size(shards: list[str]) -> int:
     raise InputError(f"no image in {shards[0]!r}" + (f" or the {len(shards) - 1} others" if len(shards) > 1 else ""))
 
 
-def prepare_autoencoder(
-    cfg: AnnotateConfig, out: Path, shards: list[str], size: int, device: torch.device
-) -> Autoencoder:
+def prepare_autoencoder(cfg: AnnotateConfig, shards: list[str], size: int, device: torch.device) -> Autoencoder:
     """The first stage with its normalisation, kept in OUT/autoencoder from the first run on."""
-    folder = out / "autoencoder"
+    folder = Path(cfg.out) / "autoencoder"
     if (folder / "manifest.yaml").is_file():
         return load_autoencoder(str(folder)).to(device, memory_format=torch.channels_last)
     autoencoder = load_autoencoder(cfg.autoencoder).to(device, memory_format=torch.channels_last)
@@ -151,27 +148,20 @@ def ahead(source: Iterator[Passing], depth: int = 4) -> Iterator[Passing]:
         thread.join(timeout=2)  # it may wait for a server; it ends with the process
 
 
-def extract(
-    cfg: AnnotateConfig,
-    shards: list[str],
-    all_stages: list[Stage],
-    size: int,
-    extractor: FeatureExtractor | None,
-    autoencoder: Autoencoder,
-    annotator: Annotator,
-) -> None:
+def extract(study: Study, autoencoder: Autoencoder, annotator: Annotator) -> None:
     """The pass over the shards that are not done: features, latents and what f observes to disk."""
-    todo = [stage.index for stage in all_stages if not stage.done]
+    cfg, shards, extractor = study.config, study.shards, study.extractor
+    todo = [stage.index for stage in study.stages if not stage.done]
     if not todo:
         return
     bf16 = use_bf16(cfg.precision, autoencoder.mean.device)
     looks = {"view": extractor.size, "whole": annotator.whole and extractor.any_shape} if extractor else {}
-    reading = (size, cfg.features.batch_size, cfg.workers, annotator.reads_truth, cfg.allow_damaged)
+    reading = (study.size, cfg.features.batch_size, cfg.workers, annotator.reads_truth, cfg.allow_damaged)
     batches = batches_of(shards, todo, *reading, **looks)
     total, damaged = expected_images([shards[index] for index in todo]), []
     with closing(ahead(batches)) as source, tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
         for done, index in enumerate(todo):
-            with StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
+            with StageWriter(study.stages[index], shards[index], cfg.flips) as writer:
                 while batch := (passing := next(source)).batch:
                     images = to_float(batch.images.to(autoencoder.mean.device))
                     observed = annotator.observe(extractor, Views.of(images, batch.shown), batch)

@@ -28,6 +28,7 @@ from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.guidance.spatial import Crops
 
 LATENT, FLIP = "latent.npy", "flip.npy"
+_WHERE = np.dtype([("shard", np.int32), ("latent", np.int64), ("flip", np.int64)])
 MANIFEST = {
     "shards": [{"file": str, "bytes": int, "sha256": str}],
     **{"hash": str, "guidance": dict, "latent_shape": [int], "flips": bool, "num_images": int},
@@ -77,11 +78,10 @@ class LatentSet:
         self.spec = GuidanceSpec.from_dict(self.manifest["guidance"], str(self.folder))
         self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latent_shape"])
         self.flips = bool(self.manifest["flips"])
-        count = self.manifest["num_images"]
-        found = _index(self.folder, self.hash, self.paths, self.latent_shape, self.flips, self.spec, count)
+        found = self._index()
         self._where = found.pop("where")
         self.signals = Signals.from_columns(self.spec, found, len(self._where))
-        if len(self) != count:
+        if len(self) != (count := self.manifest["num_images"]):
             raise InputError(f"{self.folder}: its shards hold {len(self)} images, its manifest says {count}")
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_open = max(1, soft // 4)
@@ -118,6 +118,58 @@ class LatentSet:
             if os.preadv(self._file(shard), [row], offset) != row.nbytes:
                 raise InputError(f"{self.paths[shard]} has become shorter since it was opened")
         return torch.from_numpy(out).float()
+
+    def _index(self) -> Columns:
+        """`where` (_WHERE [N]) and the signals, kept in FOLDER/index under the set's hash; made again where they are not of as
+        many images as the manifest says."""
+        names = ["where", *columns(self.spec), *["mask_size", "mask_ends"] * (self.spec.spatial == "mask")]
+        saved = {name: self.folder / "index" / f"{name}-{self.hash[:16]}.npy" for name in names}
+        try:
+            # What is large is mapped, not read: shared by all ranks and workers of a machine.
+            modes: dict[str, Any] = {"where": "r", "mask": "r", "feature": "c"}
+            found = to_columns({name: np.load(path, mmap_mode=modes.get(name)) for name, path in saved.items()})
+            if {len(column) for column in found.values()} != {self.manifest["num_images"]}:
+                raise ValueError
+            if found["where"].dtype != _WHERE:
+                raise ValueError
+        except (OSError, ValueError, EOFError):  # not there yet, or damaged
+            bar = tqdm(self.paths, "index", disable=len(self.paths) < 17)
+            parts = [self._index_shard(path, i) for i, path in enumerate(bar)]
+            if not (parts := [part for part in parts if len(part["where"])]):
+                raise InputError(f"{self.folder}: an annotation set without images") from None
+            found = concatenated(parts)
+            arrays = to_arrays(found)
+            for name, path in saved.items() if os.access(self.folder, os.W_OK) else ():
+                with whole(path) as new, new.open("wb") as file:
+                    np.save(file, arrays[name])
+        return found
+
+    def _index_shard(self, path: Path, shard: int) -> Columns:
+        """`where`: offsets of the array data of every latent (and flip) in one shard; and the signals themselves."""
+        signals: dict[str, list[Any]] = {extension(name): [] for name in columns(self.spec)}
+        offsets: dict[str, list[int]] = {LATENT: [], FLIP: []}
+        with path.open("rb", buffering=0) as file:
+            for ext, offset, size in _members(file.fileno(), path):
+                if ext in signals:
+                    signals[ext].append(_read_signal(ext, os.pread(file.fileno(), size, offset), path))
+                elif ext in offsets:
+                    dtype, shape, length = _read_header(os.pread(file.fileno(), _NPY_HEADER, offset), path)
+                    wanted = self.latent_shape
+                    if (dtype, shape) != (np.float16, wanted) or size != length + 2 * math.prod(wanted):
+                        raise InputError(f"{path}: a {ext} is {dtype} {shape}, the manifest says float16 {wanted}")
+                    offsets[ext].append(offset + length)
+        n = len(offsets[LATENT])
+        if any(len(column) != n for column in signals.values()) or (self.flips and len(offsets[FLIP]) != n):
+            expected = ", ".join([*signals, *([FLIP] if self.flips else [])])
+            raise InputError(f"{path}: not every sample has {expected} beside its latent")
+        where = np.empty(n, _WHERE)
+        where["shard"], where["latent"] = shard, offsets[LATENT]
+        where["flip"] = offsets[FLIP] if self.flips else -1
+        try:
+            found = {name: stacked(name, signals[extension(name)]) for name in columns(self.spec) if n}
+        except (ValueError, AssertionError) as err:
+            raise InputError(f"{path}: signals of different shapes in it") from err
+        return {"where": where, **found}
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
@@ -169,67 +221,6 @@ def _checked_shards(folder: Path, manifest: dict[str, Any], verify: bool) -> lis
     if now != known and os.access(folder, os.W_OK):
         write_json(remembered, now)
     return paths
-
-
-_WHERE = np.dtype([("shard", np.int32), ("latent", np.int64), ("flip", np.int64)])
-
-
-def _index(
-    folder: Path,
-    digest: str,
-    paths: list[Path],
-    shape: tuple[int, int, int],
-    flips: bool,
-    spec: GuidanceSpec,
-    count: int,
-) -> Columns:
-    """`where` (_WHERE [N]) and the signals, kept in FOLDER/index under the set's hash; made again where they are not of
-    `count` images."""
-    names = ["where", *columns(spec), *["mask_size", "mask_ends"] * (spec.spatial == "mask")]
-    saved = {name: folder / "index" / f"{name}-{digest[:16]}.npy" for name in names}
-    try:
-        # What is large is mapped, not read: shared by all ranks and workers of a machine.
-        modes: dict[str, Any] = {"where": "r", "mask": "r", "feature": "c"}
-        found = to_columns({name: np.load(path, mmap_mode=modes.get(name)) for name, path in saved.items()})
-        if {len(column) for column in found.values()} != {count} or found["where"].dtype != _WHERE:
-            raise ValueError
-    except (OSError, ValueError, EOFError):  # not there yet, or damaged
-        bar = tqdm(paths, "index", disable=len(paths) < 17)
-        parts = [_index_shard(path, i, shape, flips, columns(spec)) for i, path in enumerate(bar)]
-        if not (parts := [part for part in parts if len(part["where"])]):
-            raise InputError(f"{folder}: an annotation set without images") from None
-        found = concatenated(parts)
-        arrays = to_arrays(found)
-        for name, path in saved.items() if os.access(folder, os.W_OK) else ():
-            with whole(path) as new, new.open("wb") as file:
-                np.save(file, arrays[name])
-    return found
-
-
-def _index_shard(path: Path, shard: int, shape: tuple[int, int, int], flips: bool, wanted: tuple[str, ...]) -> Columns:
-    """`where`: offsets of the array data of every latent (and flip) in one shard; and the signals themselves."""
-    signals: dict[str, list[Any]] = {extension(name): [] for name in wanted}
-    offsets: dict[str, list[int]] = {LATENT: [], FLIP: []}
-    with path.open("rb", buffering=0) as file:
-        for ext, offset, size in _members(file.fileno(), path):
-            if ext in signals:
-                signals[ext].append(_read_signal(ext, os.pread(file.fileno(), size, offset), path))
-            elif ext in offsets:
-                dtype, found, length = _read_header(os.pread(file.fileno(), _NPY_HEADER, offset), path)
-                if (dtype, found) != (np.float16, shape) or size != length + 2 * math.prod(shape):
-                    raise InputError(f"{path}: a {ext} is {dtype} {found}, the manifest says float16 {shape}")
-                offsets[ext].append(offset + length)
-    n = len(offsets[LATENT])
-    if any(len(column) != n for column in signals.values()) or (flips and len(offsets[FLIP]) != n):
-        expected = ", ".join([*signals, *([FLIP] if flips else [])])
-        raise InputError(f"{path}: not every sample has {expected} beside its latent")
-    where = np.empty(n, _WHERE)
-    where["shard"], where["latent"] = shard, offsets[LATENT]
-    where["flip"] = offsets[FLIP] if flips else -1
-    try:
-        return {"where": where} | {name: stacked(name, signals[extension(name)]) for name in wanted if n}
-    except (ValueError, AssertionError) as err:
-        raise InputError(f"{path}: signals of different shapes in it") from err
 
 
 def _members(file: int, path: Path) -> Iterator[tuple[str, int, int]]:
