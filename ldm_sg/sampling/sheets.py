@@ -75,11 +75,8 @@ def _interpolate(pipe: "SelfGuidedPipeline", options: SampleOptions) -> Iterator
         k[i, first] += a
         k[i, last] += b
     ends = [torch.randn(pipe.latent_shape, generator=image_generator(options.seed, i)) for i in (0, 1)]
-    arc = []
-    for share in shares:
-        a, b = slerp(ends[0], ends[1], share)
-        arc.append(a * ends[0] + b * ends[1])
-    for noise in (ends[0].expand(options.n, -1, -1, -1), torch.stack(arc)):
+    arc = torch.stack([a * ends[0] + b * ends[1] for a, b in (slerp(*ends, share) for share in shares)])
+    for noise in (ends[0].expand(options.n, -1, -1, -1), arc):
         images = pipe(Guidance.from_k(k), options.w, noise=noise, **options.solving())
         yield Batch(images, [_record(options, k=[first, last], share=s, w=options.w) for s in shares])
 
