@@ -41,9 +41,8 @@ class Study:
         assert g is not None
         for shard in self.shards:
             left, together = each, min(each, self.config.features.batch_size)
-            for batch in image_batches(
-                [shard], self.size, together, 0, lambda *_: None, view=g.size * zoom, whole=whole
-            ):
+            looks = {"view": g.size * zoom, "whole": whole}
+            for batch in image_batches([shard], self.size, together, 0, lambda *_: None, **looks):
                 yield Views.of(to_float(batch.images[:left].to(g.mean.device)), batch.shown[:left])
                 left, found = left - len(batch.keys), found + 1
                 if left <= 0:

@@ -168,9 +168,8 @@ def add_labels(found: Labels, signals: Signals, cls: np.ndarray, classes: np.nda
 
 def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) -> None:
     """KEY.latent.npy, KEY.flip.npy with flips, and the signals' files for each key."""
-    arrays = {
-        which: stage.read_latents(which, meta) for which in (["latent", "flip"] if flips else ["latent"]) if meta.keys
-    }
+    kinds = ["latent"] + ["flip"] * flips if meta.keys else []
+    arrays = {which: stage.read_latents(which, meta) for which in kinds}
     with ShardWriter(stage.tar) as writer:
         for i, key in enumerate(meta.keys):
             files = {f"{which}.npy": npy(np.asarray(values[i])) for which, values in arrays.items()}

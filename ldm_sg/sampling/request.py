@@ -72,29 +72,28 @@ class SampleOptions:
 
     def name(self) -> str:
         """The folder of these samples, where none is named."""
-        what = "_".join(
-            [f"c{'-'.join(map(str, self.cluster))}"[:40]] * bool(self.cluster)
-            + [f"box{'-'.join(f'{c:g}' for c in self.box)}"] * bool(self.box)
-            + [
-                f"{flag}-{Path(file).stem[:40]}-{_digest(file)[:6]}"
-                for flag, file in (("mask", self.mask), ("like", self.like))
-                if file
-            ]
-            + [f"vary-{self.vary}"] * bool(self.vary)
-            + ["sweep"] * bool(self.sweep_w)
-            + [f"interpolate{'-'.join(map(str, self.interpolate))}"] * bool(self.interpolate)
-            + ["trajectory"] * self.trajectory
-            + [f"step-{self.checkpoint}"] * (self.checkpoint is not None)
-        )
-        strength = "-".join(f"{w:g}" for w in self.sweep_w) or f"{self.w:g}"
-        usual = SampleOptions()
-        special = [
-            str(getattr(self, name)) for name in ("strategy", "spacing") if getattr(self, name) != getattr(usual, name)
-        ]
-        special += [f"rescale{self.rescale:g}"] * bool(self.rescale)
-        special += [f"interval{'-'.join(f'{level:g}' for level in self.interval)}"] * bool(self.interval)
-        how = "_".join([f"w{strength}", f"{self.scheduler}{self.steps}", *special, f"seed{self.seed}"])
-        return f"{what or 'drawn'}_n{self.n}_{how}"
+        files = {flag: file for flag, file in (("mask", self.mask), ("like", self.like)) if file}
+        what = {
+            f"c{'-'.join(map(str, self.cluster))}"[:40]: self.cluster,
+            f"box{_joined(self.box)}": self.box,
+            **{f"{flag}-{Path(file).stem[:40]}-{_digest(file)[:6]}": True for flag, file in files.items()},
+            f"vary-{self.vary}": self.vary,
+            "sweep": self.sweep_w,
+            f"interpolate{'-'.join(map(str, self.interpolate))}": self.interpolate,
+            "trajectory": self.trajectory,
+            f"step-{self.checkpoint}": self.checkpoint is not None,
+        }
+        how = {
+            f"w{_joined(self.sweep_w or [self.w])}": True,
+            f"{self.scheduler}{self.steps}": True,
+            self.strategy: self.strategy != SampleOptions.strategy,
+            self.spacing: self.spacing != SampleOptions.spacing,
+            f"rescale{self.rescale:g}": self.rescale,
+            f"interval{_joined(self.interval)}": self.interval,
+            f"seed{self.seed}": True,
+        }
+        first, last = ("_".join(part for part, there in parts.items() if there) for parts in (what, how))
+        return f"{first or 'drawn'}_n{self.n}_{last}"
 
     def check(self) -> None:
         """InputError where values or their combination mean nothing."""
@@ -136,6 +135,10 @@ class SampleOptions:
             raise InputError("--vary, --interpolate and --trajectory draw different pictures: give one")
         if self.vary == "layout" and (self.box or self.mask or self.like):
             raise InputError("--vary layout draws other boxes or masks: leave --box, --mask and --like out")
+
+
+def _joined(numbers: list[float]) -> str:
+    return "-".join(f"{number:g}" for number in numbers)
 
 
 def _digest(file: str) -> str:

@@ -43,11 +43,9 @@ def plan(pipe: "SelfGuidedPipeline", options: SampleOptions) -> tuple[Iterator[B
     return generate(pipe, asked, options, options.w), columns, []
 
 
-def generate(
-    pipe: "SelfGuidedPipeline", asked: Signals, options: SampleOptions, w: float, progress: bool = True
-) -> Iterator[Batch]:
+def generate(pipe: "SelfGuidedPipeline", asked: Signals, options: SampleOptions, w: float) -> Iterator[Batch]:
     """Image i of the whole request has noise (seed, i), whatever the batch size; with vary=layout all have noise (seed, 0)."""
-    bar = tqdm(total=len(asked), unit="image", desc=f"sampling w={w:g}", disable=not progress)
+    bar = tqdm(total=len(asked), unit="image", desc=f"sampling w={w:g}")
     for start in range(0, len(asked), options.batch_size):
         part = asked[torch.arange(start, min(start + options.batch_size, len(asked)))]
         noise = None
