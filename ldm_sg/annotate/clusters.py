@@ -70,15 +70,7 @@ class Clusters(Annotator):
 
     def nearest(self, features: np.ndarray | Tensor, n: int) -> Tensor:
         """Features [B, D] -> ids [B, n] long of the n nearest centroids, nearest first."""
-        return self._search(features, n)[1]
-
-    def distances(self, features: np.ndarray | Tensor) -> Tensor:
-        """Features [B, D] -> Euclidean distance [B] to their own centroid."""
-        return self._search(features, 1)[0][:, 0]
-
-    def _search(self, features: np.ndarray | Tensor, n: int) -> tuple[Tensor, Tensor]:
-        squared, ids = self.index.search(normalise(features), min(n, self.k))
-        return torch.from_numpy(np.sqrt(np.maximum(squared, 0.0))), torch.from_numpy(ids)
+        return torch.from_numpy(self.index.search(normalise(features), min(n, self.k))[1])
 
     @property
     def spec(self) -> GuidanceSpec:

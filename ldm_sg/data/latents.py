@@ -67,13 +67,13 @@ class LatentSet:
 
     `signals`, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`. Raises InputError
     when `annotate` has not finished, or the files are not those that the manifest describes: sizes are always compared,
-    contents at the first opening (and with verify=True), which also indexes the shards (about 20 s a million images) and keeps
+    contents at the first opening, which also indexes the shards (about 20 s a million images) and keeps
     both results in FOLDER/index."""
 
-    def __init__(self, folder: str | Path, verify: bool = False):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.paths = _checked_shards(self.folder, self.manifest, verify)
+        self.paths = _checked_shards(self.folder, self.manifest)
         self.hash: str = self.manifest["hash"]
         self.spec = GuidanceSpec.from_dict(self.manifest["guidance"], str(self.folder))
         self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latent_shape"])
@@ -94,13 +94,6 @@ class LatentSet:
     def shards(self) -> np.ndarray:
         """The place in `paths` of each sample's shard [N], rising."""
         return self._where["shard"]
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Guidance]:
-        """latent [C, h, w] float32 (normalised) and a Guidance of one sample."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        at = torch.tensor([index % len(self)])
-        return self.latents(at)[0], self.guidance(at)
 
     def guidance(self, indices: Tensor, flip: Tensor | None = None, crops: Crops | None = None) -> Guidance:
         """The signals of `indices` [B] on the latent grid; of the mirrored image where `flip` [B] bool is set; then of
@@ -198,7 +191,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _checked_shards(folder: Path, manifest: dict[str, Any], verify: bool) -> list[Path]:
+def _checked_shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     """The shards' paths, after comparing them with what the manifest says of them."""
     changed = "changed since annotate wrote it; annotate again, or give the run the set it was made for"
     entries = manifest["shards"]
@@ -215,8 +208,8 @@ def _checked_shards(folder: Path, manifest: dict[str, Any], verify: bool) -> lis
             raise InputError(f"{path} is missing: the annotation set has {changed}")
         stat = path.stat()  # ctime: no copy and no program keeps it
         now[path.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, entry["sha256"]]
-        good = stat.st_size == entry["bytes"]
-        if not good or ((verify or known.get(path.name) != now[path.name]) and file_sha256(path) != entry["sha256"]):
+        good = known.get(path.name) == now[path.name] or file_sha256(path) == entry["sha256"]
+        if stat.st_size != entry["bytes"] or not good:
             raise InputError(f"{path} has {changed}")
     if now != known and os.access(folder, os.W_OK):
         write_json(remembered, now)

@@ -125,12 +125,6 @@ class Signals:
     count: int = 0  # N where there is no part at all
 
     @classmethod
-    def of(cls, spec: GuidanceSpec, samples: Sequence[Sample]) -> "Signals":
-        """From single images' signals."""
-        found = {name: stacked(name, (sample[name] for sample in samples)) for name in columns(spec)}
-        return cls.from_columns(spec, found, len(samples))
-
-    @classmethod
     def from_columns(cls, spec: GuidanceSpec, columns: Columns, count: int) -> "Signals":
         parts = {n: c if isinstance(c, PackedMasks) else torch.from_numpy(np.asarray(c)) for n, c in columns.items()}
         if "k" in parts:
