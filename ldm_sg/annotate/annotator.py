@@ -30,10 +30,6 @@ class Study:
     extractor: FeatureExtractor | None
     counts: list[int]  # images a shard; empty before the pass
 
-    @property
-    def out(self) -> Path:
-        return Path(self.config.out)
-
     def some_images(self, limit: int, zoom: int = 1, whole: bool = False) -> Iterator[Views]:
         """At most about `limit` images in batches, as g sees them or, with `zoom`, from so many times nearer: the first
         ones of every shard; `whole` as in `images.show`. InputError where there is none."""

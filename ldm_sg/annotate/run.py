@@ -64,9 +64,9 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
         save_annotator(out / "annotator", annotator, extractor)
     annotator, _ = load_f(out / "annotator")
     ids = corrupted_ids(all_stages, annotator)
-    labels = write_shards(all_stages, annotator, cfg.flips, summary.classes, ids)
+    counts, table = write_shards(all_stages, annotator, cfg.flips, summary.classes, ids)
     write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
-    manifest = describe(study, annotator, autoencoder, summary, labels)
+    manifest = describe(study, annotator, autoencoder, summary, counts, table)
     write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
     shutil.rmtree(out / "work")
     return out
@@ -129,41 +129,31 @@ def corrupted_ids(all_stages: list[Stage], annotator: Annotator) -> np.ndarray |
     return corrupted(np.concatenate([part["k"] for part in parts]), cfg.shuffle, cfg.seed)
 
 
-@dataclass
-class Labels:
-    """How often each of the K labels occurs, and where images have one each, how often it meets each of the C classes and, in
-    the last column, none."""
-
-    counts: np.ndarray  # [K]
-    table: np.ndarray  # [K, C + 1]
-
-
 def write_shards(
     all_stages: list[Stage], annotator: Annotator, flips: bool, classes: np.ndarray, ids: np.ndarray | None
-) -> Labels:
-    """Annotated shards in source order, those that are missing; `ids` [N] instead of the annotator's, if given."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Annotated shards in source order, those that are missing; `ids` [N] instead of the annotator's, if given.
+
+    -> How often each of the K labels occurs [K], and where images have one each, how often it meets each of the C classes and,
+    in the last column, none [K, C + 1]."""
     spec, start = annotator.spec, 0
-    found = Labels(np.zeros(spec.num_labels, np.int64), np.zeros((spec.num_labels, len(classes) + 1), np.int64))
+    counts, table = np.zeros(spec.num_labels, np.int64), np.zeros((spec.num_labels, len(classes) + 1), np.int64)
     for stage in tqdm(all_stages, desc="write", unit=" shards"):
         meta = stage.read_meta()
         n = len(meta.keys)
-        signals = annotator.signals(stage) if n else {}
+        columns = annotator.signals(stage) if n else {}
         if ids is not None and n:
-            signals["k"] = ids[start : start + n]
+            columns["k"] = ids[start : start + n]
         start += n
         if n and spec.num_labels:
-            add_labels(found, Signals.from_columns(spec, signals, n), np.array(meta.cls, np.int64), classes)
+            signals, cls = Signals.from_columns(spec, columns, n), np.array(meta.cls, np.int64)
+            counts += signals.counts()
+            if signals.k is not None and signals.k.ndim == 1:
+                known = np.where(cls < 0, len(classes), np.searchsorted(classes, cls))
+                table += contingency(signals.k.numpy(), known, table.shape)
         if not stage.tar.is_file():
-            write_shard(stage, meta, signals, flips)
-    return found
-
-
-def add_labels(found: Labels, signals: Signals, cls: np.ndarray, classes: np.ndarray) -> None:
-    """Counts the labels of one shard's signals."""
-    found.counts += signals.counts()
-    if signals.k is not None and signals.k.ndim == 1:
-        columns = np.where(cls < 0, len(classes), np.searchsorted(classes, cls))
-        found.table += contingency(signals.k.numpy(), columns, found.table.shape)
+            write_shard(stage, meta, columns, flips)
+    return counts, table
 
 
 def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) -> None:
@@ -177,18 +167,23 @@ def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) ->
 
 
 def describe(
-    study: Study, annotator: Annotator, autoencoder: Autoencoder, summary: Summary, labels: Labels
+    study: Study,
+    annotator: Annotator,
+    autoencoder: Autoencoder,
+    summary: Summary,
+    counts: np.ndarray,
+    table: np.ndarray,
 ) -> dict[str, Any]:
     """manifest.yaml: what made the set, how many of what, and the hash of its content."""
     cfg, extractor, size = study.config, study.extractor, study.size
     f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(total(study.stages))
-    known = labels.table[:, :-1]
-    if labels.table.any():
-        f |= {"entropy": round(entropy(labels.counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}
+    known = table[:, :-1]
+    if table.any():
+        f |= {"entropy": round(entropy(counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}
     if known.any():
         f |= {"classes": known.shape[1], "nmi": round(nmi(known), 4), "ari": round(ari(known), 4)}
-    if len(labels.counts):
-        f |= {"empty": int((labels.counts == 0).sum()), "counts": labels.counts.tolist()}
+    if len(counts):
+        f |= {"empty": int((counts == 0).sum()), "counts": counts.tolist()}
     files = [
         {"file": tar.name, "images": source["images"], "bytes": tar.stat().st_size, "sha256": file_sha256(tar)}
         for tar, source in zip((stage.tar for stage in study.stages), summary.sources)

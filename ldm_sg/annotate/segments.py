@@ -41,7 +41,7 @@ class Segments(Annotator):
 
     def prepare(self, study: Study) -> None:
         """Fits, or takes what an earlier start has fitted into OUT/annotator."""
-        folder = study.out / "annotator"
+        folder, work = (Path(study.config.out) / name for name in ("annotator", "work"))
         if Segmenter.fitted(folder):
             self.restore(folder)
             return
@@ -49,7 +49,6 @@ class Segments(Annotator):
         if self.cfg.segments.weights:
             self.segmenter.take_official(Path(self.cfg.segments.weights), study.extractor.tower)
         else:
-            work = study.out / "work"
             patches, features = sample_patches(study, self.cfg.segments, self.cfg.seed, work / "patches.f16")
             self.segmenter.fit(patches, features, work, study.extractor.mean.device)
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,8 @@ def first_size(shards: list[str]) -> int:
     """Short side of the first image of the first shard that has one."""
     for url in shards:
         for sample in read_shard(url, lambda *_: None):
-            try:
+            with suppress(BadImage):  # the pass will report it
                 return min(decode(sample.image, sample.key).size)
-            except BadImage:  # the pass will report it
-                continue
     raise InputError(f"no image in {shards[0]!r}" + (f" or the {len(shards) - 1} others" if len(shards) > 1 else ""))
 
 
@@ -67,10 +65,8 @@ def calibration_images(shards: list[str], size: int) -> Iterator[Tensor]:
         count = expected_images([url]) if len(chosen) < CALIBRATION_SHARDS else None
         step = max(1, -(-(count or 0) // each))
         for sample in itertools.islice(read_shard(url, lambda *_: None), step // 2, each * step, step):
-            try:
+            with suppress(BadImage):  # the pass will report it
                 yield to_tensor(crop_resize(decode(sample.image, sample.key), size))
-            except BadImage:  # the pass will report it
-                continue
 
 
 @dataclass

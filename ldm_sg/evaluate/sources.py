@@ -197,10 +197,8 @@ def _encoded(images: ImageSet, on_skip: OnSkip) -> Iterator[tuple[str, Path | by
 def first_size(images: ImageSet) -> int:
     """Side in pixels of the first readable image's centre square."""
     for _, data in _encoded(images, lambda *_: None):
-        try:
+        with contextlib.suppress(BadImage):
             return min(_open(data).size)
-        except BadImage:
-            continue
     raise InputError(f"{images.where}: no readable image")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,8 @@ def pictures(url: str, keys: set[str], size: int) -> Iterator[tuple[str, Tensor]
     """(key, uint8 [3, size, size]) of the wanted keys of a source shard."""
     for sample in read_shard(url, lambda *_: None):
         if sample.key in keys:
-            try:
+            with suppress(BadImage):  # a key that came twice: its annotated copy is the good one
                 yield sample.key, to_tensor(crop_resize(decode(sample.image, sample.key), size))
-            except BadImage:  # a key that came twice: its annotated copy is the good one
-                continue
 
 
 FIGURES = {  # of the annotator, in manifest.yaml -> what a reader sees
