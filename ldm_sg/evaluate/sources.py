@@ -37,6 +37,13 @@ class ImageSet:
     in_shards: bool
     records: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
+    @functools.cached_property
+    def total(self) -> int | None:
+        """How many images there are at most (damaged ones count), or None where only downloading would tell."""
+        if not self.in_shards:
+            return len(self.paths)
+        return None if any(map(is_remote, self.paths)) else sum(map(count_images, self.paths))
+
     def ids(self) -> Tensor:
         """The cluster id each image was asked for [N]. Raises InputError where the set does not say."""
         if not self.records:
@@ -108,22 +115,6 @@ def _records(folder: Path) -> tuple[dict[str, Any], ...]:
     return tuple(records)
 
 
-def count(images: ImageSet) -> int | None:
-    """How many images there are at most (damaged ones count), or None where only downloading would tell."""
-    if not images.in_shards:
-        return len(images.paths)
-    if any(is_remote(path) for path in images.paths):
-        return None
-    stats = [(path, Path(path).stat()) for path in images.paths]
-    return sum(_count_shard(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
-
-
-@functools.cache
-def _count_shard(path: str, size: int, changed: int) -> int:
-    """Of the shard as it is now: it is asked several times."""
-    return count_images(path)
-
-
 def spread(total: int, limit: int) -> list[int]:
     """`limit` positions spread evenly over range(total): sorted shards are not cut off at their first classes."""
     return list(range(total)) if limit >= total else [i * total // limit for i in range(limit)]
@@ -165,8 +156,7 @@ def pictures(images: ImageSet, limit: int) -> Iterator[Image.Image]:
 
 def _chosen(images: ImageSet, limit: int, on_skip: OnSkip) -> Iterator[tuple[int, tuple[str, Path | bytes]]]:
     """(position, (name, file or encoded image)) of at most `limit` images."""
-    total = count(images)
-    entries = enumerate(_encoded(images, on_skip))
+    total, entries = images.total, enumerate(_encoded(images, on_skip))
     if total is None:
         return itertools.islice(entries, limit)
     if limit >= total:
