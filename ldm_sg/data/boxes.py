@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from ldm_sg.data.images import BadImage, fitted, square
+from ldm_sg.data.images import BadImage, fitted, part_of
 from ldm_sg.errors import InputError, choices
 
 EXPECTED = (
@@ -225,10 +225,9 @@ def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: int, crop: 
     cropped away are left out, and so is a label all of whose boxes are. Raises BadImage where `boxes` is not a list of [x0, y0, x1, y1, label]."""
     if not isinstance(meta, dict) or "boxes" not in meta:
         return meta
-    left, top, side = square(*original)
-    start, old, new = (left, top), (side, side), (size, size)
-    if not crop:
-        start, old, new = (0, 0), original, fitted(*original, size)
+    part = part_of(*original, size) if crop else (0, 0, *original)
+    new = (size, size) if crop else fitted(*original, size)
+    start, old = part[:2], (part[2] - part[0], part[3] - part[1])
     kept = []
     try:
         for *corners, label in meta["boxes"]:

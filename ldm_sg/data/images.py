@@ -99,23 +99,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(width: int, height: int) -> tuple[int, int, int]:
-    """The centre square of an image: left, top, side, in its pixels."""
-    side = min(width, height)
-    return (width - side) // 2, (height - side) // 2, side
-
-
 def crop_resize(image: Image.Image, size: int, within: int | None = None) -> Image.Image:
     """Centre square -> `size` x `size`, antialiased bicubic: THE preprocessing of training and reference images. With
     `within`, the centre of `size` pixels of what crop_resize(image, within) would be.
 
     Pixel-identical when the centre square is already `size` (or `within`) wide."""
-    return _resized(image, size, _part(*image.size, size, within))
+    return _resized(image, size, part_of(*image.size, size, within))
 
 
-def _part(width: int, height: int, size: int, within: int | None) -> tuple[float, float, float, float]:
+def part_of(width: int, height: int, size: int, within: int | None = None) -> tuple[float, float, float, float]:
     """Left, top, right, bottom, in an image's pixels, of what `crop_resize` takes."""
-    left, top, side = square(width, height)
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
     if within is None:
         return left, top, left + side, top + side
     margin, part = side * ((within - size) // 2) / within, side * size / within
@@ -156,7 +151,7 @@ def show(
     """THE rule of what networks see. The autoencoder: the `size`-pixel centre square (`crop_resize`). g, whose input is
     `view` pixels wide: the same square straight from the image's own pixels where it has more than `size` of them, and
     otherwise the very square. With `whole`, what finds boxes sees the uncropped image, at the same scale."""
-    part = _part(*image.size, size, within)
+    part = part_of(*image.size, size, within)
     left, top, right, bottom = part
     pixels = to_array(_resized(image, size, part))
     closer = to_array(_resized(image, view, part)) if view not in (None, size) and right - left > size else None
@@ -173,7 +168,7 @@ def crop_resize_index(mask: Image.Image, size: int, crop: bool = True) -> Image.
     untouched."""
     if not crop:
         return mask.resize(fitted(*mask.size, size), Image.Resampling.NEAREST)
-    return mask.resize((size, size), Image.Resampling.NEAREST, box=_part(*mask.size, size, None))
+    return mask.resize((size, size), Image.Resampling.NEAREST, box=part_of(*mask.size, size))
 
 
 def to_array(image: Image.Image) -> np.ndarray:
