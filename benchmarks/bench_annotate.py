@@ -26,11 +26,11 @@ if parent_process() is None:  # decoding processes import this file again, and n
     from ldm_sg.annotate.features import FeatureExtractor, load_extractor
     from ldm_sg.annotate.kinds import make_annotator
     from ldm_sg.annotate.stage import stages
-    from ldm_sg.annotate.stream import batches_of, encode, extract, prepare_autoencoder
+    from ldm_sg.annotate.stream import encode, extract, prepare_autoencoder
     from ldm_sg.config import AnnotateConfig, FeaturesConfig
     from ldm_sg.configfile import ASSETS
     from ldm_sg.data.images import decode, to_float
-    from ldm_sg.data.shards import ShardWriter, expand, read_shard
+    from ldm_sg.data.shards import ShardWriter, expand, image_batches, read_shard
     from ldm_sg.hardware import pick_device, use_bf16
 
 REPEATS, BATCH = 2, 64
@@ -64,7 +64,7 @@ def measure(name: str, cfg: AnnotateConfig, g: FeatureExtractor, shards: list[st
     out, device = Path(cfg.out), g.mean.device
     autoencoder = prepare_autoencoder(cfg, shards, size, device)
     each, bf16 = cfg.features.batch_size, use_bf16(cfg.precision, device)
-    batches = [p.batch.images for p in batches_of(shards, [0, 1], size, each, 0) if p.batch is not None]
+    batches = [batch.images for batch in image_batches(shards, size, each, 0, lambda *_: None)]
     n = sum(map(len, batches))
 
     def bare(images: torch.Tensor) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,29 +82,22 @@ class _Refused(Exception):
     """Damage that is not allowed, on its way out of the reading."""
 
 
-def batches_of(
-    shards: list[str],
-    todo: list[int],
-    size: int,
-    batch_size: int,
-    workers: int,
-    truth: bool = False,
-    allow_damaged: bool = True,
-    **looks: Any,
-) -> Iterator[Passing]:
+def batches_of(study: Study, annotator: Annotator, todo: list[int]) -> Iterator[Passing]:
     """Batches (`image_batches`) of the shards `todo`, one after the other, each followed by its end mark."""
-    skipped: list[tuple[str, str, str]] = []
+    cfg, g, skipped = study.config, study.extractor, list[tuple[str, str, str]]()
+    looks = {"view": g.size, "whole": annotator.whole and g.any_shape} if g else {}
 
     def on_skip(*entry: str) -> None:
-        if isinstance(entry[2], Damage) and not allow_damaged:
+        if isinstance(entry[2], Damage) and not cfg.allow_damaged:
             raise _Refused(f"{entry[0]}: {entry[2]}")
         skipped.append(entry)  # type: ignore[arg-type]
 
-    with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
+    with nullcontext(0) if cfg.workers == 0 else decoder_pool(cfg.workers) as pool:
+        reading = (study.size, cfg.features.batch_size, pool, on_skip, annotator.reads_truth)
         for index in todo:
             damage = ""
             try:
-                for batch in image_batches([shards[index]], size, batch_size, pool, on_skip, truth, **looks):
+                for batch in image_batches([study.shards[index]], *reading, **looks):
                     yield Passing(index, batch, [])
             except _Refused as err:
                 damage = str(err)
@@ -151,11 +143,9 @@ def extract(study: Study, autoencoder: Autoencoder, annotator: Annotator) -> Non
     if not todo:
         return
     bf16 = use_bf16(cfg.precision, autoencoder.mean.device)
-    looks = {"view": extractor.size, "whole": annotator.whole and extractor.any_shape} if extractor else {}
-    reading = (study.size, cfg.features.batch_size, cfg.workers, annotator.reads_truth, cfg.allow_damaged)
-    batches = batches_of(shards, todo, *reading, **looks)
-    total, damaged = expected_images([shards[index] for index in todo]), []
-    with closing(ahead(batches)) as source, tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
+    source, damaged = ahead(batches_of(study, annotator, todo)), []
+    total = expected_images([shards[index] for index in todo])
+    with closing(source), tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
         for done, index in enumerate(todo):
             with StageWriter(study.stages[index], shards[index], cfg.flips) as writer:
                 while batch := (passing := next(source)).batch:

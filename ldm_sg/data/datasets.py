@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ldm_sg.data import cocostuff
 from ldm_sg.data.boxes import Annotations, Boxes, read_json, read_xml
-from ldm_sg.data.images import BadImage
+from ldm_sg.data.images import BadImage, read_bytes
 from ldm_sg.data.sources import FileSource, Item, LmdbSource, ShardSource, Source, digest, open_folder, open_list, walk
 from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError, choices
@@ -199,13 +199,11 @@ class DatasetSource(FileSource):
             if name in self.problems:
                 continue
             try:
-                data = (folder / xmls[_stem(name)]).read_bytes()
+                data = read_bytes(folder / xmls[_stem(name)], "its XML ")
                 content.update(f"{name}\t{len(data)}\n".encode("utf-8", "surrogateescape") + data)
                 objects[name], sizes[name] = read_xml(data)
             except KeyError:
                 self.problems[name] = f"no {_stem(name)}.xml in Annotations/"
-            except OSError as err:
-                self.problems[name] = f"its XML cannot be read: {err.strerror or err}"
             except BadImage as err:
                 self.problems[name] = err.reason
         self.identity["annotations"] = content.hexdigest()

@@ -6,6 +6,7 @@ import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +52,14 @@ class BadImage(Exception):
     def __init__(self, reason: str, key: str = ""):
         super().__init__(f"{key}: {reason}" if key else reason)
         self.reason = reason
+
+
+def read_bytes(path: str | Path, what: str = "") -> bytes:
+    """A file's content; BadImage where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as err:
+        raise BadImage(f"{what}cannot be read: {err.strerror or err}") from err
 
 
 def decode(data: bytes, key: str = "") -> Image.Image:
@@ -133,6 +142,15 @@ def fit_resize(image: Image.Image, size: int) -> Image.Image:
     """The whole image, its short side `size`, antialiased bicubic; pixel-identical when it is already."""
     wanted = fitted(*image.size, size)
     return image if image.size == wanted else image.resize(wanted, Image.Resampling.BICUBIC)
+
+
+def crop_or_fit(image: Image.Image, size: int, crop: bool) -> Image.Image:
+    """`crop_resize`, or without `crop` `fit_resize`: what is packed. Raises BadImage where a side would be too long to store."""
+    if not crop and max(fitted(*image.size, size)) > MAX_SIDE:
+        raise BadImage(
+            f"{image.width} x {image.height} pixels: --size {size} makes its long side longer than {MAX_SIDE}"
+        )
+    return crop_resize(image, size) if crop else fit_resize(image, size)
 
 
 @dataclass(frozen=True)

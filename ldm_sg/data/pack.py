@@ -20,16 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_sg.data.boxes import count_empty, crop_meta
-from ldm_sg.data.images import (
-    MAX_SIDE,
-    BadImage,
-    crop_resize,
-    crop_resize_index,
-    decode,
-    decode_index,
-    fit_resize,
-    fitted,
-)
+from ldm_sg.data.images import BadImage, crop_or_fit, crop_resize_index, decode, decode_index
 from ldm_sg.data.pool import DecoderPool, cores
 from ldm_sg.data.shards import INDEX, ShardWriter
 from ldm_sg.data.sources import Item, Source
@@ -49,16 +40,6 @@ class Form:
     format: str
     quality: int
     crop: bool = True  # to the centre square; without it `size` is the short side
-
-    def resize(self, image: Image.Image) -> Image.Image:
-        """RGB image -> the pixels that are packed. Raises BadImage where a side would be too long to store."""
-        if self.crop:
-            return crop_resize(image, self.size)
-        if max(fitted(*image.size, self.size)) > MAX_SIDE:
-            raise BadImage(
-                f"{image.width} x {image.height} pixels: --size {self.size} makes its long side longer than {MAX_SIDE}"
-            )
-        return fit_resize(image, self.size)
 
     def encode(self, image: Image.Image) -> bytes:
         """RGB image -> file content; JPEG keeps full colour resolution (4:4:4)."""
@@ -152,7 +133,7 @@ def pack_item(form: Form, item: Item) -> Packed:
         drawn = item.boxes.size if item.boxes else None
         if drawn not in (None, image.size):
             raise BadImage("its boxes are of {} x {} pixels, the image has {} x {}".format(*drawn, *image.size))
-        files = {form.format: form.encode(form.resize(image))}
+        files = {form.format: form.encode(crop_or_fit(image, form.size, form.crop))}
         if sample.cls is not None:
             files["cls"] = str(sample.cls).encode()
         if sample.meta is not None:

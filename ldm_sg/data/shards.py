@@ -8,6 +8,7 @@ import json
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -53,9 +54,9 @@ def expand(urls: str | Sequence[str]) -> list[str]:
     shards = [shard for part in parts for url in _braces(part) for shard in _expand_one(url)]
     if not shards:
         raise InputError("no shards given: name a glob, a brace list or a folder of .tar files")
-    repeated = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
-    if repeated:
-        raise InputError(f"shard {repeated[0]!r} is named twice")
+    [(shard, times)] = Counter(shards).most_common(1)
+    if times > 1:
+        raise InputError(f"shard {shard!r} is named twice")
     return shards
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_sg.data.boxes import Boxes
-from ldm_sg.data.images import BadImage
+from ldm_sg.data.images import BadImage, read_bytes
 from ldm_sg.data.shards import Damage, Sample, expand, is_remote, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.folder import read_mapping
@@ -49,20 +49,13 @@ class Item:
         if self.sample is not None:
             return self.sample
         if self.record is None:
-            image, mask = _bytes(self.path), _bytes(self.mask, "its mask ") if self.mask else None
+            image, mask = read_bytes(self.path), read_bytes(self.mask, "its mask ") if self.mask else None
             return Sample(self.key, image, self.cls, self.boxes.meta() if self.boxes else None, mask)
         with open_lmdb(self.path).begin(buffers=False) as transaction:
             data = transaction.get(self.record)
         if data is None:
             raise BadImage("not in the LMDB any more")
         return Sample(self.key, data, self.cls)
-
-
-def _bytes(path: str, what: str = "") -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as err:
-        raise BadImage(f"{what}cannot be read: {err.strerror or err}") from err
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
+from ldm_sg.data.images import BadImage, crop_resize, decode, read_bytes, to_tensor
 from ldm_sg.data.pool import in_order
 from ldm_sg.data.shards import count_images, expand, is_remote, read_shard
 from ldm_sg.errors import InputError
@@ -166,10 +166,7 @@ def _chosen(images: ImageSet, limit: int, on_skip: OnSkip) -> Iterator[tuple[int
 
 
 def _open(source: Path | bytes) -> Image.Image:
-    try:
-        return decode(source if isinstance(source, bytes) else source.read_bytes())
-    except OSError as err:
-        raise BadImage(err.strerror or str(err)) from err
+    return decode(source if isinstance(source, bytes) else read_bytes(source))
 
 
 def _encoded(images: ImageSet, on_skip: OnSkip) -> Iterator[tuple[str, Path | bytes]]:
