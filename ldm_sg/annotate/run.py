@@ -64,9 +64,9 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
         save_annotator(out / "annotator", annotator, extractor)
     annotator, _ = load_f(out / "annotator")
     ids = corrupted_ids(all_stages, annotator)
-    counts, table = write_shards(all_stages, annotator, cfg.flips, summary.classes, ids)
+    labels = write_shards(all_stages, annotator, cfg.flips, summary.classes, ids)
     write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
-    manifest = describe(study, annotator, autoencoder, summary, counts, table)
+    manifest = describe(study, annotator, autoencoder, summary, labels)
     write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
     shutil.rmtree(out / "work")
     return out
@@ -129,13 +129,14 @@ def corrupted_ids(all_stages: list[Stage], annotator: Annotator) -> np.ndarray |
     return corrupted(np.concatenate([part["k"] for part in parts]), cfg.shuffle, cfg.seed)
 
 
+# how often each of K labels occurs [K], and where images have one each, how often it meets each of C classes and, last, none
+Labels = tuple[np.ndarray, np.ndarray]
+
+
 def write_shards(
     all_stages: list[Stage], annotator: Annotator, flips: bool, classes: np.ndarray, ids: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Annotated shards in source order, those that are missing; `ids` [N] instead of the annotator's, if given.
-
-    -> How often each of the K labels occurs [K], and where images have one each, how often it meets each of the C classes and,
-    in the last column, none [K, C + 1]."""
+) -> Labels:
+    """Annotated shards in source order, those that are missing; `ids` [N] instead of the annotator's, if given."""
     spec, start = annotator.spec, 0
     counts, table = np.zeros(spec.num_labels, np.int64), np.zeros((spec.num_labels, len(classes) + 1), np.int64)
     for stage in tqdm(all_stages, desc="write", unit=" shards"):
@@ -167,15 +168,10 @@ def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) ->
 
 
 def describe(
-    study: Study,
-    annotator: Annotator,
-    autoencoder: Autoencoder,
-    summary: Summary,
-    counts: np.ndarray,
-    table: np.ndarray,
+    study: Study, annotator: Annotator, autoencoder: Autoencoder, summary: Summary, labels: Labels
 ) -> dict[str, Any]:
     """manifest.yaml: what made the set, how many of what, and the hash of its content."""
-    cfg, extractor, size = study.config, study.extractor, study.size
+    cfg, extractor, size, (counts, table) = study.config, study.extractor, study.size, labels
     f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(total(study.stages))
     known = table[:, :-1]
     if table.any():
