@@ -327,8 +327,8 @@ def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tup
 def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
     """Labels, boxes and mask of a sample whose image has `original` pixels, after `crop_resize` to `size`. BadImage where
     they have another form than `pack` gives them."""
-    meta = crop_meta(sample.meta if isinstance(sample.meta, dict) else {}, original, size)
-    boxes = np.array([box[:4] for box in meta["boxes"]], np.float32).reshape(-1, 4) / size if "boxes" in meta else None
+    own = sample.meta if isinstance(sample.meta, dict) else {}
+    meta = crop_meta(own, original, size)
     labels = None
     if "labels" in meta or "boxes" in meta:
         found = [*meta.get("labels", []), *(box[4] for box in meta.get("boxes", []))]
@@ -338,9 +338,11 @@ def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
     mask = None
     if sample.mask is not None:
         mask = np.array(crop_resize_index(decode_index(sample.mask, original), size))
-    whole = None
-    if boxes is not None and sample.meta:
-        sides = fitted(*original, size)
-        all_boxes = [box[:4] for box in crop_meta(sample.meta, original, size, crop=False)["boxes"]]
-        whole = np.array(all_boxes, np.float32).reshape(-1, 4) / np.array(sides * 2, np.float32)
-    return Truth(labels, boxes, mask, whole)
+    whole_boxes = _shares(crop_meta(own, original, size, crop=False), fitted(*original, size))
+    return Truth(labels, _shares(meta, (size, size)), mask, whole_boxes)
+
+
+def _shares(meta: dict[str, Any], sides: tuple[int, int]) -> np.ndarray | None:
+    if "boxes" not in meta:
+        return None
+    return np.array([box[:4] for box in meta["boxes"]], np.float32).reshape(-1, 4) / np.array(sides * 2, np.float32)

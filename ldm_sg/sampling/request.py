@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ldm_sg.annotate.kinds import load_annotator
-from ldm_sg.data.images import BadImage, crop_resize_index, decode, decode_index
+from ldm_sg.data.images import BadImage, crop_resize_index, decode, decode_index, read_bytes
 from ldm_sg.data.signals import PackedMasks, Signals
-from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import file_sha256
 from ldm_sg.guidance.compose import make_strategy
 from ldm_sg.guidance.spatial import VOID
@@ -201,9 +201,9 @@ def _box(corners: list[float], size: int) -> Tensor:
 def _read_mask(path: Path, pipe: "SelfGuidedPipeline") -> np.ndarray:
     """An index image of any size -> uint8 [S, S] of the run's mask size; InputError for ids that the run does not have."""
     try:
-        mask = np.array(crop_resize_index(decode_index(path.read_bytes()), pipe.image_size))
-    except (OSError, BadImage) as err:
-        raise InputError(f"--mask {path}: {getattr(err, 'strerror', None) or one_line(err)}") from err
+        mask = np.array(crop_resize_index(decode_index(read_bytes(path)), pipe.image_size))
+    except BadImage as err:
+        raise InputError(f"--mask {path}: {err.reason}") from err
     ids = np.unique(mask[mask != VOID])
     if not len(ids):
         raise InputError(f"--mask {path}: all of it is {VOID}, which means no class")
@@ -218,9 +218,7 @@ def _like(pipe: "SelfGuidedPipeline", file: str) -> Signals:
     """The signal of an image file, by the run's own g and f."""
     annotator = load_annotator(pipe.annotator_folder, pipe.device)
     try:
-        image = decode(Path(file).read_bytes())
-    except OSError as err:
-        raise InputError(f"--like {file}: cannot be read: {err.strerror or err}") from err
+        image = decode(read_bytes(file))
     except BadImage as err:
         raise InputError(f"--like {file}: {err.reason}") from err
     return annotator.of_image(image, pipe.image_size, pipe.source_size)
