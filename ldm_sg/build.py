@@ -1,15 +1,22 @@
 """Config -> objects: the only place that knows which class a word in a config stands for."""
 
+import dataclasses
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from ldm_sg.annotate.kinds import load_f
 from ldm_sg.autoencoder import load_autoencoder
+from ldm_sg.autoencoder.manifest import read as read_manifest
 from ldm_sg.config import TrainConfig, model_config
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
 from ldm_sg.folder import whole
+from ldm_sg.models.lora import add_lora, merged, train_only
+from ldm_sg.models.transfer import likeness, transfer
 from ldm_sg.models.unet import GuidedUNet, make_unet
 from ldm_sg.objective import Objective
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
@@ -36,21 +43,70 @@ def network(config: TrainConfig, latents: LatentSet) -> GuidedUNet:
     side = view_side(config, latents)
     model = make_unet(model_config(config.model), latents.spec, (latents.latent_shape[0], side, side))
     if config.init:
-        _copy_weights(model, Path(config.init))
+        _start_from(model, config, latents)
+    if config.lora:
+        add_lora(model.unet, config.lora)
+    elif config.only:
+        train_only(model.unet, config.only)
     if config.channels_last:
         model.unet.to(memory_format=torch.channels_last)
     return model
 
 
-def _copy_weights(model: GuidedUNet, run: Path) -> None:
-    old = open_pipeline(run, "cpu")
-    for name, new, source in (("unet", model.unet, old.unet), ("conditioner", model.conditioner, old.conditioner)):
-        state = source.state_dict()
-        for key, value in new.state_dict().items():
-            if key not in state or state[key].shape != value.shape:
-                there = tuple(state[key].shape) if key in state else "nothing"
-                raise InputError(f"init={str(run)!r}: {name}.{key} is {there} there and {tuple(value.shape)} here")
-        new.load_state_dict(state)
+def _other_stage(mine: dict[str, Any], its: dict[str, Any]) -> str:
+    """What makes latents of one first stage differ from another's, by their manifests."""
+    keys = ("kind", "channels", "factor", "sha256", "latent_mean", "latent_std")
+    return ", ".join(key for key in keys if mine.get(key) != its.get(key))
+
+
+def _start_from(model: GuidedUNet, config: TrainConfig, latents: LatentSet) -> None:
+    """The weights of the run `config.init`. InputError where it has another network, or latents of another first stage."""
+    old, where = open_pipeline(str(config.init), "cpu"), f"init={config.init!r}"
+    stage = read_manifest(latents.folder / "autoencoder" / "manifest.yaml")
+    if differs := _other_stage(stage, old.autoencoder.manifest):
+        raise InputError(
+            f"{where}: its latents are of first stage {old.autoencoder.name!r}, those of {latents.folder} of {stage['name']!r}: "
+            f"other {differs}; annotate with autoencoder={config.init}/pipeline/autoencoder"
+        )
+    mine, its = objective(config), objective_of(old.scheduler)
+    if (mine.kind, mine.shift) != (its.kind, its.shift) or not torch.equal(mine.angles, its.angles):
+        raise InputError(
+            f"{where}: it was trained with another objective or schedule; give objective.* of its config.yaml"
+        )
+    weights, labels = None, (latents.spec.num_labels, old.spec.num_labels)
+    if all(labels):
+        folders = latents.folder / "annotator", old.annotator_folder
+        weights = likeness(*(load_f(folder)[0].prototypes() for folder in folders), labels)
+    network = GuidedUNet(old.unet, old.conditioner)
+    left, here, there = transfer(model, network, latents.spec, weights), model.state_dict(), network.state_dict()
+    for name in left:
+        if name.startswith("unet."):
+            shape = tuple(there[name].shape) if name in there else "not there"
+            raise InputError(
+                f"{where}: its network is another one: {name} is {shape} there and {tuple(here[name].shape)} here"
+            )
+    if left:
+        print(f"note: {where} does not know {', '.join(left)}: they start at random", file=sys.stderr)
+
+
+def replay(config: TrainConfig, latents: LatentSet) -> LatentSet | None:
+    """The annotation set of `config.replay`, if any. InputError where its latents or labels are not those of `latents`."""
+    if not config.replay.share:
+        return None
+    old, where = LatentSet(str(config.replay.annotation)), f"replay.annotation={config.replay.annotation!r}"
+    stages = [read_manifest(s.folder / "autoencoder" / "manifest.yaml") for s in (latents, old)]
+    if latents.latent_shape != old.latent_shape or _other_stage(*stages):
+        raise InputError(f"{where}: its latents are of another first stage, or size, than those of {latents.folder}")
+    new, known = (load_f(s.folder / "annotator")[0].prototypes() for s in (latents, old))
+    alike = dataclasses.replace(old.spec, num_labels=latents.spec.num_labels) == latents.spec
+    count = old.spec.num_labels
+    grown = alike and (old.spec.one_id or count == latents.spec.num_labels)
+    if not grown or (count and (new is None or known is None or not torch.equal(new[:count], known))):
+        raise InputError(
+            f"{where}: its labels mean something else in {latents.folder}, which must be annotated with annotator.reuse= or "
+            "annotator.extend= of it"
+        )
+    return old
 
 
 def objective(config: TrainConfig) -> Objective:
@@ -61,20 +117,30 @@ class PipelineWriter:
     """Makes pipelines around a network, sharing everything that training does not change."""
 
     def __init__(self, config: TrainConfig, latents: LatentSet, device: torch.device) -> None:
-        self.scheduler, self.drop = noise_scheduler(config.objective), config.guidance.drop
+        self.scheduler, self.drop, self.lora = noise_scheduler(config.objective), config.guidance.drop, config.lora
         self.source_size = latents.manifest["size"] if config.crop else None
         side, full = view_side(config, latents), latents.latent_shape[1]
         self.signals = latents.signals if side == full else latents.signals.centre(side / full)
         self.autoencoder = load_autoencoder(str(Path(config.annotation) / "autoencoder")).to(device)
         self.annotator = Path(config.annotation) / "annotator"
 
-    def pipeline(self, network: nn.Module) -> SelfGuidedPipeline:
+    def plain(self, network: nn.Module) -> GuidedUNet:
+        """The network without adapters: they are in its weights."""
         assert isinstance(network, GuidedUNet)
-        pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler, self.source_size, self.drop)
+        return GuidedUNet(merged(network.unet), network.conditioner) if self.lora else network
+
+    def pipeline(self, network: nn.Module) -> SelfGuidedPipeline:
+        plain = self.plain(network)
+        pipe = SelfGuidedPipeline(plain.unet, plain.conditioner, self.scheduler, self.source_size, self.drop)
         pipe.attach(self.autoencoder, self.signals, self.annotator)
         return pipe
 
-    def export(self, network: nn.Module, folder: Path) -> None:
-        """Replaces `folder` by the pipeline of `network`; there is a whole pipeline under that name at any time but one."""
+    def export(self, network: nn.Module, folder: Path, lora: Path | None = None) -> None:
+        """Replaces `folder` by the pipeline of `network`; there is a whole pipeline under that name at any time but one. Where
+        adapters are trained, they go into the folder `lora` too."""
+        pipe = self.pipeline(network)
         with whole(folder) as new:
-            self.pipeline(network).save_pretrained(new)
+            pipe.save_pretrained(new)
+        if self.lora and lora:
+            with whole(lora) as new:
+                pipe.save_lora(network.unet, new)

@@ -210,6 +210,7 @@ def sample(
     interval: Annotated[str | None, typer.Option(help="w is 1 outside these noise levels: 0.2,0.8")] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Rows of predicted images over the steps.")] = False,
     checkpoint: Checkpoint = None,
+    lora: Annotated[str | None, typer.Option(help="lora/ folder of a run that was fine-tuned from this one.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder; default RUN/samples/SETTINGS.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples of other settings in --out.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
@@ -223,7 +224,7 @@ def sample(
         steps=steps, scheduler=scheduler, spacing=spacing, eta=eta, strategy=strategy, rescale=rescale,
         interval=_numbers("--interval", interval, float), seed=seed, batch_size=batch_size,
         sweep_w=_numbers("--sweep-w", sweep_w, float), interpolate=_numbers("--interpolate", interpolate, int),
-        trajectory=trajectory, precision=precision, device=device, checkpoint=checkpoint,
+        trajectory=trajectory, precision=precision, device=device, checkpoint=checkpoint, lora=lora,
     )  # fmt: skip
     print(draw(run, apply_preset(options, preset), out, overwrite) / "grid.png")
 
@@ -290,6 +291,59 @@ def demo(
     from ldm_sg.verbs.demo import demo as run
 
     run(out, config, steps=steps, device=device)
+
+
+@app.command(
+    epilog=examples(
+        "finetune runs/demo ~/photos --out runs/mine",
+        "finetune runs/demo ~/photos --k 12 --steps 300 --lora 16",
+        "finetune runs/demo 'data/cells/*.tar' --clusters extend --k 8 --replay 0.2 lr=2e-4",
+    )
+)
+def finetune(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
+    images: Annotated[
+        str, typer.Argument(help="Photo folder, shards, or an annotation set made with the run's own g.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs of the training config.")] = None,
+    k: Annotated[int | None, typer.Option(help="New clusters; default one for 20 images, at most the run's.")] = None,
+    clusters: Annotated[
+        str, typer.Option(help="refit: new ones, begun from old ones like them; reuse: the run's; extend: both.")
+    ] = "refit",
+    steps: Annotated[int, typer.Option(help="Training steps, at most: it stops when held-out images say so.")] = 500,
+    lora: Annotated[int, typer.Option(help="Rank of adapters to train in place of all weights; 0 = all weights.")] = 0,
+    replay: Annotated[float, typer.Option(help="Share of the run's own images in each batch (reuse, extend).")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new run; default RUN-NAME beside RUN.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """A run -> a run on new, unlabelled images."""
+    from ldm_sg.verbs.finetune import finetune as tune
+
+    tune(
+        run,
+        images,
+        k=k,
+        clusters=clusters,
+        steps=steps,
+        lora=lora,
+        replay=replay,
+        out=out,
+        device=device,
+        overrides=overrides,
+    )
+
+
+@app.command(epilog=examples("dedup annotations/photos", "dedup annotations/photos --threshold 0.9 --outliers 0.01"))
+def dedup(
+    annotation: Annotated[Path, typer.Argument(help="Annotation set.")],
+    threshold: Annotated[float, typer.Option(help="Cosine of g's features from which on two images are one.")] = 0.96,
+    outliers: Annotated[float, typer.Option(help="Share of the images, those farthest from all others.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="The list; default ANNOTATION/leave_out.jsonl.")] = None,
+) -> None:
+    """Near-duplicates and outliers -> a list that `train leave_out=` reads, and a picture. Nothing is deleted."""
+    from ldm_sg.verbs.dedup import dedup as run
+
+    run(annotation, threshold, outliers, out)
 
 
 @app.command(

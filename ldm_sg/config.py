@@ -88,17 +88,20 @@ class AnnotatorConfig:
     centre_place: float = 0.0  # boxes, with centre: from the mean of the whole set (0) to that of each place in it (1)
     truth: str = "labels"  # oracle: labels, boxes, masks, or none (no guidance)
     neighbours: int = 10  # neighbours: one of this many nearest images gives the vector
+    reuse: str | None = None  # annotation set, run or annotator/ folder whose f, already fitted, is taken as it is
+    extend: str | None = None  # clusters, boxes: likewise, but k centroids of the new images are added to its own
     segments: SegmentsConfig = field(default_factory=SegmentsConfig)
 
 
 _ANY = ("clusters", "boxes", "segments", "oracle", "random", "features", "centroids", "neighbours")
 _KMEANS = ("clusters", "boxes", "centroids")
 READ_BY = {  # which kinds of annotator read a setting
-    **dict.fromkeys(("kind", "seed", "shuffle"), _ANY),  # shuffle says itself where it has nothing to shuffle
+    **dict.fromkeys(("kind", "seed", "shuffle", "reuse"), _ANY),  # shuffle says itself where it has nothing to shuffle
     **dict.fromkeys(("niter", "restarts"), _KMEANS),
     **dict.fromkeys(("keys_layer", "keys_flips", "k_patches", "centre", "centre_place"), ("boxes",)),
     "k": (*_KMEANS, "segments", "random"),
     "sample": (*_KMEANS, "neighbours"),
+    "extend": ("clusters", "boxes"),
     "truth": ("oracle",),
     "neighbours": ("neighbours",),
     "segments": ("segments",),
@@ -195,6 +198,14 @@ class ModelConfig:
 
 
 @dataclass
+class ReplayConfig:
+    """Images of an earlier annotation set, with the same labels, among the new ones."""
+
+    annotation: str | None = None
+    share: float = 0.0  # of each batch
+
+
+@dataclass
 class GuidanceConfig:
     drop: float = 0.1  # share of samples trained with the null; 1.0 = the no-guidance baseline
 
@@ -249,7 +260,14 @@ class TrainConfig:
     precision: str = "auto"  # auto, fp32, bf16
     compile: Any = "auto"  # auto (on CUDA), true, false; its first step takes minutes
     channels_last: bool = False
-    init: str | None = None  # run to start from
+    leave_out: str | None = None  # list of images of the set that are not learnt from, as `ldm-sg dedup` writes it
+    init: str | None = None  # run to start from; labels that it does not know start from those like them
+    lora: int = 0  # rank of adapters that are trained in place of the UNet's weights; 0 = none
+    only: list[str] = field(default_factory=list)  # train but the UNet's parameters with one of these in their names
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    patience: int = (
+        0  # stop after so many validations without a lower FD of samples, in g's features, to held-out images
+    )
     device: str = "auto"
     devices: int = -1  # how many; -1 = all
     workers: int = 2
@@ -265,13 +283,30 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
             _need(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         _need("compile", self.compile, self.compile in ("auto", True, False), "auto, true or false")
-        for name in ("warmup", "val_every", "sample_every", "keep_every", "weight_decay", "clip"):
+        for name in ("warmup", "lora", "patience", "val_every", "sample_every", "keep_every", "weight_decay", "clip"):
             _need(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
         _need("lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
         _need("ema", self.ema, 0 <= self.ema < 1, "from 0 to below 1")
         _need("val_share", self.val_share, 0 <= self.val_share < 1, "a share from 0 to below 1")
         for name, share in (("guidance.drop", self.guidance.drop), ("decay", self.decay)):
             _need(name, share, 0 <= share <= 1, "a share between 0 and 1")
+        _need("replay.share", self.replay.share, 0 <= self.replay.share < 1, "a share from 0 to below 1")
+        _need(
+            "replay.share",
+            self.replay.share,
+            not self.replay.share or bool(self.replay.annotation),
+            "give replay.annotation",
+        )
+        for name in ("lora", "only"):
+            _need(
+                name,
+                getattr(self, name),
+                bool(self.init) or not getattr(self, name),
+                "needs init=RUN, which it starts from",
+            )
+        _need("only", self.only, not (self.only and self.lora), "either lora or only")
+        _need("patience", self.patience, not self.patience or self.val_every * self.val_share > 0, "needs held-out images: "
+              "val_every and val_share above 0")  # fmt: skip
         self.objective.check()
         model_config(self.model)
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from ldm_sg.autoencoder import Autoencoder, load_autoencoder
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import pipeline_of
+from ldm_sg.folder import pipeline_of, read_mapping, write_json
 from ldm_sg.guidance.compose import Strategy, cfg
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.models.conditioner import Conditioner
+from ldm_sg.models.lora import load_lora, save_lora
 from ldm_sg.models.snapshots import restore
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.sampling import draw, solvers
@@ -65,6 +66,23 @@ class SelfGuidedPipeline(DiffusionPipeline):
         self._portable_signals().save(folder / "signals.safetensors")
         (folder / "guidance.json").write_text(json.dumps(self.spec.to_dict(), indent=2) + "\n")
         super().save_pretrained(folder, **kwargs)
+
+    def save_lora(self, unet: UNet2DConditionModel, folder: Path) -> None:
+        """Into FOLDER: the adapters of `unet`, which are in this pipeline's weights, and what else the run it started from lacks:
+        conditioner, signals and f. `load_lora` adds them to that run's pipeline."""
+        self.conditioner.save_pretrained(folder / "conditioner")
+        shutil.copytree(self.annotator_folder, folder / "annotator", ignore=shutil.ignore_patterns("g"))
+        self._portable_signals().save(folder / "signals.safetensors")
+        write_json(folder / "guidance.json", self.spec.to_dict())
+        save_lora(unet, folder)
+
+    def load_lora(self, folder: Path) -> None:
+        """Makes this pipeline the one that was fine-tuned from it, with what `save_lora` wrote."""
+        load_lora(self.unet, folder)
+        spec = GuidanceSpec.from_dict(read_mapping(folder / "guidance.json"), str(folder))
+        conditioner = Conditioner.from_pretrained(folder / "conditioner", low_cpu_mem_usage=False)
+        self.register_modules(conditioner=conditioner.to(self.device, self.unet.dtype))
+        self.attach(self.autoencoder, Signals.load(folder / "signals.safetensors", spec), folder / "annotator")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SelfGuidedPipeline":
@@ -211,9 +229,11 @@ class SelfGuidedPipeline(DiffusionPipeline):
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def open_pipeline(source: str | Path, device: str = "auto", checkpoint: str | None = None) -> SelfGuidedPipeline:
+def open_pipeline(
+    source: str | Path, device: str = "auto", checkpoint: str | None = None, lora: str | None = None
+) -> SelfGuidedPipeline:
     """A run folder or a pipeline folder; InputError when it is neither, or cannot be read. `checkpoint`: a step that the run
-    keeps EMA weights of, or `best`."""
+    keeps EMA weights of, or `best`. `lora`: the lora/ folder of a run that was fine-tuned from this one."""
     folder = pipeline_of(source)
     if folder is None:
         if not Path(source).is_dir():
@@ -224,6 +244,8 @@ def open_pipeline(source: str | Path, device: str = "auto", checkpoint: str | No
         pipe = SelfGuidedPipeline.from_pretrained(folder).to(on)
         if checkpoint is not None:
             pipe.checkpoint = restore(GuidedUNet(pipe.unet, pipe.conditioner), Path(source), checkpoint)
+        if lora is not None:
+            pipe.load_lora(Path(lora))
     except InputError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as err:

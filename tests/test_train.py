@@ -256,10 +256,10 @@ def test_wrong_values_are_named_and_leave_nothing(change: dict, message: str, co
 
 def test_batches_are_a_function_of_the_step() -> None:
     pool, _ = split(50, 0.1, 0)
-    whole = list(Steps(pool, 7, 8, 20, 0, 0, 1))
-    assert list(Steps(pool, 7, 8, 20, 13, 0, 1)) == whole[13:]
+    whole = list(Steps([(pool, 8)], 7, 20, 0, 0, 1))
+    assert list(Steps([(pool, 8)], 7, 20, 13, 0, 1)) == whole[13:]
     for rank in (0, 1):
-        mine = list(Steps(pool, 7, 8, 20, 0, rank, 2))
+        mine = list(Steps([(pool, 8)], 7, 20, 0, rank, 2))
         assert len(mine) == 20 and all(m[2:] == w[2:][rank::2] for m, w in zip(mine, whole, strict=True))
     assert mix_seed(0, 1) != mix_seed(1, 0)
 
@@ -314,7 +314,9 @@ def test_accumulated_batches_train_what_whole_ones_do(
 def test_parts_draw_what_the_whole_batch_draws() -> None:
     pool = torch.arange(100)
     for (step, _, *batch), parts in zip(
-        Steps(pool, 7, 8, 3, 0, 0, 1), zip(*[iter(Steps(pool, 7, 8, 3, 0, 0, 1, 4))] * 4, strict=True), strict=True
+        Steps([(pool, 8)], 7, 3, 0, 0, 1),
+        zip(*[iter(Steps([(pool, 8)], 7, 3, 0, 0, 1, 4))] * 4, strict=True),
+        strict=True,
     ):
         assert [part[:2] for part in parts] == [[step, share] for share in range(4)]
         assert [part[2:] for part in parts] == [batch[share::4] for share in range(4)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.stage import Observed, Stage
@@ -57,10 +58,13 @@ class Annotator(ABC):
     whole: ClassVar[bool] = False  # looks at uncropped images, where shards hold them and g reads any shape
     gives_ids: ClassVar[bool] = True  # one cluster id an image, which `annotator.shuffle` can shuffle
     # settings that only `fit` and what follows it read: another value needs no second look at the images
-    late: ClassVar[frozenset[str]] = frozenset({"k", "niter", "restarts", "seed", "sample", "shuffle", "neighbours"})
+    late: ClassVar[frozenset[str]] = frozenset(
+        {"k", "niter", "restarts", "seed", "sample", "shuffle", "neighbours", "extend"}
+    )
 
     def __init__(self, cfg: AnnotatorConfig):
         self.cfg, self.k = cfg, cfg.k
+        self.known: Tensor | None = None  # prototypes of labels that it must keep, with annotator.extend
 
     def prepare(self, study: Study) -> None:
         """Learns what `observe` needs."""
@@ -85,6 +89,10 @@ class Annotator(ABC):
     @abstractmethod
     def spec(self) -> GuidanceSpec:
         """What the signals look like."""
+
+    def prototypes(self) -> Tensor | None:
+        """What its labels stand for in g's feature space, [K, D], to tell labels of two annotators alike; None = not known."""
+        return None
 
     def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
         """What the manifest says of `observe`'s totals over the set."""

@@ -57,6 +57,11 @@ class Clusters(Annotator):
                 f"under {FAISS_COMFORTABLE} the centroids are rough",
                 file=sys.stderr,
             )
+        if self.known is not None:
+            added = kmeans_beside(self.known.numpy(), points, self.k, self.cfg.niter, self.cfg.seed)
+            self._take(torch.cat([self.known, torch.from_numpy(added)]))
+            self.k = len(self.centroids)
+            return self
         settings = {"niter": self.cfg.niter, "nredo": self.cfg.restarts, "seed": self.cfg.seed}
         self._take(kmeans(points, self.k, "images", **settings))
         return self
@@ -76,6 +81,9 @@ class Clusters(Annotator):
     def spec(self) -> GuidanceSpec:
         return GuidanceSpec(self.kind, num_labels=self.k)
 
+    def prototypes(self) -> Tensor:
+        return self.centroids
+
     def save(self, folder: Path) -> None:
         """FOLDER/centroids.safetensors."""
         write_bytes(folder / CENTROIDS, save({"centroids": self.centroids.contiguous()}))
@@ -87,16 +95,36 @@ class Clusters(Annotator):
         self._take(load_file(path)["centroids"])
 
 
-def kmeans(points: np.ndarray, k: int, what: str, **settings: Any) -> Tensor:
-    """Points [N, D], which are `what`, -> faiss's centroids [K, D]. InputError where there are fewer points."""
+def check_enough(points: np.ndarray, k: int, what: str) -> None:
     if k > len(points):
         raise InputError(
             f"annotator.k={k}: only {len(points):,} {what} to cluster; choose k of at most {len(points):,}"
         )
+
+
+def kmeans(points: np.ndarray, k: int, what: str, **settings: Any) -> Tensor:
+    """Points [N, D], which are `what`, -> faiss's centroids [K, D]. InputError where there are fewer points."""
+    check_enough(points, k, what)
     bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}  # the caller bounds the sample
     fit = faiss.Kmeans(points.shape[1], k, gpu=on_gpu(), **bounds, **settings)
     fit.train(points)
     return torch.from_numpy(np.array(fit.centroids, np.float32).reshape(k, -1))
+
+
+def kmeans_beside(fixed: np.ndarray, points: np.ndarray, k: int, niter: int, seed: int) -> np.ndarray:
+    """Lloyd's algorithm for `k` more centroids [k, D] of `points` [N, D] beside the `fixed` [F, D], which do not move; k-means++
+    places the first ones where points are far from all that there are."""
+    check_enough(points, k, "images")
+    generator, added = np.random.default_rng(seed), np.empty((0, points.shape[1]), np.float32)
+    far = faiss.knn(points, fixed, 1)[0][:, 0].clip(1e-12)  # squared distance to the nearest
+    for _ in range(k):
+        pick = points[generator.choice(len(points), p=far / far.sum())][None]
+        added, far = np.concatenate([added, pick]), np.minimum(far, ((points - pick) ** 2).sum(1)).clip(1e-12)
+    for _ in range(niter):
+        ids = faiss.knn(points, np.concatenate([fixed, added]), 1)[1][:, 0] - len(fixed)
+        for j in np.unique(ids[ids >= 0]):
+            added[j] = points[ids == j].mean(0)
+    return added
 
 
 def normalise(features: np.ndarray | Tensor) -> np.ndarray:

@@ -36,10 +36,32 @@ SMALL = 16 * 2**20  # bytes of a shipped g that are still copied beside f
 
 
 def make_annotator(cfg: AnnotatorConfig) -> Annotator:
-    """The f of a config, not yet fitted."""
+    """The f of a config, not yet fitted unless it is another set's."""
+    made, source = _unfitted(cfg), cfg.reuse or cfg.extend
+    if source is None:
+        return made
+    old, _ = load_f(annotator_folder(source))
+    if old.kind != cfg.kind or (cfg.reuse and cfg.extend):
+        raise InputError(
+            f"annotator.kind={cfg.kind}: {source} has one of kind {old.kind}; give either reuse= or extend="
+        )
+    if cfg.reuse:
+        return old
+    made.known = old.prototypes()
+    return made
+
+
+def _unfitted(cfg: AnnotatorConfig) -> Annotator:
     if cfg.kind not in KINDS:
         raise InputError(f"annotator.kind={cfg.kind!r}; {choices(cfg.kind, KINDS)}")
     return KINDS[cfg.kind](cfg)
+
+
+def annotator_folder(source: str | Path) -> Path:
+    """The annotator/ of an annotation set, a run or a pipeline, or that folder itself."""
+    return next(
+        (p for p in (Path(source) / sub for sub in ("annotator", "pipeline/annotator")) if p.is_dir()), Path(source)
+    )
 
 
 @dataclass
@@ -89,7 +111,7 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{folder}: no annotator.yaml there; give the annotator/ folder of an annotation set or a run")
     settings = read_mapping(path, {"kind": str, "state": dict, "config": dict, "features": (dict, type(None))})
-    annotator = make_annotator(from_mapping(AnnotatorConfig, settings["config"], str(path)))
+    annotator = _unfitted(from_mapping(AnnotatorConfig, settings["config"], str(path)))
     declared = annotator.state()
     for name, value in settings["state"].items():
         if name not in declared or type(value) is not type(declared[name]):
@@ -111,13 +133,28 @@ def load_annotator(folder: str | Path, device: torch.device | str = "cpu") -> Lo
     or is not the one that made the set."""
     folder = Path(folder)
     f, settings = load_f(folder)
-    own = settings["features"]
-    if own is None:
-        raise InputError(f"{folder}: annotator.kind={f.kind} reads no image, so it cannot annotate new ones")
-    model = str(folder / "g") if (folder / "g" / "manifest.yaml").is_file() else own["model"]
-    chosen = {key: own[key] for key in ("weights", "layer", "pool", "size", "precision")}
-    extractor = load_extractor(FeaturesConfig(model=model, **chosen), device)
-    if extractor.manifest["sha256"] != own["sha256"]:
-        raise InputError(f"{folder}: features.model={own['model']} has other weights now than when it made this set")
+    extractor = load_extractor(features_of(folder, settings), device)
+    if extractor.manifest["sha256"] != settings["features"]["sha256"]:
+        model = settings["features"]["model"]
+        raise InputError(f"{folder}: features.model={model} has other weights now than when it made this set")
     digest = set_hash(file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file())
     return LoadedAnnotator(extractor, f, digest)
+
+
+def features_of(folder: Path, settings: dict[str, Any]) -> FeaturesConfig:
+    """The config of the g that the f of FOLDER reads; `settings` as `load_f` gives them."""
+    own = settings["features"]
+    if own is None:
+        raise InputError(f"{folder}: annotator.kind={settings['kind']} reads no image, so it cannot annotate new ones")
+    model = str(folder / "g") if (folder / "g" / "manifest.yaml").is_file() else own["model"]
+    return FeaturesConfig(model=model, **{key: own[key] for key in ("weights", "layer", "pool", "size", "precision")})
+
+
+def check_same_g(source: str, extractor: FeatureExtractor | None) -> None:
+    """InputError where the f of `source` was fitted on features of another g than this one."""
+    own, here = load_f(annotator_folder(source))[1]["features"], extractor.manifest if extractor else None
+    if own and here and any(own[key] != here[key] for key in ("sha256", "layer", "pool", "size")):
+        said = [", ".join(f"{key}={m[key]}" for key in ("model", "layer", "pool", "size")) for m in (own, here)]
+        raise InputError(
+            f"{source} was annotated by g of {said[0]}, not by features.{said[1]}: give features.* of that g"
+        )

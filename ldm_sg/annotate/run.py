@@ -15,7 +15,7 @@ from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.baselines import corrupted
 from ldm_sg.annotate.clusters import ari, contingency, entropy, nmi
 from ldm_sg.annotate.features import load_extractor
-from ldm_sg.annotate.kinds import load_f, make_annotator, save_annotator
+from ldm_sg.annotate.kinds import check_same_g, load_f, make_annotator, save_annotator
 from ldm_sg.annotate.stage import ShardMeta, Stage, check_unchanged, stages
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
 from ldm_sg.autoencoder import Autoencoder
@@ -54,6 +54,10 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     autoencoder = prepare_autoencoder(cfg, shards, size, device)
     extractor = load_extractor(cfg.features, device, source) if annotator.reads_g else None
     study = Study(cfg, shards, all_stages, size, extractor, [])
+    if source_of_f := cfg.annotator.reuse or cfg.annotator.extend:
+        check_same_g(source_of_f, extractor)
+    if cfg.annotator.reuse:
+        save_annotator(out / "annotator", annotator, extractor)
     fitted = (out / "annotator" / "annotator.yaml").is_file()
     if not fitted:
         annotator.prepare(study)

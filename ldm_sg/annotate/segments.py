@@ -79,6 +79,9 @@ class Segments(Annotator):
     def spec(self) -> GuidanceSpec:
         return GuidanceSpec(self.kind, num_labels=self.k, multi_hot=True, spatial="mask")
 
+    def prototypes(self) -> Tensor | None:
+        return self.segmenter.prototypes
+
     def save(self, folder: Path) -> None:
         self.segmenter.save(folder)
 

@@ -33,6 +33,7 @@ class Segmenter:
         self.k, self.cfg, self.seed = k, cfg, seed
         self.head: Head | None = None
         self.centroids = torch.empty(0, 1)  # [K, C] of unit length, once fitted
+        self.prototypes: Tensor | None = None  # [K, D], each class's mean direction of patch features
 
     def fit(
         self, patches: np.ndarray, image_features: np.ndarray, folder: Path, device: torch.device | str
@@ -43,6 +44,7 @@ class Segmenter:
             self.head = fit_head(patches, image_features, self.cfg, self.seed, device, folder)
         settings = {"niter": 30, "nredo": 3, "spherical": True, "seed": self.seed}
         self.centroids = F.normalize(kmeans(self._points(patches, device), self.k, "patches", **settings), dim=1)
+        self.prototypes = self._prototypes(patches, device)
         return self
 
     def take_official(self, path: Path, tower: nn.Module) -> None:
@@ -64,6 +66,14 @@ class Segmenter:
             points.append(normalise(drawn.transpose(1, 2).flatten(0, 1)))
         return np.concatenate(points)
 
+    def _prototypes(self, patches: np.ndarray, device: torch.device | str) -> Tensor:
+        total = torch.zeros(self.k, patches.shape[1], device=device)
+        for start in range(0, len(patches), 32):
+            part = torch.from_numpy(np.array(patches[start : start + 32])).to(device).float()
+            ids = torch.einsum("bchw,kc->bkhw", self.codes(part), self.centroids.to(device)).argmax(1).flatten()
+            total.index_add_(0, ids, F.normalize(part, dim=1).transpose(0, 1).flatten(1).T)
+        return F.normalize(total, dim=1).cpu()
+
     @torch.no_grad()
     def codes(self, patches: Tensor) -> Tensor:
         """Patch features [B, D, h, w] -> codes float32 [B, C, h, w], which without a head are the features themselves."""
@@ -83,7 +93,8 @@ class Segmenter:
     def save(self, folder: Path) -> None:
         """FOLDER/segments.safetensors."""
         head = {} if self.head is None else {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        write_bytes(folder / WEIGHTS, save({"centroids": self.centroids.contiguous(), **head}))
+        own = {"centroids": self.centroids.contiguous(), "prototypes": self.prototypes}
+        write_bytes(folder / WEIGHTS, save({name: value for name, value in own.items() if value is not None} | head))
 
     @staticmethod
     def fitted(folder: Path) -> bool:
@@ -95,7 +106,7 @@ class Segmenter:
         if not self.fitted(folder):
             raise InputError(f"{folder / WEIGHTS} not found: the annotator is not complete; run annotate again")
         tensors = load_file(folder / WEIGHTS)
-        self.centroids = tensors.pop("centroids")
+        self.centroids, self.prototypes = tensors.pop("centroids"), tensors.pop("prototypes", None)
         if tensors:
             width, dim = tensors["head.linear.weight"].shape[:2]
             self.head = Head(dim, width).requires_grad_(False)

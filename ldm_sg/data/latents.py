@@ -86,6 +86,7 @@ class LatentSet:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_open = max(1, soft // 4)
         self._files: dict[int, int] = {}  # shard -> file descriptor, oldest first
+        self._features: dict[Path, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self._where)
@@ -164,6 +165,21 @@ class LatentSet:
             raise InputError(f"{path}: signals of different shapes in it") from err
         return {"where": where, **found}
 
+    def features(self, indices: Tensor) -> Tensor:
+        """g's image-level features [B, D] float32 of `indices` [B]; InputError where the set was made without g."""
+        shards = self.shards
+        starts, out = np.searchsorted(shards, np.arange(len(self.paths))), []
+        for i in indices.tolist():
+            path = self.folder / "features" / f"{self.paths[shards[i]].stem}.npy"
+            if path not in self._features:
+                if not path.is_file():
+                    raise InputError(
+                        f"{path} not found: this set was annotated without g, or its features were removed"
+                    )
+                self._features[path] = np.load(path, mmap_mode="r")
+            out.append(self._features[path][i - starts[shards[i]]])
+        return torch.from_numpy(np.stack(out).astype(np.float32))
+
     def _file(self, shard: int) -> int:
         if shard not in self._files:
             if len(self._files) >= self._max_open:
@@ -172,7 +188,7 @@ class LatentSet:
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # another process opens its own
+        return {**self.__dict__, "_files": {}, "_features": {}}  # another process opens its own
 
     def __del__(self) -> None:
         for file in self.__dict__.get("_files", {}).values():

@@ -39,6 +39,10 @@ PICTURES = {  # file in the run folder -> heading, sentence
         "Guidance strength",
         "One row a strength w, with the same noise and the same clusters in each column.",
     ),
+    "nearest.png": (
+        "Learnt by heart?",
+        "Samples, and below each the training image that g finds most like it, as the first stage gives it back.",
+    ),
     "trajectory.png": ("From noise to image", "The clean image that the network predicts as denoising proceeds."),
     "interpolation.png": (
         "Between two clusters",

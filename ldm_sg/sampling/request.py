@@ -51,6 +51,7 @@ class SampleOptions:
     precision: str = "fp32"
     device: str = "auto"
     checkpoint: str | None = None  # of the run: a step, or best
+    lora: str | None = None  # folder of adapters
 
     def settings(self) -> dict[str, Any]:
         """What decides the pixels: files by their content too."""

@@ -1,6 +1,8 @@
 """What happens around the steps: EMA, checkpoints that survive kill -9, metrics.csv, exports, a clean Ctrl-C."""
 
+import math
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from ldm_sg.config import TrainConfig
 from ldm_sg.folder import temporary
 from ldm_sg.training.metrics import MetricsCsv
 
-COLUMNS = ["step", "train_loss", "val_loss_guided", "val_loss_null", "images_per_s", "lr"]
+COLUMNS = ["step", "train_loss", "val_loss_guided", "val_loss_null", "images_per_s", "lr", "fd_held_out"]
 
 
 def ema_update(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
@@ -40,6 +42,7 @@ class Hooks:
     export: Callable[[nn.Module], None]  # EMA network -> pipeline folder
     draw: Callable[[nn.Module, int], None]  # EMA network, step -> a grid on disk
     keep: Callable[[nn.Module, int], Any]  # EMA network, step -> its weights on disk
+    judge: Callable[[nn.Module], float] | None = None  # EMA network -> FD of its samples to held-out images
 
 
 class EMA(WeightAveraging):
@@ -86,7 +89,7 @@ class SaveLast(EachStep):
                 new.replace(self.path)
         finally:
             new.unlink(missing_ok=True)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.hooks.judge is None:
             self.hooks.export(self.ema.network)
 
     def on_step(self, trainer: pl.Trainer) -> None:
@@ -95,6 +98,45 @@ class SaveLast(EachStep):
             self.hooks.keep(self.ema.network, step)
         if step % self.config.checkpoint_every == 0 or step == trainer.max_steps:
             self.save(trainer)
+
+
+class StopEarly(EachStep):
+    """Exports the network whose samples are nearest to held-out images, judged every `val_every` steps and at the end, and stops
+    after `patience` judgements in a row without a better one."""
+
+    def __init__(self, config: TrainConfig, ema: EMA, hooks: Hooks, saver: SaveLast, metrics: "MetricsFile") -> None:
+        self.config, self.ema, self.hooks, self.saver, self.metrics = config, ema, hooks, saver, metrics
+        self.best, self.best_step, self.since = math.inf, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("best", "best_step", "since")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+    def on_step(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        if self.hooks.judge is None or (step % self.config.val_every and step != trainer.max_steps):
+            return
+        fd = torch.zeros((), device=trainer.strategy.root_device)
+        if trainer.is_global_zero:
+            fd += self.hooks.judge(self.ema.network)
+        fd = float(trainer.strategy.broadcast(fd))
+        self.best, self.best_step, self.since = (
+            (fd, step, 0) if fd < self.best else (self.best, self.best_step, self.since + 1)
+        )
+        if trainer.is_global_zero:
+            self.metrics.file.append(step=step, fd_held_out=round(fd, 5))
+            if self.best_step == step:
+                self.hooks.export(self.ema.network)
+        self.metrics.start, self.metrics.start_step = time.perf_counter(), step
+        if self.since >= self.config.patience and step != trainer.max_steps:
+            tqdm.write(
+                f"stopped at step {step}: no lower FD to held-out images than {self.best:.4f} at step {self.best_step}",
+                sys.stderr,
+            )
+            self.saver.save(trainer)
+            trainer.should_stop = True
 
 
 class StopCleanly(EachStep):

@@ -1,6 +1,8 @@
 """Batches as a pure function of (seed, step): every rank takes the same number of steps and resuming is exact."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.data.latents import LatentSet, step_indices
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.guidance.spatial import Crops
 
@@ -31,14 +34,33 @@ def split(n: int, val_share: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
+def read_left_out(path: Path, latents: LatentSet) -> Tensor:
+    """Indices [M] out of a list of lines {"set": start of the set's hash, "index": i}; InputError where it is none of this set."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        indices = torch.tensor([int(line["index"]) for line in lines], dtype=torch.long)
+        sets = {str(line["set"]) for line in lines}
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise InputError(
+            f"leave_out={str(path)!r}: not a list that `ldm-sg dedup` wrote: {one_line(err)[:100]}"
+        ) from err
+    if any(not latents.hash.startswith(name) for name in sets) or (
+        len(indices) and not 0 <= indices.min() <= indices.max() < len(latents)
+    ):
+        raise InputError(
+            f"leave_out={str(path)!r}: the list of another set than {latents.folder}: `ldm-sg dedup {latents.folder}`"
+        )
+    return indices
+
+
 class Steps(Sampler[list[int]]):
     """Yields (step, share, *dataset indices), from step `first` up to `total`: of `world * parts` shares of the global batch
-    those of this rank, `parts` a step, one after the other."""
+    those of this rank, `parts` a step, one after the other. pools: (dataset indices, how many of them a step) each."""
 
     def __init__(
-        self, pool: Tensor, seed: int, batch_size: int, total: int, first: int, rank: int, world: int, parts: int = 1
+        self, pools: list[tuple[Tensor, int]], seed: int, total: int, first: int, rank: int, world: int, parts: int = 1
     ) -> None:
-        self.pool, self.seed, self.batch_size, self.total, self.first = pool, seed, batch_size, total, first
+        self.pools, self.seed, self.total, self.first = pools, seed, total, first
         self.rank, self.world, self.parts = rank, world, parts
 
     def __len__(self) -> int:
@@ -46,16 +68,44 @@ class Steps(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.total):
-            chosen = self.pool[step_indices(self.seed, step, self.batch_size, len(self.pool))]
+            chosen = torch.cat([pool[step_indices(self.seed, step, n, len(pool))] for pool, n in self.pools if n])
             for share in range(self.rank, self.world * self.parts, self.world):
                 yield [step, share, *chosen[share :: self.world * self.parts].tolist()]
+
+
+class Mixed:
+    """Two annotation sets of one kind of signal as one: indices from len(first) on are the second's."""
+
+    def __init__(self, first: LatentSet, second: LatentSet) -> None:
+        self.first, self.second, self.flips = first, second, first.flips and second.flips
+
+    def latents(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
+        return torch.cat([part.latents(*own) for part, own in self._parts(indices, flip)])[self._places(indices)]
+
+    def guidance(self, indices: Tensor, flip: Tensor | None = None, crops: Crops | None = None) -> Guidance:
+        parts = [
+            part.guidance(*own, crops and Crops(crops.corners[mine], crops.side))
+            for (part, own), mine in zip(self._parts(indices, flip), self._masks(indices))
+        ]
+        return Guidance.cat(parts)[self._places(indices)]
+
+    def _masks(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return indices < len(self.first), indices >= len(self.first)
+
+    def _parts(self, indices: Tensor, flip: Tensor | None) -> list[tuple[LatentSet, tuple[Tensor, Tensor | None]]]:
+        starts = zip((self.first, self.second), self._masks(indices), (0, len(self.first)))
+        return [(part, (indices[mine] - start, None if flip is None else flip[mine])) for part, mine, start in starts]
+
+    def _places(self, indices: Tensor) -> Tensor:
+        """Where each of `indices` stands once those of the first set come first."""
+        return torch.cat([mine.nonzero()[:, 0] for mine in self._masks(indices)]).argsort()
 
 
 class LatentBatches(Dataset):
     """(step, share, *indices) -> step, share, latents [b, C, side, side], guidance of b samples: random ones of each image's views (mirrored
     where that is stored, cropped where `side` is less than the latents') or, for validation, the centre."""
 
-    def __init__(self, latents: LatentSet, seed: int, side: int, random: bool) -> None:
+    def __init__(self, latents: LatentSet | Mixed, seed: int, side: int, random: bool) -> None:
         self.latents, self.seed, self.side, self.random = latents, seed, side, random
 
     def __getitem__(self, request: list[int]) -> tuple[int, int, Tensor, Guidance]:
@@ -73,17 +123,26 @@ class LatentBatches(Dataset):
 
 
 class LatentData(pl.LightningDataModule):
-    """The training stream and the held-out images of one annotation set; `side`: of the views, in latent cells."""
+    """The training stream and the held-out images of one annotation set, with images of another among them where `replay`
+    is one; `side`: of the views, in latent cells."""
 
-    def __init__(self, latents: LatentSet, config: TrainConfig, side: int) -> None:
+    def __init__(self, latents: LatentSet, config: TrainConfig, side: int, replay: LatentSet | None = None) -> None:
         super().__init__()
-        self.latents, self.config, self.side = latents, config, side
-        self.train_pool, self.val_pool = split(len(latents), config.val_share, config.seed)
+        self.latents, self.config, self.side, self.replay = latents, config, side, replay
+        pools = split(len(latents), config.val_share, config.seed)
+        if config.leave_out:
+            gone = read_left_out(Path(config.leave_out), latents)
+            pools = tuple(pool[~torch.isin(pool, gone)] for pool in pools)
+        self.train_pool, self.val_pool = pools
+        if not len(self.train_pool):
+            raise InputError(f"leave_out={config.leave_out!r}: leaves no image to learn from")
         self.first_step = 0  # set before fit when resuming
 
     def _loader(self, sampler: Sampler, random: bool, workers: int) -> DataLoader:
         return DataLoader(
-            LatentBatches(self.latents, self.config.seed, self.side, random),
+            LatentBatches(
+                Mixed(self.latents, self.replay) if self.replay else self.latents, self.config.seed, self.side, random
+            ),
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
@@ -94,9 +153,11 @@ class LatentData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         cfg, rank, world = self.config, self.trainer.global_rank, self.trainer.world_size
-        steps = Steps(
-            self.train_pool, cfg.seed, cfg.batch_size, cfg.steps, self.first_step, rank, world, cfg.accumulate
-        )
+        again = round(cfg.replay.share * cfg.batch_size) if self.replay else 0
+        pools = [(self.train_pool, cfg.batch_size - again)]
+        if self.replay:
+            pools.append((len(self.latents) + torch.arange(len(self.replay)), again))
+        steps = Steps(pools, cfg.seed, cfg.steps, self.first_step, rank, world, cfg.accumulate)
         return self._loader(steps, True, cfg.workers)
 
     def val_dataloader(self) -> DataLoader | list:

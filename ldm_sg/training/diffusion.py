@@ -70,9 +70,9 @@ class DiffusionModule(pl.LightningModule):
 
 def decayed(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters with weight decay, the weights of linear and convolutional layers, and without: biases, norms, embeddings."""
-    weights = [m.weight for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    ids = {id(p) for p in weights}
-    return weights, [p for p in network.parameters() if id(p) not in ids]
+    layers = [m.weight for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    weights, ids = [w for w in layers if w.requires_grad], {id(w) for w in layers}
+    return weights, [p for p in network.parameters() if id(p) not in ids and p.requires_grad]
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:

@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.training.callbacks import EMA, Hooked, Hooks, MetricsFile, Progress, SaveLast, StopCleanly
+from ldm_sg.training.callbacks import EMA, Hooked, Hooks, MetricsFile, Progress, SaveLast, StopCleanly, StopEarly
 from ldm_sg.training.checkpoint import read_checkpoint
 from ldm_sg.training.data import LatentData
 from ldm_sg.training.diffusion import DiffusionModule
@@ -41,7 +41,8 @@ def fit(
     stopper = StopCleanly(saver)
     metrics = MetricsFile(run / "metrics.csv", config)
     # order matters: EMA averages before anything reads it, and metrics come before a checkpoint ends the step
-    callbacks = [ema, metrics, Hooked(hooks, config.sample_every, ema), saver, stopper]
+    early = StopEarly(config, ema, hooks, saver, metrics)
+    callbacks = [ema, metrics, Hooked(hooks, config.sample_every, ema), early, saver, stopper]
     _quiet()
     validate = len(data.val_pool) > 0 and config.val_every > 0
     trainer = pl.Trainer(

@@ -9,14 +9,22 @@ from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.errors import InputError
-from ldm_sg.folder import claim, holds_out, pipeline_of, read_mapping, write_json, write_text
+from ldm_sg.folder import claim, file_sha256, holds_out, pipeline_of, read_mapping, write_json, write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor, nn
+
+    from ldm_sg.build import PipelineWriter
+    from ldm_sg.data.latents import LatentSet
     from ldm_sg.pipeline import SelfGuidedPipeline
 
 # What may change between two starts of one run without making it another run.
 FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every",
         "keep_every")  # fmt: skip
+JUDGED = 200  # samples a judgement, with `patience`
 
 
 @holds_out
@@ -24,11 +32,13 @@ def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
     config.check()
     finished_manifest(Path(config.annotation))
+    if config.leave_out and not Path(config.leave_out).is_file():
+        raise InputError(f"leave_out={config.leave_out!r}: no such file; `ldm-sg dedup {config.annotation}` writes one")
     if config.init and pipeline_of(config.init) is None:
         raise InputError(f"init={config.init!r}: no pipeline/ there; give the folder of a trained run")
 
     from ldm_sg import build
-    from ldm_sg.data.latents import LatentSet
+    from ldm_sg.data.latents import LatentSet, set_hash
     from ldm_sg.hardware import pick_device, use_bf16, use_compile
     from ldm_sg.models import snapshots
     from ldm_sg.report.run import write_report
@@ -41,20 +51,22 @@ def train(config: TrainConfig) -> Path:
     bf16 = use_bf16(config.precision, device)
     check_shares(config, device)
     latents = LatentSet(config.annotation)
+    replay = build.replay(config, latents)
     network = build.network(config, latents)
     if use_compile(config.compile, device):
         network.unet.compile()
     module = DiffusionModule(network, build.objective(config), config)
     run = Path(config.out)
     claim(run, "config.yaml", to_mapping(config), FREE)
-    _remember_annotation(run, config, latents.hash)
+    content = set_hash([latents.hash, file_sha256(config.leave_out)]) if config.leave_out else latents.hash
+    _remember_annotation(run, config, content)
     done = checkpoint_step(run / "checkpoints" / "last.ckpt")
     if done >= config.steps and (run / "pipeline").is_dir():
         print(f"{run}: already trained for {done:,} steps (asked: {config.steps:,}); raise steps= to go on")
         return run
 
     writer = build.PipelineWriter(config, latents, device)
-    data = LatentData(latents, config, side := build.view_side(config, latents))
+    data = LatentData(latents, config, side := build.view_side(config, latents), replay)
     print(
         f"{len(data.train_pool):,} latents of {latents.latent_shape[0]}x{side}x{side} (+{len(data.val_pool):,} held "
         f"out), {latents.spec.num_labels:,} labels; {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters; "
@@ -63,9 +75,10 @@ def train(config: TrainConfig) -> Path:
     )
     hooks = Hooks(
         start=lambda ema: writer.export(ema, run / "pipeline_untrained"),
-        export=lambda ema: writer.export(ema, run / "pipeline"),
+        export=lambda ema: writer.export(ema, run / "pipeline", run / "lora"),
         draw=lambda ema, step: _draw(writer.pipeline(ema), run / "samples" / f"step_{step:07d}.png"),
-        keep=lambda ema, step: snapshots.keep(ema, run, step),
+        keep=lambda ema, step: snapshots.keep(writer.plain(ema), run, step),
+        judge=_judge(writer, latents, data.val_pool, device) if config.patience else None,
     )
     try:
         finished = fit(module, data, config, run, device, bf16, hooks)
@@ -99,6 +112,23 @@ def _remember_annotation(run: Path, config: TrainConfig, found: str) -> None:
             )
         return
     write_json(path, {"folder": config.annotation, "hash": found})
+
+
+def _judge(
+    writer: "PipelineWriter", latents: "LatentSet", held_out: "Tensor", device: "torch.device"
+) -> "Callable[[nn.Module], float]":
+    """EMA network -> FD of JUDGED samples to the held-out images."""
+    from ldm_sg.annotate.kinds import load_annotator
+    from ldm_sg.evaluate.nearby import distance
+
+    g, real = load_annotator(latents.folder / "annotator", device), latents.features(held_out)
+
+    def judge(ema: "nn.Module") -> float:
+        pipe = writer.pipeline(ema)
+        pipe.unet.eval()
+        return distance(pipe, pipe.draw(JUDGED), g, real)
+
+    return judge
 
 
 def _draw(pipe: "SelfGuidedPipeline", path: Path) -> None:

@@ -1,0 +1,40 @@
+"""Samples beside the images of an annotation set, whose features lie on disk: how far they are, and what each is nearest to."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm_sg.annotate.kinds import LoadedAnnotator
+from ldm_sg.data.images import to_float
+from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.signals import Signals
+from ldm_sg.evaluate.metrics import frechet_distance
+from ldm_sg.pipeline import SelfGuidedPipeline
+
+BATCH = 100
+
+
+def drawn(pipe: SelfGuidedPipeline, asked: Signals) -> Tensor:
+    """Samples of signals, uint8 [N, 3, H, W]: the same ones at every call."""
+    parts = torch.arange(len(asked)).split(BATCH)
+    return torch.cat([pipe(asked[at], w=pipe.usual_w, first_index=int(at[0]), precision="auto") for at in parts])
+
+
+def distance(pipe: SelfGuidedPipeline, asked: Signals, g: LoadedAnnotator, real: Tensor) -> float:
+    """FD in g's features of samples of `asked` to images whose features are `real` [N, D]. As g made the signals, and as it depends
+    on the counts, it compares networks of one run, not runs."""
+    return frechet_distance(_features(g, drawn(pipe, asked)), real)
+
+
+def _features(g: LoadedAnnotator, images: Tensor) -> Tensor:
+    parts = [g.features(to_float(part).to(g.extractor.mean.device)).cpu() for part in images.split(BATCH)]
+    return torch.cat(parts)
+
+
+def nearest(pipe: SelfGuidedPipeline, g: LoadedAnnotator, latents: LatentSet, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """n samples, for each the image of the set that g finds most like it, as the first stage gives it back, and the cosines [n] of
+    their features. A network that has learnt its images by heart shows pairs of twins."""
+    samples = drawn(pipe, pipe.draw(n))
+    known = torch.cat([latents.features(part) for part in torch.arange(len(latents)).split(10_000)])
+    best = (F.normalize(_features(g, samples), dim=1) @ F.normalize(known, dim=1).T).max(1)
+    return samples, pipe.decode(latents.latents(best.indices)), best.values
