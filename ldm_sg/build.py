@@ -48,6 +48,8 @@ def network(config: TrainConfig, latents: LatentSet) -> GuidedUNet:
         add_lora(model.unet, config.lora)
     elif config.only:
         train_only(model.unet, config.only)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
     if config.channels_last:
         model.unet.to(memory_format=torch.channels_last)
     return model

@@ -260,6 +260,7 @@ class TrainConfig:
     precision: str = "auto"  # auto, fp32, bf16
     compile: Any = "auto"  # auto (on CUDA), true, false; its first step takes minutes
     channels_last: bool = False
+    gradient_checkpointing: bool = False  # activations are computed twice instead of kept: large nets in little memory
     leave_out: str | None = None  # list of images of the set that are not learnt from, as `ldm-sg dedup` writes it
     init: str | None = None  # run to start from; labels that it does not know start from those like them
     lora: int = 0  # rank of adapters that are trained in place of the UNet's weights; 0 = none

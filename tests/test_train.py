@@ -21,10 +21,12 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ldm_sg import build
 from ldm_sg.config import GuidanceConfig, ObjectiveConfig, TrainConfig
 from ldm_sg.configfile import load, to_yaml
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
+from ldm_sg.guidance.signal import Guidance
 from ldm_sg.hardware import use_compile
 from ldm_sg.pipeline import open_pipeline
 from ldm_sg.sampling.request import SampleOptions, signals
@@ -74,6 +76,24 @@ def test_resumed_run_equals_an_uninterrupted_one(whole: Path, colours: Path, tmp
     for ours, theirs in zip(rows(run)[3:], rows(whole)[3:], strict=True):
         assert ours["step"] == theirs["step"] and ours["val_loss_guided"] == theirs["val_loss_guided"]
     assert [r["train_loss"] for r in rows(run)][-1] == [r["train_loss"] for r in rows(whole)][-1]
+
+
+@pytest.mark.parametrize("tokens", ["vector", "none"])
+def test_checkpointed_activations_give_the_same_gradients(tokens: str, colours: Path, tmp_path: Path) -> None:
+    """And are computed again: the blocks' forward runs twice as often."""
+    found, model = [], TINY | {"tokens": tokens, "dropout": 0.1}
+    for again in (False, True):
+        wanted = config(colours, tmp_path / f"{again}", model=model, gradient_checkpointing=again)
+        network, calls = build.network(wanted, LatentSet(colours)).train(), []
+        network.unet.down_blocks[1].resnets[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        torch.nn.init.normal_(network.unet.conv_out.weight, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        network(
+            torch.ones(2, 12, 8, 8), torch.tensor([3, 700]), Guidance.from_k(torch.tensor([0, 3]))
+        ).square().mean().backward()
+        found.append(([p.grad for p in network.parameters() if p.grad is not None], len(calls)))
+    assert [calls for _, calls in found] == [1, 2]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][0], found[1][0], strict=True))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
