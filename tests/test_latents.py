@@ -68,9 +68,10 @@ def test_reads_what_was_written_in_any_order(tmp_path):
     assert data.signals.k.dtype == torch.long and data.signals.k.tolist() == ks.tolist()
     order = torch.tensor([11, 0, 5, 5, 3])
     assert torch.equal(data.latents(order), torch.from_numpy(latents[order]).float())
-    assert data.guidance(order).k.tolist() == ks[order].tolist()
+    latent, guidance = data[-1]
+    assert torch.equal(latent, torch.from_numpy(latents[-1]).float()) and guidance.k.tolist() == [ks[-1]]
     with pytest.raises(IndexError):
-        data.latents(torch.tensor([12]))
+        data[12]
 
 
 def test_flips_are_chosen_by_sample(tmp_path):

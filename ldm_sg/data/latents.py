@@ -96,6 +96,13 @@ class LatentSet:
         """The place in `paths` of each sample's shard [N], rising."""
         return self._where["shard"]
 
+    def __getitem__(self, index: int) -> tuple[Tensor, Guidance]:
+        """latent [C, h, w] float32 (normalised) and a Guidance of one sample."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        at = torch.tensor([index % len(self)])
+        return self.latents(at)[0], self.guidance(at)
+
     def guidance(self, indices: Tensor, flip: Tensor | None = None, crops: Crops | None = None) -> Guidance:
         """The signals of `indices` [B] on the latent grid; of the mirrored image where `flip` [B] bool is set; then of
         `crops`."""
