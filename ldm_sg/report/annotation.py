@@ -8,20 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import read_shard
 from ldm_sg.data.tars import read_members
+from ldm_sg.errors import InputError
 from ldm_sg.folder import write_text
 from ldm_sg.report import charts, grids, html
 from ldm_sg.report.signals import over, with_boxes
 
 ROWS, OPEN = 400, 40  # clusters of the wall, and how many of them are not folded away
 NEAR, FAR = 7, 3  # members shown: nearest to their centroid, and farthest from it
-SEEN = 20_000  # images, those of the first shards, among which they are looked for
+SEEN = 20_000  # images, the first ones, among which they are looked for
 THUMB = 80  # pixels
 EXAMPLES = 32  # images with their boxes or masks
 WALL, BOXES, MASKS = "clusters", "boxes.png", "masks.png"
@@ -91,17 +92,13 @@ def extremes(latents: LatentSet, clusters: list[int]) -> dict[int, list[Tensor]]
 
 
 def _distances(latents: LatentSet) -> np.ndarray:
-    """From the first SEEN images, and the others of their shards, to their own centroids; zeros where f has none."""
-    path, shards = latents.folder / "annotator" / "centroids.safetensors", latents.shards
-    distances = np.zeros(np.searchsorted(shards, shards[min(SEEN, len(shards)) - 1], "right"))
-    centroids = load_file(path)["centroids"] if path.is_file() else None
-    for shard in np.unique(shards[: len(distances)]) if centroids is not None else ():
-        features = latents.folder / "features" / f"{latents.paths[shard].stem}.npy"
-        if features.is_file():
-            points, here = np.load(features, allow_pickle=False).astype(np.float32), np.flatnonzero(shards == shard)
-            points /= np.linalg.norm(points, axis=1, keepdims=True).clip(1e-12)
-            distances[here] = np.linalg.norm(points - centroids[latents.signals.k[here].numpy()], axis=1)
-    return distances
+    """From the first SEEN images to their own centroids; zeros where f has none, or where g's features were removed."""
+    path, first = latents.folder / "annotator" / "centroids.safetensors", torch.arange(min(SEEN, len(latents)))
+    if path.is_file():
+        with suppress(InputError):
+            points = torch.nn.functional.normalize(latents.features(first), dim=1)
+            return (points - load_file(path)["centroids"][latents.signals.k[first]]).norm(dim=1).numpy()
+    return np.zeros(len(first))
 
 
 def _spatial(folder: Path, latents: LatentSet) -> str:
