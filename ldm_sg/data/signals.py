@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.guidance.spatial import Crops, box_coverage, concept_ids, mask_coverage, present
 
 Sample = dict[str, np.ndarray]  # one image's signals: those of `columns(spec)`
+Columns = dict[str, Any]  # those of N images: arrays [N, ...], and PackedMasks for `mask`
 
 
 def columns(spec: GuidanceSpec) -> tuple[str, ...]:
@@ -85,6 +86,33 @@ class PackedMasks:
         return np.frombuffer(data, np.uint8).reshape(self.size, self.size)
 
 
+def stacked(name: str, rows: Iterable[Any]) -> Any:
+    """The column `name` of images whose own values are `rows`."""
+    return PackedMasks.of(rows) if name == "mask" else np.stack(list(rows))
+
+
+def concatenated(parts: Sequence[Columns]) -> Columns:
+    """One after the other."""
+    joins = {name: PackedMasks.concatenate if name == "mask" else np.concatenate for name in (parts or [{}])[0]}
+    return {name: join([part[name] for part in parts]) for name, join in joins.items()}
+
+
+def to_arrays(columns: Columns) -> dict[str, np.ndarray]:
+    """Columns as plain arrays, for a file."""
+    if "mask" not in columns:
+        return columns
+    mask = columns["mask"]
+    return {**columns, "mask_size": np.array([mask.size]), "mask": mask.blob, "mask_ends": mask.ends}
+
+
+def to_columns(arrays: Mapping[str, np.ndarray]) -> Columns:
+    """What `to_arrays` was given."""
+    columns: Columns = {name: array for name, array in arrays.items() if name not in ("mask_size", "mask_ends")}
+    if "mask" in arrays:
+        columns["mask"] = PackedMasks(int(arrays["mask_size"][0]), arrays["mask"], arrays["mask_ends"])
+    return columns
+
+
 @dataclass(frozen=True)
 class Signals:
     """The signals of N images under one `spec`; parts that it does not have are None."""
@@ -97,26 +125,11 @@ class Signals:
     count: int = 0  # N where there is no part at all
 
     @classmethod
-    def of(cls, spec: GuidanceSpec, samples: Sequence[Sample]) -> "Signals":
-        """From single images' signals."""
-        arrays: dict[str, Any] = {
-            name: PackedMasks.of(s[name] for s in samples) if name == "mask" else np.stack([s[name] for s in samples])
-            for name in columns(spec)
-        }
-        return cls.from_arrays(spec, arrays, len(samples))
-
-    @classmethod
-    def from_arrays(cls, spec: GuidanceSpec, arrays: dict[str, Any], count: int) -> "Signals":
-        """From whole columns: numpy arrays, and PackedMasks for `mask`."""
-        parts = {n: a if isinstance(a, PackedMasks) else torch.from_numpy(np.asarray(a)) for n, a in arrays.items()}
+    def from_columns(cls, spec: GuidanceSpec, columns: Columns, count: int) -> "Signals":
+        parts = {n: c if isinstance(c, PackedMasks) else torch.from_numpy(np.asarray(c)) for n, c in columns.items()}
         if "k" in parts:
             parts["k"] = parts["k"].float() if spec.multi_hot else parts["k"].long()
         return cls(spec, count=count, **parts)
-
-    @classmethod
-    def of_ids(cls, spec: GuidanceSpec, k: Tensor) -> "Signals":
-        """Nothing but ids [N]."""
-        return cls(spec, k=k, count=len(k))
 
     def __len__(self) -> int:
         return self.count
@@ -211,22 +224,17 @@ class Signals:
 
     def save(self, path: Path) -> None:
         """One safetensors file."""
-        arrays: dict[str, np.ndarray] = {"count": np.array([self.count])}
-        arrays |= {
-            n: np.ascontiguousarray(p.numpy()) for n in ("k", "box", "feature") if (p := getattr(self, n)) is not None
-        }
-        if self.mask is not None:
-            arrays |= {"mask_size": np.array([self.mask.size]), "mask": self.mask.blob, "mask_ends": self.mask.ends}
-        path.write_bytes(save(arrays))
+        parts = {name: getattr(self, name) for name in ("k", "box", "mask", "feature")}
+        tensors = {name: np.ascontiguousarray(p.numpy()) for name, p in parts.items() if isinstance(p, Tensor)}
+        found: Columns = tensors if self.mask is None else {**tensors, "mask": self.mask}
+        path.write_bytes(save({"count": np.array([self.count]), **to_arrays(found)}))
 
     @classmethod
     def load(cls, path: Path, spec: GuidanceSpec) -> "Signals":
         """What `save` wrote; InputError when the file does not hold what `spec` says."""
-        arrays = load_file(path)
-        if "mask" in arrays:
-            arrays["mask"] = PackedMasks(int(arrays.pop("mask_size")[0]), arrays["mask"], arrays.pop("mask_ends"))
-        missing = {"count", *columns(spec)} - set(arrays)
+        found = to_columns(load_file(path))
+        missing = {"count", *columns(spec)} - set(found)
         if missing:
             raise InputError(f"{path}: no {', '.join(sorted(missing))} in it: not the signals of this run")
-        count = int(arrays.pop("count")[0])
-        return cls.from_arrays(spec, arrays, count)
+        count = int(found.pop("count")[0])
+        return cls.from_columns(spec, found, count)
