@@ -1,11 +1,13 @@
 """Config -> objects: the only place that knows which class a word in a config stands for."""
 
+import sys
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ldm_sg.autoencoder import load_autoencoder
+from ldm_sg.autoencoder import Autoencoder, load_autoencoder, load_preview
 from ldm_sg.config import TrainConfig, model_config
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
@@ -66,12 +68,26 @@ class PipelineWriter:
         side, full = view_side(config, latents), latents.latent_shape[1]
         self.signals = latents.signals if side == full else latents.signals.centre(side / full)
         self.autoencoder = load_autoencoder(str(Path(config.annotation) / "autoencoder")).to(device)
+        if self.autoencoder.channels != latents.latent_shape[0]:
+            raise InputError(
+                f"{latents.folder}: its latents have {latents.latent_shape[0]} channels, those of the autoencoder beside them "
+                f"({self.autoencoder.name!r}) {self.autoencoder.channels}: annotate again with that one"
+            )
         self.annotator = Path(config.annotation) / "annotator"
 
-    def pipeline(self, network: nn.Module) -> SelfGuidedPipeline:
+    @cached_property
+    def preview(self) -> Autoencoder:
+        """What decodes the grids drawn while training: the small network that the autoencoder's manifest names, if it can be had."""
+        try:
+            return load_preview(self.autoencoder) or self.autoencoder
+        except InputError as err:
+            print(f"note: no preview, so grids take the autoencoder itself: {err}", file=sys.stderr)
+            return self.autoencoder
+
+    def pipeline(self, network: nn.Module, preview: bool = False) -> SelfGuidedPipeline:
         assert isinstance(network, GuidedUNet)
         pipe = SelfGuidedPipeline(network.unet, network.conditioner, self.scheduler, self.source_size, self.drop)
-        pipe.attach(self.autoencoder, self.signals, self.annotator)
+        pipe.attach(self.preview if preview else self.autoencoder, self.signals, self.annotator)
         return pipe
 
     def export(self, network: nn.Module, folder: Path) -> None:

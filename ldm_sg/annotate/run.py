@@ -220,7 +220,9 @@ def describe(
         {"file": stage.tar.name, "images": n, "bytes": stage.tar.stat().st_size, "sha256": file_sha256(stage.tar)}
         for stage, n in zip(all_stages, summary.counts)
     ]
-    first_stage = {key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256")}
+    first_stage = {
+        key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256", "round_trip")
+    }
     seen = {}  # images.show, in words
     if extractor:
         seen["g"] = f"the centre square at {extractor.size} pixels, from the source's own where it has more than {size}"

@@ -12,6 +12,7 @@ import yaml
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from ldm_sg.autoencoder.manifest import blurred
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import read_shard
@@ -191,7 +192,7 @@ def pictures(url: str, keys: set[str], size: int) -> Iterator[tuple[str, Tensor]
 
 def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:
     """report.html, self-contained."""
-    f, g = manifest["annotator"], manifest["features"]
+    f, g, first = manifest["annotator"], manifest["features"], manifest["autoencoder"]
     known = {
         "k": ("labels", lambda v: f"{v:,}"),
         "empty": ("empty", lambda v: f"{v:,}"),
@@ -209,7 +210,7 @@ def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> 
         "annotator": f["kind"],
         **{name: show(f[key]) for key, (name, show) in known.items() if key in f},
         "latents": " x ".join(map(str, manifest["latent_shape"])) + (", mirrored too" if manifest["flips"] else ""),
-        "autoencoder": manifest["autoencoder"]["name"],
+        "autoencoder": first["name"] + (f", {first['round_trip']:.1f} dB" if first.get("round_trip") else ""),
     }
     if g:
         cards["g"] = f"{g['name']}, {g['dim']} features"
@@ -220,5 +221,11 @@ def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> 
     return html.page(
         f"Annotation set {folder.name}",
         f"Guidance signals of {manifest['num_images']:,} images, made {by}.",
-        [html.facts(cards), html.paragraph(WORDS), *sections, html.section("How it was made", "", made)],
+        [
+            html.facts(cards),
+            html.paragraph(blurred(first)),
+            html.paragraph(WORDS),
+            *sections,
+            html.section("How it was made", "", made),
+        ],
     )

@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> Path:
     hooks = Hooks(
         start=lambda ema: writer.export(ema, run / "pipeline_untrained"),
         export=lambda ema: writer.export(ema, run / "pipeline"),
-        draw=lambda ema, step: _draw(writer.pipeline(ema), run / "samples" / f"step_{step:07d}.png"),
+        draw=lambda ema, step: _draw(writer.pipeline(ema, preview=True), run / "samples" / f"step_{step:07d}.png"),
         keep=lambda ema, step: snapshots.keep(ema, run, step),
     )
     try:
