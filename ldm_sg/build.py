@@ -1,6 +1,5 @@
 """Config -> objects: the only place that knows which class a word in a config stands for."""
 
-import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -68,21 +67,13 @@ class PipelineWriter:
         side, full = view_side(config, latents), latents.latent_shape[1]
         self.signals = latents.signals if side == full else latents.signals.centre(side / full)
         self.autoencoder = load_autoencoder(str(Path(config.annotation) / "autoencoder")).to(device)
-        if self.autoencoder.channels != latents.latent_shape[0]:
-            raise InputError(
-                f"{latents.folder}: its latents have {latents.latent_shape[0]} channels, those of the autoencoder beside them "
-                f"({self.autoencoder.name!r}) {self.autoencoder.channels}: annotate again with that one"
-            )
+        self.autoencoder.check_channels(latents.latent_shape[0], str(latents.folder))
         self.annotator = Path(config.annotation) / "annotator"
 
     @cached_property
     def preview(self) -> Autoencoder:
-        """What decodes the grids drawn while training: the small network that the autoencoder's manifest names, if it can be had."""
-        try:
-            return load_preview(self.autoencoder) or self.autoencoder
-        except InputError as err:
-            print(f"note: no preview, so grids take the autoencoder itself: {err}", file=sys.stderr)
-            return self.autoencoder
+        """What decodes the grids drawn while training."""
+        return load_preview(self.autoencoder)
 
     def pipeline(self, network: nn.Module, preview: bool = False) -> SelfGuidedPipeline:
         assert isinstance(network, GuidedUNet)

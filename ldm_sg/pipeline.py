@@ -53,11 +53,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
 
     def attach(self, autoencoder: Autoencoder, signals: Signals, annotator: Path) -> None:
         """The parts that diffusers does not know: first stage, the training set's signals, annotator folder."""
-        if autoencoder.channels != self.latent_shape[0]:
-            raise InputError(
-                f"autoencoder {autoencoder.name!r} makes latents of {autoencoder.channels} channels, this run learnt those of "
-                f"another one, of {self.latent_shape[0]}"
-            )
+        autoencoder.check_channels(self.latent_shape[0], "this run")
         self.autoencoder, self.signals, self.annotator_folder = autoencoder, signals, annotator
         self.spec, self._members = signals.spec, {}
 

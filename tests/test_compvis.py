@@ -262,15 +262,16 @@ def previewed(folder: Path, latents: int = 4) -> Path:
     return manifest(folder / "auto", **source, preview=str(folder / "small"))
 
 
-def test_a_preview_decodes_the_same_normalised_latents(tmp_path: Path) -> None:
+def test_a_preview_decodes_the_same_normalised_latents(tmp_path: Path, capsys) -> None:
     auto, images = load_autoencoder(previewed(tmp_path)), pictures()
     measure_normalisation(auto, [images])
     small, raw = load_preview(auto), auto.encode_raw(images)
     expected = AutoencoderTiny.from_pretrained(tmp_path / "small").decode((raw - 0.1) * 1.5).sample.clamp(-1, 1)
     torch.testing.assert_close(small.decode(auto.encode(images)), expected, atol=1e-5, rtol=0)
-    assert load_preview(load_autoencoder("demo-f8c16")) is None
-    with pytest.raises(InputError, match="for other latents"):
-        load_preview(load_autoencoder(previewed(tmp_path / "b", latents=8)))
+    plain, other = load_autoencoder("demo-f8c16"), load_autoencoder(previewed(tmp_path / "b", latents=8))
+    other.normalise([0.0] * 4, [1.0] * 4)
+    assert load_preview(plain) is plain and load_preview(other) is other
+    assert "decoded by auto itself: autoencoder 'small': latent_mean" in capsys.readouterr().err
 
 
 def test_grids_of_a_run_take_the_preview_and_samples_the_real_one(tmp_path: Path, capsys) -> None:
@@ -281,7 +282,7 @@ def test_grids_of_a_run_take_the_preview_and_samples_the_real_one(tmp_path: Path
     auto.save(folder / "autoencoder")
     latents = LatentSet(folder)
     config = TrainConfig(annotation=str(folder))
-    with pytest.raises(InputError, match=r"have 12 channels, those of .* \('auto'\) 4"):
+    with pytest.raises(InputError, match=r"'auto' makes latents of 4 channels, those of .*set have 12"):
         build.PipelineWriter(config, latents, torch.device("cpu"))
     latents.latent_shape = (4, 16, 16)
     writer = build.PipelineWriter(config, latents, torch.device("cpu"))
@@ -294,7 +295,9 @@ def test_grids_of_a_run_take_the_preview_and_samples_the_real_one(tmp_path: Path
         writer.pipeline(net).attach(load_autoencoder("patch2"), latents.signals, folder / "annotator")
     writer = build.PipelineWriter(config, latents, torch.device("cpu"))
     writer.autoencoder.manifest["preview"] = "taesd"  # on the hub, which no test reaches
-    assert writer.preview is writer.autoencoder and "note: no preview" in capsys.readouterr().err
+    assert (
+        writer.preview is writer.autoencoder and "note: pictures are decoded by auto itself" in capsys.readouterr().err
+    )
 
 
 def photos(folder: Path, size: int = 32, n: int = 12) -> Path:

@@ -1,6 +1,7 @@
 """The first stage: `load_autoencoder(name_or_dir)` -> an `Autoencoder` with encode, decode, channels, factor."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ class Autoencoder(nn.Module):
         self.mean.copy_(torch.tensor(mean))
         self.std.copy_(torch.tensor(std))
         self.manifest.update(latent_mean=[float(m) for m in mean], latent_std=[float(s) for s in std])
+
+    def check_channels(self, channels: int, whose: str) -> None:
+        """InputError where latents of so many `channels` are not of this autoencoder."""
+        if channels != self.channels:
+            raise InputError(
+                f"autoencoder {self.name!r} makes latents of {self.channels} channels, those of {whose} have {channels}: "
+                "that was made with another one"
+            )
 
     def encode_raw(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, H/f, W/f] before normalisation."""
@@ -151,17 +160,21 @@ def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
     return Autoencoder(KINDS[kind](manifest, manifests.weights_file(manifest, folder)), manifest)
 
 
-def load_preview(autoencoder: Autoencoder) -> Autoencoder | None:
-    """The small network that its manifest names under `preview`, as an autoencoder of the same normalised latents; None where
-    none is named. Small ones decode z as diffusion models of that family see it: (z - shift_factor) * scaling_factor."""
+def load_preview(autoencoder: Autoencoder) -> Autoencoder:
+    """The small network that its manifest names under `preview`, as an autoencoder of the same normalised latents; itself where
+    none is named, or (with a note) can be had. Small ones read z as diffusion models of that family do:
+    (z - shift_factor) * scaling_factor."""
     if autoencoder.manifest.get("preview") is None:
-        return None
-    small, known = load_autoencoder(autoencoder.manifest["preview"]), autoencoder.codec.net_config or {}
-    if (small.channels, small.factor) != (autoencoder.channels, autoencoder.factor):
-        raise InputError(f"preview {small.name!r} is for other latents than those of {autoencoder.name!r}")
+        return autoencoder
+    known = autoencoder.codec.net_config or {}
     shift, scale = known.get("shift_factor") or 0.0, known.get("scaling_factor") or 1.0
     mean, std = autoencoder.mean.cpu(), autoencoder.std.cpu()
-    small.normalise(((mean - shift) * scale).tolist(), (std * scale).tolist())
+    try:
+        small = load_autoencoder(autoencoder.manifest["preview"])
+        small.normalise(((mean - shift) * scale).tolist(), (std * scale).tolist())
+    except InputError as err:
+        print(f"note: pictures are decoded by {autoencoder.name} itself: {err}", file=sys.stderr)
+        return autoencoder
     return small.to(autoencoder.mean.device)
 
 

@@ -140,9 +140,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """ddconfig, embed_dim and n_embed of a yaml of latent-diffusion or taming-transformers, of a first stage itself or of a
     diffusion model around one; attn_resolutions are those that its levels reach."""
     params = read_mapping(path, {"model": {"params": dict}})["model"]["params"]
-    if "first_stage_config" in params:
-        params = read_mapping(path, {"model": {"params": {"first_stage_config": {"params": dict}}}})["model"]["params"]
-        params = params["first_stage_config"]["params"]
+    around = params.get("first_stage_config")
+    params = around["params"] if isinstance(around, dict) and isinstance(around.get("params"), dict) else params
     inner = params.get("ddconfig")
     if not isinstance(inner, dict):
         raise InputError(f"{path}: no ddconfig under model.params or its first_stage_config: no yaml of an autoencoder")

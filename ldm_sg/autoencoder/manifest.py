@@ -89,19 +89,13 @@ def from_diffusers(folder: Path) -> dict[str, Any]:
 
 def on_hub(name: str) -> dict[str, Any]:
     """The manifest of USER/NAME[@REVISION][/SUBFOLDER], whose config.json tells the kind."""
-    user, _, rest = name.partition("/")
-    repository, _, subfolder = rest.partition("/")
-    repository, _, revision = repository.partition("@")
-    where = {"subfolder": subfolder} if subfolder else {}
+    parts = name.split("/", 2)
+    repository, subfolder = "/".join(parts[:2]), "".join(parts[2:])
+    plain, _, revision = repository.partition("@")
     with hub(f"autoencoder {HUB + name!r}", WAY_OUT):
-        config = hf_hub_download(f"{user}/{repository}", "config.json", revision=revision or None, **where)
-    kind = from_diffusers(Path(config).parent)["kind"]
-    return {
-        "name": name.replace("/", "-"),
-        "kind": kind,
-        **where,
-        "source": {"hub": name.removesuffix(f"/{subfolder}")},
-    }
+        config = hf_hub_download(plain, "config.json", subfolder=subfolder or None, revision=revision or None)
+    known = from_diffusers(Path(config).parent)
+    return known | {"name": name.replace("/", "-"), "source": {"hub": repository}, "subfolder": subfolder or None}
 
 
 def blurred(manifest: dict[str, Any]) -> str:
