@@ -152,7 +152,8 @@ def tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: float) -
 
 def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
     """A name under autoencoders/, a folder with manifest.yaml, a bare diffusers folder, or hub://USER/NAME[/SUBFOLDER] of such
-    a one -> the frozen first stage, on the CPU in float32. InputError for unknown names, missing or changed weights, and the hub without network."""
+    a one -> the frozen first stage, on the CPU in float32. InputError for unknown names, missing or changed weights, and the hub
+    without network."""
     manifest, folder = manifests.find(str(name_or_dir))
     kind = manifest["kind"]
     if kind not in KINDS:

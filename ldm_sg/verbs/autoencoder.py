@@ -21,10 +21,10 @@ from ldm_sg.evaluate.metrics import frechet_distance
 from ldm_sg.folder import file_sha256, whole, write_json
 from ldm_sg.hardware import pick_device
 from ldm_sg.report import grids
-from ldm_sg.training.autoencoder import perceptual_distance
+from ldm_sg.training.autoencoder import enlarge, perceptual_distance
 
 SHOWN = 8  # images of the picture
-LEAST = 16  # pixels of an image, for SSIM's window and AlexNet
+LEAST = 16  # pixels of an image: SSIM's window is 11
 USUAL = {"model", "last", "diffusion_pytorch_model", "ae"}  # names of files that say nothing
 
 
@@ -140,10 +140,11 @@ class _Figures:
         self.each["psnr"].append(psnr(rebuilt, real).clamp(max=100))  # of an exact one infinite
         self.each["ssim"].append(ssim(rebuilt, real, data_range=2.0, reduction="none").flatten())
         if "lpips" in self.networks:
-            self.each["lpips"].append(self.networks["lpips"](rebuilt, real).flatten())
+            pair = (enlarge(images, 64) for images in (rebuilt, real))
+            self.each["lpips"].append(self.networks["lpips"](*pair).flatten())
         if "rfid" in self.networks:
-            self.each["real"].append(self.networks["rfid"](real))
-            self.each["rebuilt"].append(self.networks["rfid"](rebuilt))
+            self.each["real"].append(self.networks["rfid"](real).cpu())
+            self.each["rebuilt"].append(self.networks["rfid"](rebuilt).cpu())
         if len(self.pairs) * len(batch) < SHOWN:
             self.pairs.append((batch, to_uint8(rebuilt).cpu()))
         bar.update(len(batch))
