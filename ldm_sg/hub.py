@@ -8,7 +8,9 @@ import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 from huggingface_hub import constants
 
 from ldm_sg.errors import InputError, one_line
@@ -35,6 +37,12 @@ def hub(what: str, way_out: str) -> Iterator[None]:
     finally:
         constants.HF_HUB_OFFLINE = asked
         logging.disable(logging.NOTSET)
+
+
+def downloadable(url: str) -> bool:
+    """Whether torch.hub keeps that file already, or its server answers."""
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    return kept.is_file() or answers(url)
 
 
 def answers(url: str) -> bool:

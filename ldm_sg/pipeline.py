@@ -54,6 +54,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
 
     def attach(self, autoencoder: Autoencoder, signals: Signals, annotator: Path) -> None:
         """The parts that diffusers does not know: first stage, the training set's signals, annotator folder."""
+        autoencoder.check_channels(self.latent_shape[0], "this run")
         self.autoencoder, self.signals, self.annotator_folder = autoencoder, signals, annotator
         self.spec, self._members = signals.spec, {}
 

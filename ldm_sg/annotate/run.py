@@ -188,7 +188,9 @@ def describe(
         {"file": tar.name, "images": source["images"], "bytes": tar.stat().st_size, "sha256": file_sha256(tar)}
         for tar, source in zip((stage.tar for stage in study.stages), summary.sources)
     ]
-    first_stage = {key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256")}
+    first_stage = {
+        key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256", "round_trip")
+    }
     seen = {}  # images.show, in words
     if extractor:
         seen["g"] = f"the centre square at {extractor.size} pixels, from the source's own where it has more than {size}"

@@ -3,6 +3,7 @@ what they make goes to disk batch by batch."""
 
 import itertools
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
@@ -16,7 +17,8 @@ from tqdm import tqdm
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.stage import StageWriter
 from ldm_sg.annotate.views import Views
-from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisation
+from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisation, measure_round_trip
+from ldm_sg.autoencoder.manifest import blurred
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_float, to_tensor
 from ldm_sg.data.pool import decoder_pool
@@ -27,6 +29,7 @@ from ldm_sg.hardware import use_bf16
 PIXELS = 2**18  # encoded at once on a CPU: with TAESD at 256 px twice as fast as whole batches
 CALIBRATION_SHARDS = 32
 CALIBRATION_IMAGES = 256  # that an autoencoder without mean and std is measured on: 262,144 places of a 32x32 latent
+ROUND_TRIP_IMAGES = 64
 
 
 def first_size(shards: list[str]) -> int:
@@ -44,22 +47,30 @@ def prepare_autoencoder(cfg: AnnotateConfig, shards: list[str], size: int, devic
     if (folder / "manifest.yaml").is_file():
         return load_autoencoder(str(folder)).to(device, memory_format=torch.channels_last)
     autoencoder = load_autoencoder(cfg.autoencoder).to(device, memory_format=torch.channels_last)
-    if not autoencoder.normalised:
-        few = max(1, PIXELS // size**2) if device.type == "cpu" else cfg.features.batch_size
-        bar = tqdm(calibration_images(shards, size), "measuring latents", unit=" images", mininterval=1)
+    few = max(1, PIXELS // size**2) if device.type == "cpu" else cfg.features.batch_size
+
+    def batches(images: int, label: str) -> Iterator[Tensor]:
+        bar = tqdm(calibration_images(shards, size, images), label, unit=" images", mininterval=1)
         parts = iter(lambda: list(itertools.islice(bar, few)), [])
-        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(cfg.precision, device)):
-            measure_normalisation(autoencoder, (to_float(torch.stack(part)) for part in parts))
+        return (to_float(torch.stack(part)) for part in parts)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(cfg.precision, device)):
+        if not autoencoder.normalised:
+            measure_normalisation(autoencoder, batches(CALIBRATION_IMAGES, "measuring latents"))
+        if autoencoder.kind != "patch":  # which loses nothing
+            measure_round_trip(autoencoder, batches(ROUND_TRIP_IMAGES, "measuring the round trip"))
+    if warning := blurred(autoencoder.manifest):
+        print(f"note: {warning}", file=sys.stderr)
     autoencoder.save(folder)
     return autoencoder
 
 
-def calibration_images(shards: list[str], size: int) -> Iterator[Tensor]:
-    """About CALIBRATION_IMAGES, uint8 [3, size, size], from all over the set: from as many shards as CALIBRATION_SHARDS, evenly
+def calibration_images(shards: list[str], size: int, images: int) -> Iterator[Tensor]:
+    """About so many, uint8 [3, size, size], from all over the set: from as many shards as CALIBRATION_SHARDS, evenly
     spread, and where there are fewer, so that reading them to the end is cheap, evenly spread inside each."""
     chosen = [shards[i * len(shards) // CALIBRATION_SHARDS] for i in range(CALIBRATION_SHARDS)]
     chosen = list(dict.fromkeys(chosen))
-    each = CALIBRATION_IMAGES // len(chosen)
+    each = images // len(chosen)
     for url in chosen:
         count = expected_images([url]) if len(chosen) < CALIBRATION_SHARDS else None
         step = max(1, -(-(count or 0) // each))

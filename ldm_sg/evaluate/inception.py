@@ -13,7 +13,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from ldm_sg.data.images import to_uint8
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import file_sha256
-from ldm_sg.hub import answers
+from ldm_sg.hub import downloadable
 from ldm_sg.weights import read_weights
 
 MARK = "Mixed_7c.branch_pool.conv.weight"  # a key that only this network has
@@ -90,7 +90,7 @@ def _download() -> tuple[dict[str, Tensor], str]:
     name = URL_INCEPTION_V3.rsplit("/", 1)[1]
     kept = Path(torch.hub.get_dir()) / "checkpoints" / name
     try:
-        if not kept.is_file() and not answers(URL_INCEPTION_V3):
+        if not downloadable(URL_INCEPTION_V3):
             raise OSError("no network")
         state = torch.hub.load_state_dict_from_url(
             URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm_sg.autoencoder.manifest import blurred
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import read_shard
@@ -195,14 +196,14 @@ def recipe(manifest: Mapping[str, Any]) -> str:
 
 def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:
     """report.html, self-contained."""
-    f, g = manifest["annotator"], manifest["features"]
+    f, g, first = manifest["annotator"], manifest["features"], manifest["autoencoder"]
     cards = {
         "images": f"{manifest['num_images']:,}",
         "left out": f"{manifest['num_skipped']:,}",
         "annotator": f["kind"],
         **figures(f),
         "latents": " x ".join(map(str, manifest["latent_shape"])) + (", mirrored too" if manifest["flips"] else ""),
-        "autoencoder": manifest["autoencoder"]["name"],
+        "autoencoder": first["name"] + (f", {first['round_trip']:.1f} dB" if first.get("round_trip") else ""),
     }
     if g:
         cards["g"] = f"{g['name']}, {g['dim']} features"
@@ -210,5 +211,11 @@ def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> 
     return html.page(
         f"Annotation set {folder.name}",
         f"Guidance signals of {manifest['num_images']:,} images, made {by}.",
-        [html.facts(cards), html.paragraph(WORDS), *sections, html.section("How it was made", "", recipe(manifest))],
+        [
+            html.facts(cards),
+            html.paragraph(blurred(first)),
+            html.paragraph(WORDS),
+            *sections,
+            html.section("How it was made", "", recipe(manifest)),
+        ],
     )

@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> Path:
     hooks = Hooks(
         start=lambda ema: writer.export(ema, run / "pipeline_untrained"),
         export=lambda ema: writer.export(ema, run / "pipeline", run / "lora"),
-        draw=lambda ema, step: _draw(writer.pipeline(ema), run / "samples" / f"step_{step:07d}.png"),
+        draw=lambda ema, step: _draw(writer.pipeline(ema, preview=True), run / "samples" / f"step_{step:07d}.png"),
         keep=lambda ema, step: snapshots.keep(writer.plain(ema), run, step),
         judge=_judge(config, writer, latents, data.val_pool, device) if config.patience else None,
     )
