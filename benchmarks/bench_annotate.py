@@ -22,14 +22,15 @@ if parent_process() is None:  # decoding processes import this file again, and n
     from PIL import Image
     from safetensors.torch import save_file
 
+    from ldm_sg.annotate.annotator import Study
     from ldm_sg.annotate.features import FeatureExtractor, load_extractor
     from ldm_sg.annotate.kinds import make_annotator
     from ldm_sg.annotate.stage import stages
-    from ldm_sg.annotate.stream import batches_of, encode, extract, prepare_autoencoder
+    from ldm_sg.annotate.stream import encode, extract, prepare_autoencoder
     from ldm_sg.config import AnnotateConfig, FeaturesConfig
     from ldm_sg.configfile import ASSETS
     from ldm_sg.data.images import decode, to_float
-    from ldm_sg.data.shards import ShardWriter, expand, read_shard
+    from ldm_sg.data.shards import ShardWriter, expand, image_batches, read_shard
     from ldm_sg.hardware import pick_device, use_bf16
 
 REPEATS, BATCH = 2, 64
@@ -61,9 +62,9 @@ def synchronise() -> None:
 
 def measure(name: str, cfg: AnnotateConfig, g: FeatureExtractor, shards: list[str], size: int) -> dict[str, object]:
     out, device = Path(cfg.out), g.mean.device
-    autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
+    autoencoder = prepare_autoencoder(cfg, shards, size, device)
     each, bf16 = cfg.features.batch_size, use_bf16(cfg.precision, device)
-    batches = [p.batch.images for p in batches_of(shards, [0, 1], size, each, 0) if p.batch is not None]
+    batches = [batch.images for batch in image_batches(shards, size, each, 0, lambda *_: None)]
     n = sum(map(len, batches))
 
     def bare(images: torch.Tensor) -> None:
@@ -83,7 +84,8 @@ def measure(name: str, cfg: AnnotateConfig, g: FeatureExtractor, shards: list[st
         for folder in ("work", "features"):
             shutil.rmtree(out / folder, ignore_errors=True)
         start = time.perf_counter()
-        extract(cfg, shards, list(stages(out, 2)), size, g, autoencoder, make_annotator(cfg.annotator))
+        study = Study(cfg, shards, list(stages(out, 2)), size, g, [])
+        extract(study, autoencoder, make_annotator(cfg.annotator))
         times["annotate"].append(time.perf_counter() - start)
     alone, whole = (n / min(times[which]) for which in ("bare", "annotate"))
     return {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm_sg.annotate.kinds import load_f
-from ldm_sg.autoencoder import load_autoencoder
+from ldm_sg.autoencoder import Autoencoder, load_autoencoder, load_preview
 from ldm_sg.autoencoder.manifest import find as find_stage
 from ldm_sg.config import TrainConfig, model_config
 from ldm_sg.data.latents import LatentSet
@@ -124,6 +125,7 @@ class PipelineWriter:
         side, full = view_side(config, latents), latents.latent_shape[1]
         self.signals = latents.signals if side == full else latents.signals.centre(side / full)
         self.autoencoder = load_autoencoder(str(Path(config.annotation) / "autoencoder")).to(device)
+        self.autoencoder.check_channels(latents.latent_shape[0], str(latents.folder))
         self.annotator = Path(config.annotation) / "annotator"
 
     def plain(self, network: nn.Module) -> GuidedUNet:
@@ -131,9 +133,15 @@ class PipelineWriter:
         assert isinstance(network, GuidedUNet)
         return GuidedUNet(merged(network.unet), network.conditioner) if self.lora else network
 
-    def pipeline(self, network: nn.Module) -> SelfGuidedPipeline:
+    @cached_property
+    def preview(self) -> Autoencoder:
+        """What decodes the grids drawn while training."""
+        return load_preview(self.autoencoder)
+
+    def pipeline(self, network: nn.Module, preview: bool = False) -> SelfGuidedPipeline:
         plain = self.plain(network)
-        parts = (plain.unet, plain.conditioner, self.scheduler, self.autoencoder, self.signals)
+        stage = self.preview if preview else self.autoencoder
+        parts = (plain.unet, plain.conditioner, self.scheduler, stage, self.signals)
         pipe = SelfGuidedPipeline(*parts, source_size=self.source_size, drop=self.drop)
         pipe.annotator_folder = self.annotator
         return pipe

@@ -393,6 +393,73 @@ def distill(config: Config, overrides: Overrides = None, dry_run: DryRun = False
     _config_verb("DistillConfig", "distill", config, overrides, dry_run)
 
 
+first_stages = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog=examples(
+        "autoencoder list",
+        "autoencoder measure sd-vae-ft-mse --data 'data/mine/*.tar' -n 500 --picture out.png",
+        "autoencoder import kl-f8/model.ckpt --config kl-f8/config.yaml --out autoencoders/kl-f8",
+        "autoencoder import v1-5-pruned.safetensors --out autoencoders/sd15",
+    ),
+    help="First stages: what there is, how well one gives images back, checkpoints of others.",
+)
+app.add_typer(first_stages, name="autoencoder")
+
+
+@first_stages.command("list", epilog=examples("autoencoder list"))
+def list_autoencoders() -> None:
+    """The shipped autoencoders and those under ./autoencoders."""
+    from ldm_sg.verbs.autoencoder import show
+
+    show()
+
+
+@first_stages.command(
+    "import",
+    epilog=examples(
+        "autoencoder import kl-f8/model.ckpt --config kl-f8/config.yaml --out autoencoders/kl-f8",
+        "autoencoder import vqgan_imagenet_f16_1024.ckpt",
+        "autoencoder import v1-5-pruned.safetensors --out autoencoders/sd15",
+    ),
+)
+def import_autoencoder(
+    file: Annotated[Path, typer.Argument(help="A .ckpt, .pt or .safetensors: the autoencoder, or a model around it.")],
+    config: Annotated[Path | None, typer.Option(help="Its yaml, which is compared with what the file holds.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default autoencoders/NAME OF THE FILE.")] = None,
+) -> None:
+    """A KL or VQ autoencoder of latent-diffusion, taming-transformers, Stable Diffusion or Flux -> a folder that
+    autoencoder=FOLDER uses. Code that the file may hold is not run."""
+    from ldm_sg.verbs.autoencoder import import_checkpoint
+
+    import_checkpoint(file, config, out)
+
+
+@first_stages.command(
+    "measure",
+    epilog=examples(
+        "autoencoder measure demo-f8c16 --data ldm_sg/assets/fruit64 -n 200 --picture out.png",
+        "autoencoder measure autoencoders/kl-f8 --data ~/photos --size 256 --inception inception.safetensors",
+    ),
+)
+def measure_autoencoder(
+    name: Annotated[str, typer.Argument(help="A name that `list` shows, a folder, or hub://USER/NAME.")],
+    data: Annotated[str, typer.Option(help="Images: shards or a folder.")],
+    n: Annotated[int, typer.Option("-n", "--n", help="Images, spread over the data.")] = 500,
+    size: Annotated[int | None, typer.Option(help="Side to which images are cropped; default the first one's.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG: a row of images, and one of what comes back.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file; default NAME-measured.json.")] = None,
+    lpips: Annotated[str | None, typer.Option(help="AlexNet's features, safetensors; default torchvision's.")] = None,
+    inception: Annotated[str | None, typer.Option(help="Inception's weights, for rFID; as in evaluate.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """How well an autoencoder gives images back (PSNR, SSIM, LPIPS, rFID), and its latents' mean and std."""
+    from ldm_sg.verbs.autoencoder import measure
+
+    measure(name, data, n, size, picture, out, lpips=lpips, inception=inception, batch_size=batch_size, device=device)
+
+
 def _numbers(flag: str, text: str | None, kind: type) -> list:
     try:
         return [kind(part) for part in text.split(",")] if text is not None else []

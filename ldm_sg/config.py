@@ -159,9 +159,7 @@ class DistillConfig:
 
     teacher: FeaturesConfig = field(default_factory=FeaturesConfig)
     images: list[str] = field(default_factory=list)  # globs of image files or shards, FILE.parquet?IMAGE,LABEL columns
-    probes: Any = (
-        None  # mapping name -> one such source with labels: k-means NMI of teacher and student goes in the manifest
-    )
+    probes: Any = None  # mapping name -> one such source with labels, whose k-means NMI goes in the manifest
     out: str = "???"
     student: str = "resnet18"  # timm model
     kwargs: Any = None  # its arguments (num_classes = width of the features is set from `width`)
@@ -326,9 +324,7 @@ class FitAutoencoderConfig:
     shards: Any = "???"  # glob, or mapping name -> glob; the first one's latents are those that come out normalised
     out: str = "???"  # folder of the fit, and of the autoencoder: `autoencoder=OUT` uses it
     name: str | None = None  # None = the folder's name
-    init: str | None = (
-        None  # an autoencoder (kl, tiny) to start from; channels, patch, widths and blocks are then its own
-    )
+    init: str | None = None  # an autoencoder (kl, tiny) to start from, with its own channels, patch, widths and blocks
     part: str = "all"  # what is fitted: all, or with init its decoder alone (latents stay what they are)
     holdout: dict[str, int] = field(default_factory=dict)  # name -> how many of its last images are not trained on
     val_shards: dict[str, str] = field(default_factory=dict)  # name -> glob of held-out images

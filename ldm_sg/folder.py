@@ -24,9 +24,8 @@ from ldm_sg.errors import InputError, one_line
 LOCK = ".lock"
 Result = TypeVar("Result")
 _held: dict[Path, IO[str]] = {}  # folders that this process has locked
-os.register_at_fork(
-    after_in_child=lambda: [file.close() for file in _held.values()]
-)  # a worker must not outlive us with it
+# a worker must not outlive us with one
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held.values()])
 
 
 @contextmanager

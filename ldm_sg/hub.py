@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from huggingface_hub import constants
 
 from ldm_sg.errors import InputError, one_line
@@ -46,6 +47,12 @@ def upload(folder: Path, name: str, private: bool = False) -> str:
         create_repo(name, exist_ok=True, private=private)
         upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by ldm-sg")
     return f"{constants.ENDPOINT}/{name}"
+
+
+def downloadable(url: str) -> bool:
+    """Whether torch.hub keeps that file already, or its server answers."""
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    return kept.is_file() or answers(url)
 
 
 def answers(url: str) -> bool:

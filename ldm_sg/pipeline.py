@@ -66,6 +66,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         self.set_progress_bar_config(disable=True)
         if next(autoencoder.parameters(), None) is None:  # pixels: nothing to move, and accelerate asks for something
             self.model_cpu_offload_seq, self._exclude_from_cpu_offload = "unet", ["conditioner", "autoencoder"]
+        autoencoder.check_channels(self.latent_shape[0], "this run")
         self.spec, self.schedule = signals.spec, scheduler  # which it was trained with, whatever takes its place
         self.annotator_folder: Path | None = None
         self.checkpoint: int | None = None  # step of the snapshot that it was opened at, where it was one

@@ -6,25 +6,52 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ldm_sg.errors import InputError, one_line
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+class _Inert:
+    """Stands for a class or function that a file names: takes anything, does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> "_Inert":
+        return object.__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+def read_weights(path: Path, inert: bool = False) -> dict[str, Tensor]:
     """Names and tensors of a safetensors file or of a torch file: a state dict, or a checkpoint's. Never runs code from it:
-    InputError for a file that holds anything but tensors and plain containers."""
+    InputError for a file that holds anything but tensors and plain containers. With `inert` what else it holds, Lightning's
+    callbacks for example, comes to nothing: each class and function it names is replaced by one that does nothing."""
     if not path.is_file():
         raise InputError(f"weights {path}: no such file")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            with safe_globals(_stand_ins(path) if inert else []):
+                state = torch.load(path, "cpu", weights_only=True)
     except Exception as err:  # zip, pickle and header errors; an unpickler that reads something else raises anything
+        why = one_line(err.__context__ or err)[:100]  # torch wraps it in a page of advice
         raise InputError(
-            f"{path}: not a safetensors file or a torch file of plain tensors ({one_line(err)[:100]}). Files with code in them "
+            f"{path}: not a safetensors file or a torch file of plain tensors ({why}). Files with code in them "
             "are refused: save the tensors with safetensors.torch.save_file"
         ) from err
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
+    if inert and isinstance(state, Mapping):
+        state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected names and tensors and nothing else")
     return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _stand_ins(path: Path) -> list[type]:
+    """One _Inert under each name in a torch file that torch's own unpickler of weights would refuse; it knows no other way to
+    call anything, and still refuses whatever is of `os` or `sys`."""
+    names = (name.rpartition(".") for name in get_unsafe_globals_in_checkpoint(path))
+    return [type(name, (_Inert,), {"__module__": module}) for module, _, name in names]

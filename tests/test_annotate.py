@@ -94,7 +94,7 @@ def all_images(cfg: AnnotateConfig) -> tuple[list[str], torch.Tensor]:
 
 def test_latents_are_the_autoencoders_and_mirrored_ones_too(finished):
     cfg, out = finished
-    latents, (keys, images) = LatentSet(out, verify=True), all_images(cfg)
+    latents, (keys, images) = LatentSet(out), all_images(cfg)
     autoencoder = load_autoencoder(out / "autoencoder")
     assert len(latents) == len(keys) == 18 and latents.latent_shape == (48, 8, 8)
     everything = torch.arange(18)
@@ -165,7 +165,7 @@ def test_the_wall_shows_who_is_nearest_and_who_is_farthest(finished, monkeypatch
     centroids, ids = load_file(out / "annotator" / "centroids.safetensors")["centroids"], LatentSet(out).signals.k
     manifest = yaml.safe_load((out / "manifest.yaml").read_text())
     everyone = [p for i, s in enumerate(manifest["source"]) for p in pictures(s["url"], set(annotated_keys(out / f"shards/{i:06d}.tar")), SIZE)]  # fmt: skip
-    for k, groups in report.extremes(out, manifest, [0, 1, 2]).items():
+    for k, groups in report.extremes(LatentSet(out), [0, 1, 2]).items():
         own = (ids == k).nonzero()[:, 0].tolist()
         order = sorted(own, key=lambda i: float(np.linalg.norm(features[i] - centroids[k].numpy())))
         wanted = [everyone[i][1] for i in [*order[:2], *order[2:][-1:]]]
@@ -209,10 +209,10 @@ def test_resume_does_only_what_is_missing_and_gives_the_same_set(tmp_path, monke
     cfg = config(tmp_path, shards)
     finish = stage.StageWriter.finish
 
-    def killed(self):
+    def killed(self, skipped):
         if self.stage.index == 2:
             raise KeyboardInterrupt
-        finish(self)
+        finish(self, skipped)
 
     monkeypatch.setattr(stage.StageWriter, "finish", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -68,7 +68,6 @@ def test_nearest_starts_with_the_assigned_and_save_load_keeps_ids(tmp_path):
     assert near.shape == (400, 3) and torch.equal(near[:, 0], clusters.assign(points))
     exact = torch.cdist(torch.from_numpy(normalise(points)), clusters.centroids)
     assert torch.equal(near, exact.argsort(1)[:, :3])
-    assert torch.allclose(clusters.distances(points), exact.min(1).values, atol=1e-3)
     clusters.save(tmp_path)
     loaded = Clusters(clusters.cfg)
     loaded.restore(tmp_path)

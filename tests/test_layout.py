@@ -15,7 +15,7 @@ from test_train import config
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig, ObjectiveConfig
 from ldm_sg.data.images import crop_resize, to_float, to_tensor
 from ldm_sg.data.shards import ShardWriter
-from ldm_sg.data.signals import Signals
+from ldm_sg.data.signals import PackedMasks, Signals
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate.layout import box_figures, faithfulness, mask_figures
 from ldm_sg.guidance.signal import GuidanceSpec
@@ -234,7 +234,7 @@ class ByColour:
     def __call__(self, images: torch.Tensor) -> Signals:
         pixels = (images.permute(0, 2, 3, 1).numpy() + 1) * 127.5  # [B, H, W, 3]
         nearest = np.abs(pixels[..., None, :] - COLOURS).sum(-1).argmin(-1).astype(np.uint8)
-        return Signals.of(self.spec, [{"mask": mask} for mask in nearest])
+        return Signals.from_columns(self.spec, {"mask": PackedMasks.of(nearest)}, len(nearest))
 
 
 def test_evaluate_tells_runs_that_follow_their_layouts(

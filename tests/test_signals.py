@@ -23,7 +23,7 @@ from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig, Segme
 from ldm_sg.data.images import to_float
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import ShardWriter, image_batches
-from ldm_sg.data.signals import PackedMasks, Signals, columns
+from ldm_sg.data.signals import PackedMasks, Signals, columns, stacked
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.guidance.spatial import VOID, box_coverage, concept_ids, mask_coverage, present
@@ -82,7 +82,7 @@ def test_signals_keep_every_part_through_packing_picking_and_disk(tmp_path: Path
     spec = GuidanceSpec("segments", 5, True, "mask", feature_dim=3)
     assert columns(spec) == ("mask", "feature")
     rows = [{"mask": m, "feature": np.full(3, i, np.float16)} for i, m in enumerate(masks)]
-    signals = Signals.of(spec, rows)
+    signals = Signals.from_columns(spec, {n: stacked(n, [row[n] for row in rows]) for n in rows[0]}, len(rows))
     signals.save_pretrained(tmp_path / "s")
     again = Signals.from_pretrained(tmp_path / "s")
     assert again.spec == spec
@@ -109,7 +109,9 @@ def test_the_null_removes_every_part_of_the_signal() -> None:
     spec = GuidanceSpec("segments", 5, True, "mask", feature_dim=3)
     rows = [{"mask": m, "feature": np.full(3, i + 1, np.float16)} for i, m in enumerate(random_masks(3).numpy())]
     rows[2]["mask"] = np.full((SIZE, SIZE), VOID, np.uint8)
-    guidance = Signals.of(spec, rows).guidance((4, 4))
+    guidance = Signals.from_columns(
+        spec, {n: stacked(n, [row[n] for row in rows]) for n in rows[0]}, len(rows)
+    ).guidance((4, 4))
     found, null = net(guidance), net(guidance.null())
     for part in (null.vector, null.spatial, null.tokens * null.mask[..., None]):
         assert torch.equal(part[0], part[1]) and torch.equal(part[0], part[2])
@@ -349,7 +351,7 @@ def test_segments_and_their_match_with_true_masks(method: str, tmp_path: Path, m
     cfg = config(tmp_path, source, kind="segments", k=4, segments=SegmentsConfig(method=method, steps=50))
     cfg.features = FeaturesConfig(layer=-3, batch_size=5, precision="fp32")
     with monkeypatch.context() as patch:  # killed in the pass, after the fit
-        patch.setattr(StageWriter, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(StageWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             annotate(cfg)
     monkeypatch.setattr(Segmenter, "fit", lambda *_: pytest.fail("fitted again"))

@@ -205,12 +205,11 @@ def test_an_open_size_follows_the_images_and_is_kept(
 @pytest.mark.parametrize("shards", [1, 2, 40])
 def test_latents_are_measured_all_over_the_set(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images in order of brightness: the mean that is measured is the set's, not the first ones'."""
-    monkeypatch.setattr(stream, "CALIBRATION_IMAGES", 32)
     levels = np.arange(0, 240).astype(np.uint8)
     urls = []
     for s, part in enumerate(np.array_split(levels, shards)):
         urls.append(shard(tmp_path / f"{s:03d}.tar", [Image.new("RGB", (8, 8), (int(v),) * 3) for v in part]))
-    seen = torch.stack(list(stream.calibration_images(urls, 8))).float()
+    seen = torch.stack(list(stream.calibration_images(urls, 8, 32))).float()
     assert 16 <= len(seen) <= 64
     assert float(seen.mean()) == pytest.approx(119.5, abs=6) and float(seen.std()) == pytest.approx(69.3, rel=0.1)
 

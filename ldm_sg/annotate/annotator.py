@@ -1,7 +1,7 @@
 """f: what turns images and their features into guidance signals. One class a kind; `kinds` has the table."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from ldm_sg.annotate.views import Views
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.data.images import to_float
 from ldm_sg.data.shards import ImageBatch, image_batches
-from ldm_sg.data.signals import Signals
+from ldm_sg.data.signals import Columns, Signals
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import GuidanceSpec
 
@@ -31,10 +31,6 @@ class Study:
     extractor: FeatureExtractor | None
     counts: list[int]  # images a shard; empty before the pass
 
-    @property
-    def out(self) -> Path:
-        return Path(self.config.out)
-
     def some_images(self, limit: int, zoom: int = 1, whole: bool = False) -> Iterator[Views]:
         """At most about `limit` images in batches, as g sees them or, with `zoom`, from so many times nearer: the first
         ones of every shard; `whole` as in `images.show`. InputError where there is none."""
@@ -42,9 +38,8 @@ class Study:
         assert g is not None
         for shard in self.shards:
             left, together = each, min(each, self.config.features.batch_size)
-            for batch in image_batches(
-                [shard], self.size, together, 0, lambda *_: None, view=g.size * zoom, whole=whole
-            ):
+            looks = {"view": g.size * zoom, "whole": whole}
+            for batch in image_batches([shard], self.size, together, 0, lambda *_: None, **looks):
                 yield Views.of(to_float(batch.images[:left].to(g.mean.device)), batch.shown[:left])
                 left, found = left - len(batch.keys), found + 1
                 if left <= 0:
@@ -54,8 +49,8 @@ class Study:
 
 
 class Annotator(ABC):
-    """Its life: `prepare` before the streaming pass, `observe` in it, `fit` after it, then `signals` shard by shard; saved
-    and loaded again, `annotate` for new images."""
+    """Its life: `prepare` before the streaming pass, `observe` in it, `fit` after it, then `say`, of what was observed, shard
+    by shard; saved and loaded again, both for new images."""
 
     kind: ClassVar[str]
     reads_g: ClassVar[bool] = True  # needs g at all
@@ -74,16 +69,21 @@ class Annotator(ABC):
     def prepare(self, study: Study) -> None:
         """Learns what `observe` needs."""
 
-    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch) -> Observed:
-        """Looks at the images of a batch as they pass; g's features of them stay on disk."""
+    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch | None = None) -> Observed:
+        """Looks at images: those of a batch as they pass, which stays on disk, or new ones, of which no truth is known."""
         return Observed(features=None if g is None else g(seen.squares))
 
     def fit(self, study: Study) -> None:
         """Learns from the features that the pass left on disk."""
 
     @abstractmethod
-    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
-        """The columns (`data.signals.columns`) of a shard's images."""
+    def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
+        """The signals (`data.signals.columns`) of `count` images."""
+
+    def signals(self, stage: Stage) -> Columns:
+        """Those of a shard."""
+        generator = np.random.default_rng([self.cfg.seed, stage.index])
+        return self.say(stage.read_observed(), len(stage.read_meta().keys), generator)
 
     @property
     @abstractmethod
@@ -100,7 +100,11 @@ class Annotator(ABC):
 
     def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
         """The signals of new images."""
-        raise InputError(f"annotator.kind={self.kind} has nothing to say of a new image")
+        if not self.reads_g:
+            raise InputError(f"annotator.kind={self.kind} has nothing to say of a new image")
+        count = len(seen.squares)
+        columns = self.say(self.observe(g, seen), count, np.random.default_rng(self.cfg.seed))
+        return Signals.from_columns(self.spec, columns, count)
 
     def state(self) -> dict[str, Any]:
         """The small part of what was learnt: attributes that annotator.yaml keeps beside the config."""

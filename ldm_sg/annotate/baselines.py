@@ -1,21 +1,15 @@
 """What the paper's signals are compared with: random ids, and conditioning on features themselves."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save
-from torch import Tensor
-from torch.nn import functional as F
 
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.clusters import Clusters, normalise
-from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.stage import Stage, sample_features
-from ldm_sg.annotate.views import Views
-from ldm_sg.data.signals import Signals
+from ldm_sg.annotate.stage import Observed, sample_features
+from ldm_sg.data.signals import Columns
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 
@@ -37,9 +31,8 @@ class Random(Annotator):
     kind = "random"
     reads_g = False
 
-    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
-        generator = np.random.default_rng([self.cfg.seed, stage.index])
-        return {"k": generator.integers(0, self.k, len(stage.read_meta().keys))}
+    def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
+        return {"k": generator.integers(0, self.k, count)}
 
     @property
     def spec(self) -> GuidanceSpec:
@@ -57,14 +50,8 @@ class Features(Annotator):
         assert study.extractor is not None
         self.k, self.dim = 0, study.extractor.dim
 
-    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
-        return {"feature": normalise(stage.read_features()).astype(np.float16)}
-
-    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
-        return self._of(F.normalize(g(seen.squares), dim=1))
-
-    def _of(self, features: Tensor) -> Signals:
-        return Signals(self.spec, feature=features.half().cpu(), count=len(features))
+    def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
+        return {"feature": normalise(seen.features).astype(np.float16)}
 
     @property
     def spec(self) -> GuidanceSpec:
@@ -84,14 +71,8 @@ class Centroids(Features):
         self.clusters.fit(study)
         super().fit(study)
 
-    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
-        return {"feature": self._centroids(stage.read_features()).half().numpy()}
-
-    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
-        return self._of(self._centroids(g(seen.squares)))
-
-    def _centroids(self, features: np.ndarray | Tensor) -> Tensor:
-        return F.normalize(self.clusters.centroids[self.clusters.assign(features)], dim=1)
+    def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
+        return {"feature": normalise(self.clusters.centroids[self.clusters.assign(seen.features)]).astype(np.float16)}
 
     def save(self, folder: Path) -> None:
         self.clusters.save(folder)
@@ -111,18 +92,12 @@ class Neighbours(Features):
         super().fit(study)
         self.bank = normalise(sample_features(study.stages, study.counts, self.cfg.sample, self.cfg.seed))
 
-    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
-        generator = np.random.default_rng([self.cfg.seed, stage.index])
-        return {"feature": self._neighbours(stage.read_features(), generator).astype(np.float16)}
-
-    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
-        return self._of(torch.from_numpy(self._neighbours(g(seen.squares), np.random.default_rng(self.cfg.seed))))
-
-    def _neighbours(self, features: np.ndarray | Tensor, generator: np.random.Generator) -> np.ndarray:
+    def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
         index = faiss.IndexFlatIP(self.dim)
         index.add(self.bank)
-        _, near = index.search(normalise(features), min(self.cfg.neighbours, len(self.bank)))
-        return self.bank[near[np.arange(len(near)), generator.integers(0, near.shape[1], len(near))]]
+        _, near = index.search(normalise(seen.features), min(self.cfg.neighbours, len(self.bank)))
+        drawn = near[np.arange(count), generator.integers(0, near.shape[1], count)]
+        return {"feature": self.bank[drawn].astype(np.float16)}
 
     def save(self, folder: Path) -> None:
         write_bytes(folder / BANK, save({"features": self.bank.astype(np.float16)}))

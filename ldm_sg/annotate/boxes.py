@@ -15,10 +15,10 @@ from ldm_sg.annotate.annotator import Study
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.lost import correct_localisation, lost, to_crop, to_relative, typical_key
-from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.annotate.stage import Observed
 from ldm_sg.annotate.views import Views
 from ldm_sg.data.shards import ImageBatch
-from ldm_sg.data.signals import Signals
+from ldm_sg.data.signals import Columns
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 
@@ -49,11 +49,12 @@ class Boxes(Clusters):
                 count += len(seen.squares)
             self.mean = typical_key((total / count).float(), self.cfg.centre_place)
 
-    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch) -> Observed:
+    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch | None = None) -> Observed:
         assert g is not None
         features, there, found = self._locate(g, seen)
         boxes, outside = to_crop(there, seen.crops)
-        truths = [t.boxes if whole is None else t.whole_boxes for whole, t in zip(seen.wholes, batch.truth)]
+        known = zip(seen.wholes, batch.truth) if batch else ()
+        truths = [truth.boxes if whole is None else truth.whole_boxes for whole, truth in known]
         true = [(box, torch.from_numpy(t)) for box, t in zip(there, truths) if t is not None and len(t)]
         totals = {
             "images": len(boxes),
@@ -88,13 +89,8 @@ class Boxes(Clusters):
             keys = (keys + g.keys(images, self.cfg.keys_layer, mirrored=True)) / 2
         return features, keys
 
-    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
-        return super().signals(stage) | {"box": stage.read_observed().columns["box"]}
-
-    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
-        features, there, _ = self._locate(g, seen)
-        boxes, _ = to_crop(there, seen.crops)
-        return Signals(self.spec, self.assign(features), boxes[:, None], count=len(boxes))
+    def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
+        return super().say(seen, count, generator) | {"box": seen.columns["box"]}
 
     def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
         found: dict[str, Any] = {"not_found": int(totals["not_found"])}

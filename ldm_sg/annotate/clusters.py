@@ -4,8 +4,8 @@ Features are L2-normalised, and both the fit and the assignment read the same no
 code assigns un-normalised ones, which moves about 5% of the ids."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -17,11 +17,9 @@ from torchmetrics.functional.clustering.adjusted_rand_score import _adjusted_ran
 from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_score_compute
 
 from ldm_sg.annotate.annotator import Annotator, Study
-from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.stage import Stage, sample_features
-from ldm_sg.annotate.views import Views
+from ldm_sg.annotate.stage import Observed, sample_features
 from ldm_sg.config import AnnotatorConfig
-from ldm_sg.data.signals import Signals
+from ldm_sg.data.signals import Columns
 from ldm_sg.errors import InputError
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
@@ -53,11 +51,7 @@ class Clusters(Annotator):
         """Lloyd's algorithm on normalised `features` [N, D], all of them held in memory (the caller bounds N); of several
         restarts the one with the smallest sum of squared distances."""
         points = normalise(features)
-        if self.k > len(points):
-            raise InputError(
-                f"annotator.k={self.k}: only {len(points):,} images to cluster; choose k of at most {len(points):,}"
-            )
-        if len(points) < FAISS_COMFORTABLE * self.k:
+        if self.k <= len(points) < FAISS_COMFORTABLE * self.k:
             print(
                 f"note: {len(points) / self.k:.1f} images a cluster (k={self.k}); "
                 f"under {FAISS_COMFORTABLE} the centroids are rough",
@@ -68,25 +62,12 @@ class Clusters(Annotator):
             self._take(torch.cat([self.known, torch.from_numpy(added)]))
             self.k = len(self.centroids)
             return self
-        kmeans = faiss.Kmeans(
-            points.shape[1],
-            self.k,
-            niter=self.cfg.niter,
-            nredo=self.cfg.restarts,
-            seed=self.cfg.seed,
-            min_points_per_centroid=1,
-            max_points_per_centroid=len(points),  # the bound on memory is the caller's sample, not faiss's
-            gpu=on_gpu(),
-        )
-        kmeans.train(points)
-        self._take(torch.from_numpy(np.array(kmeans.centroids, dtype=np.float32).reshape(self.k, -1)))
+        settings = {"niter": self.cfg.niter, "nredo": self.cfg.restarts, "seed": self.cfg.seed}
+        self._take(kmeans(points, self.k, "images", **settings))
         return self
 
-    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
-        return {"k": self.assign(stage.read_features()).numpy()}
-
-    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
-        return Signals.of_ids(self.spec, self.assign(g(seen.squares)))
+    def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
+        return {"k": self.assign(seen.features).numpy()}
 
     def assign(self, features: np.ndarray | Tensor) -> Tensor:
         """Features [B, D] -> ids [B] long, of the nearest centroid."""
@@ -94,15 +75,7 @@ class Clusters(Annotator):
 
     def nearest(self, features: np.ndarray | Tensor, n: int) -> Tensor:
         """Features [B, D] -> ids [B, n] long of the n nearest centroids, nearest first."""
-        return self._search(features, n)[1]
-
-    def distances(self, features: np.ndarray | Tensor) -> Tensor:
-        """Features [B, D] -> Euclidean distance [B] to their own centroid."""
-        return self._search(features, 1)[0][:, 0]
-
-    def _search(self, features: np.ndarray | Tensor, n: int) -> tuple[Tensor, Tensor]:
-        squared, ids = self.index.search(normalise(features), min(n, self.k))
-        return torch.from_numpy(np.sqrt(np.maximum(squared, 0.0))), torch.from_numpy(ids)
+        return torch.from_numpy(self.index.search(normalise(features), min(n, self.k))[1])
 
     @property
     def spec(self) -> GuidanceSpec:
@@ -122,9 +95,26 @@ class Clusters(Annotator):
         self._take(load_file(path)["centroids"])
 
 
+def check_enough(points: np.ndarray, k: int, what: str) -> None:
+    if k > len(points):
+        raise InputError(
+            f"annotator.k={k}: only {len(points):,} {what} to cluster; choose k of at most {len(points):,}"
+        )
+
+
+def kmeans(points: np.ndarray, k: int, what: str, **settings: Any) -> Tensor:
+    """Points [N, D], which are `what`, -> faiss's centroids [K, D]. InputError where there are fewer points."""
+    check_enough(points, k, what)
+    bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}  # the caller bounds the sample
+    fit = faiss.Kmeans(points.shape[1], k, gpu=on_gpu(), **bounds, **settings)
+    fit.train(points)
+    return torch.from_numpy(np.array(fit.centroids, np.float32).reshape(k, -1))
+
+
 def kmeans_beside(fixed: np.ndarray, points: np.ndarray, k: int, niter: int, seed: int) -> np.ndarray:
     """Lloyd's algorithm for `k` more centroids [k, D] of `points` [N, D] beside the `fixed` [F, D], which do not move; k-means++
     places the first ones where points are far from all that there are."""
+    check_enough(points, k, "images")
     generator, added = np.random.default_rng(seed), np.empty((0, points.shape[1]), np.float32)
     far = faiss.knn(points, fixed, 1)[0][:, 0].clip(1e-12)  # squared distance to the nearest
     for _ in range(k):

@@ -20,6 +20,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save
+from timm.optim import param_groups_weight_decay
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -91,9 +92,8 @@ def teacher_views(cfg: DistillConfig, teacher: FeatureExtractor, cache: Path) ->
     path = cache / f"views-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.npz"
     if not path.is_file():
         small, features = [], []
-        for large_views, small_views in tqdm(
-            views_of(cfg, teacher.size), desc="teacher", unit=" images", mininterval=1
-        ):
+        bar = tqdm(views_of(cfg, teacher.size), desc="teacher", unit=" images", mininterval=1)
+        for large_views, small_views in bar:
             small.append(small_views.numpy())
             features.append(teacher(to_float(large_views)).cpu().numpy().astype(np.float16))
         with whole(path) as new, new.open("wb") as file:
@@ -128,9 +128,7 @@ def train_student(cfg: DistillConfig, reader: FeatureExtractor, views: np.ndarra
     """Minimise 1 - cos(student(view), target) over views [N, V, 3, s, s] with one target [N, width] for each image."""
     generator = torch.Generator().manual_seed(cfg.seed)
     student, device = reader.tower.train().requires_grad_(True), reader.mean.device
-    decayed = [p for p in student.parameters() if p.ndim > 1]
-    rest = [p for p in student.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = param_groups_weight_decay(student, cfg.weight_decay)  # of matrices, not of biases and norms
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, cfg.steps, pct_start=0.1)
     bar = tqdm(range(cfg.steps), desc="student", unit="step", mininterval=5)
@@ -151,18 +149,14 @@ def train_student(cfg: DistillConfig, reader: FeatureExtractor, views: np.ndarra
     student.eval().requires_grad_(False)
 
 
-def student_arguments(cfg: DistillConfig) -> dict[str, Any]:
-    """timm's arguments of the student: its head gives the features."""
-    return {**(cfg.kwargs or {}), "num_classes": cfg.width}
-
-
 def make_student(cfg: DistillConfig, device: torch.device) -> FeatureExtractor:
     """An untrained student behind the resizing and normalisation that it will have."""
     torch.manual_seed(cfg.seed)
-    student = timm.create_model(cfg.student, **student_arguments(cfg))
+    kwargs = {**(cfg.kwargs or {}), "num_classes": cfg.width}  # its head gives the features
+    student = timm.create_model(cfg.student, **kwargs)
     norm = {key: [float(v) for v in student.pretrained_cfg[key]] for key in ("mean", "std")}
     own = {"name": Path(cfg.out).name, "size": cfg.input, "layer": None, "pool": "auto", "precision": "auto"}
-    own["unit"] = True  # the loss fixes nothing but the direction
+    own |= {"model": cfg.student, "kwargs": kwargs, "unit": True}  # the loss fixes nothing but the direction
     return FeatureExtractor(student, own | norm, device)
 
 
@@ -171,22 +165,16 @@ def save_student(cfg: DistillConfig, reader: FeatureExtractor, figures: dict[str
     out, state = Path(cfg.out), reader.tower.state_dict()
     weights = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
     write_bytes(out / "model.safetensors", save(weights))
-    recipe = {
-        k: v
-        for k, v in asdict(cfg).items()
-        if k not in ("teacher", "images", "probes", "out", "licence", "note", "device")
-    }
+    elsewhere = {"teacher", "images", "probes", "out", "licence", "note", "device"}
+    own = ("name", "model", "kwargs", "size", "mean", "std", "layer", "pool", "unit", "dim")
     manifest = {
-        "name": out.name,
-        "model": cfg.student,
-        "kwargs": student_arguments(cfg),
-        **{key: reader.manifest[key] for key in ("size", "mean", "std", "layer", "pool", "unit", "dim")},
+        **{key: reader.manifest[key] for key in own},
         "parameters": sum(p.numel() for p in reader.tower.parameters()),
         "sha256": file_sha256(out / "model.safetensors"),
         "licence": cfg.licence,
         "note": cfg.note,
         "teacher": {key: getattr(cfg.teacher, key) for key in ("model", "layer", "pool", "size")},
-        "recipe": recipe,
+        "recipe": {key: value for key, value in asdict(cfg).items() if key not in elsewhere},
         **figures,
     }
     write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
@@ -224,8 +212,8 @@ def probe_nmi(extractor: FeatureExtractor, source: str, size: int, batch_size: i
         batch = [to_tensor(crop_resize(decode(data), size)) for data in images[start : start + batch_size]]
         features.append(extractor(to_float(torch.stack(batch))).cpu())
     points, classes = torch.cat(features), np.array([names.index(label) for label in labels])
-    shape = (len(names), len(names))
-    fits = [
-        Clusters(AnnotatorConfig(k=len(names), seed=s)).fit_features(points).assign(points).numpy() for s in range(5)
-    ]
-    return round(float(np.mean([nmi(contingency(ids, classes, shape)) for ids in fits])), 4)
+    k, found = len(names), []
+    for seed in range(5):
+        ids = Clusters(AnnotatorConfig(k=k, seed=seed)).fit_features(points).assign(points).numpy()
+        found.append(nmi(contingency(ids, classes, (k, k))))
+    return round(float(np.mean(found)), 4)

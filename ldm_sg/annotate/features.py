@@ -243,19 +243,10 @@ def _load_folder(folder: Path, cfg: FeaturesConfig, device: torch.device | str) 
         raise InputError(f"{path}: its sha256 is not the one that manifest.yaml beside it gives: the file was changed")
     tower = timm.create_model(own["model"], **own["kwargs"])
     _load_state(tower, state, path)
-    manifest = {
-        "name": own["name"],
-        "model": cfg.model,
-        "weights": None,
-        "size": cfg.size or own["size"],
-        "mean": own["mean"],
-        "std": own["std"],
-        "layer": own["layer"] if cfg.layer is None else cfg.layer,
-        "pool": own["pool"] if cfg.pool == "auto" else cfg.pool,
-        "precision": cfg.precision,
-        "unit": own.get("unit", False),
-        "sha256": own["sha256"],
-    }
+    manifest = {key: own[key] for key in ("name", "mean", "std", "sha256")} | {"unit": own.get("unit", False)}
+    manifest |= {"model": cfg.model, "weights": None, "size": cfg.size or own["size"], "precision": cfg.precision}
+    manifest["layer"] = own["layer"] if cfg.layer is None else cfg.layer
+    manifest["pool"] = own["pool"] if cfg.pool == "auto" else cfg.pool
     extractor = FeatureExtractor(tower, manifest, device)
     extractor.folder = folder
     return extractor
@@ -294,17 +285,13 @@ def _timm(cfg: FeaturesConfig, source: int | None) -> tuple[nn.Module, dict[str,
         size = cfg.size or own_size(size, patch, source)
     if own.fixed_input_size and size != data["input_size"][-1]:
         kwargs["img_size"] = size + -size % patch  # `prepare` pads to it
-    tower = _create(cfg, kwargs)
-    return tower, {"size": size, "mean": [float(v) for v in data["mean"]], "std": [float(v) for v in data["std"]]}
-
-
-def _create(cfg: FeaturesConfig, kwargs: dict[str, Any]) -> nn.Module:
-    if not cfg.weights:
+    if cfg.weights:
+        tower = timm.create_model(cfg.model, **kwargs)
+        _load_timm_state(tower, read_weights(Path(cfg.weights)), Path(cfg.weights))
+    else:
         with _weights(cfg):
-            return timm.create_model(cfg.model, pretrained=True, **kwargs)
-    tower = timm.create_model(cfg.model, **kwargs)
-    _load_timm_state(tower, read_weights(Path(cfg.weights)), Path(cfg.weights))
-    return tower
+            tower = timm.create_model(cfg.model, pretrained=True, **kwargs)
+    return tower, {"size": size, "mean": [float(v) for v in data["mean"]], "std": [float(v) for v in data["std"]]}
 
 
 def _load_timm_state(tower: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -338,21 +325,15 @@ def _open_clip(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
         )
     kwargs: dict[str, Any] = {} if cfg.size is None else {"force_image_size": cfg.size}
     if cfg.weights:
-        clip = open_clip.create_model(model, pretrained=None, **kwargs)
-    else:
-        with _weights(cfg):
-            clip = open_clip.create_model(model, pretrained=tag, **kwargs)
-    tower = clip.visual
-    if cfg.weights:
+        tower = open_clip.create_model(model, pretrained=None, **kwargs).visual
         state = read_weights(Path(cfg.weights))
         visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
         _load_state(tower, visual or state, Path(cfg.weights))
+    else:
+        with _weights(cfg):
+            tower = open_clip.create_model(model, pretrained=tag, **kwargs).visual
     size = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
-    return tower, {
-        "size": size,
-        "mean": [float(v) for v in tower.image_mean],
-        "std": [float(v) for v in tower.image_std],
-    }
+    return tower, {"size": size, "mean": list(map(float, tower.image_mean)), "std": list(map(float, tower.image_std))}
 
 
 def _load_state(tower: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -1,16 +1,16 @@
 """f = ground truth that lies in the shards: labels, boxes or masks (the paper's upper bounds), or nothing at all."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.annotate.stage import Observed
 from ldm_sg.annotate.views import Views
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.shards import ImageBatch
+from ldm_sg.data.signals import Columns, PackedMasks
 from ldm_sg.errors import InputError, choices
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.guidance.spatial import VOID
@@ -34,17 +34,18 @@ class Oracle(Annotator):
         super().__init__(cfg)
         self.k, self.multi_hot = 0, False
 
-    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch) -> Observed:
+    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch | None = None) -> Observed:
+        assert batch is not None
         if self.cfg.truth == "none":
             return Observed()
         if self.cfg.truth == "masks":
             void = np.full((seen.size, seen.size), VOID, np.uint8)
             masks = [void if truth.mask is None else truth.mask for truth in batch.truth]
             seen = np.bincount(np.concatenate([np.unique(mask) for mask in masks]), minlength=256)
-            return Observed({"mask": masks}, {"classes": seen})
+            return Observed({"mask": PackedMasks.of(masks)}, {"classes": seen})
         labels = np.full((len(batch.keys), MOST), -1, np.int64)
         boxes = np.zeros((len(batch.keys), MOST, 4), np.float32)
-        for i, (cls, truth) in enumerate(zip(batch.cls.tolist(), batch.truth, strict=True)):
+        for i, (cls, truth) in enumerate(zip(batch.cls, batch.truth, strict=True)):
             own = truth.labels if truth.labels is not None else [cls]
             labels[i, : len(own)] = own[:MOST]
             if own == [-1] and self.cfg.truth == "labels":
@@ -83,19 +84,16 @@ class Oracle(Annotator):
             )
         self.multi_hot = self.cfg.truth == "boxes" or any(observed.totals["several"] for observed in seen)
 
-    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
-        if self.cfg.truth == "none":
-            return {}
-        observed = stage.read_observed().columns
-        if self.cfg.truth == "masks":
-            return {"mask": observed["mask"]}
-        labels = observed["labels"]
+    def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
+        if self.cfg.truth in ("none", "masks"):
+            return seen.columns
+        labels = seen.columns["labels"]
         if not self.multi_hot:
             return {"k": labels[:, 0]}
         hot = np.zeros((len(labels), self.k + 1), np.uint8)
         np.put_along_axis(hot, labels, 1, axis=1)  # -1 marks the last column, which goes
         parts = {"k": hot[:, : self.k]} if self.k else {}
-        return parts | ({"box": observed["box"]} if self.cfg.truth == "boxes" else {})
+        return parts | ({"box": seen.columns["box"]} if self.cfg.truth == "boxes" else {})
 
     @property
     def spec(self) -> GuidanceSpec:

@@ -3,7 +3,6 @@ is fitted on the features and the annotated shards are written; the manifest com
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.baselines import corrupted
 from ldm_sg.annotate.clusters import ari, contingency, entropy, nmi
-from ldm_sg.annotate.features import FeatureExtractor, load_extractor
+from ldm_sg.annotate.features import load_extractor
 from ldm_sg.annotate.kinds import check_same_g, load_f, make_annotator, save_annotator
 from ldm_sg.annotate.stage import ShardMeta, Stage, check_unchanged, stages
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
@@ -24,7 +23,7 @@ from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.latents import set_hash
 from ldm_sg.data.shards import ShardWriter, expand
-from ldm_sg.data.signals import files_of, npy
+from ldm_sg.data.signals import Columns, Signals, files_of, npy
 from ldm_sg.errors import InputError
 from ldm_sg.folder import claim, file_sha256, flat, read_mapping, write_text
 from ldm_sg.hardware import pick_device
@@ -52,7 +51,7 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     device = pick_device(cfg.device)
     source = first_size(shards) if cfg.size is None or cfg.features.size is None else None
     size = cfg.size or source
-    autoencoder = prepare_autoencoder(cfg, out, shards, size, device)
+    autoencoder = prepare_autoencoder(cfg, shards, size, device)
     extractor = load_extractor(cfg.features, device, source) if annotator.reads_g else None
     study = Study(cfg, shards, all_stages, size, extractor, [])
     if source_of_f := cfg.annotator.reuse or cfg.annotator.extend:
@@ -62,17 +61,16 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
     fitted = (out / "annotator" / "annotator.yaml").is_file()
     if not fitted:
         annotator.prepare(study)
-    if not all(stage.done for stage in all_stages):
-        extract(cfg, shards, all_stages, size, extractor, autoencoder, annotator)
+    extract(study, autoencoder, annotator)
     summary = summarise(all_stages, cfg.max_skipped, cfg.shards)
     if not fitted:
-        annotator.fit(replace(study, counts=summary.counts))
+        annotator.fit(replace(study, counts=[source["images"] for source in summary.sources]))
         save_annotator(out / "annotator", annotator, extractor)
     annotator, _ = load_f(out / "annotator")
     ids = corrupted_ids(all_stages, annotator)
     labels = write_shards(all_stages, annotator, cfg.flips, summary.classes, ids)
-    write_text(out / "skipped.jsonl", "".join(skipped_lines(all_stages)))
-    manifest = describe(cfg, out, all_stages, annotator, extractor, autoencoder, size, summary, labels)
+    write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
+    manifest = describe(study, annotator, autoencoder, summary, labels)
     write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
     shutil.rmtree(out / "work")
     return out
@@ -92,36 +90,32 @@ def take(out: Path, cfg: AnnotateConfig, shards: list[str], late: frozenset[str]
 
 @dataclass
 class Summary:
-    counts: list[int]  # images a shard
-    urls: list[str]
-    sources: list[dict[str, Any]]  # their fingerprints
+    sources: list[dict[str, Any]]  # of each shard: its url, its images, its fingerprint
+    images: int
     classes: np.ndarray  # the class numbers that occur, sorted
-    skipped: int
+    skipped: list[dict[str, str]]  # shard, key, reason
     latent_shape: list[int]
 
 
 def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summary:
     """Counts over all shards; InputError when there is no image, or too large a share was skipped."""
-    counts, urls, sources, skipped, shape, first = [], [], [], 0, None, None
-    classes = np.empty(0, np.int64)
+    sources, skipped, shape, classes = [], [], None, np.empty(0, np.int64)
     for stage in all_stages:
         meta = stage.read_meta()
-        counts.append(len(meta.keys))
-        urls.append(meta.url)
-        sources.append(meta.source)
-        skipped += len(meta.skipped)
-        first = first or next(iter(meta.skipped), None)
+        sources.append({"url": meta.url, "images": len(meta.keys)} | meta.source)
+        skipped += [dict(zip(("shard", "key", "reason"), entry)) for entry in meta.skipped]
         classes = np.union1d(classes, np.array(meta.cls, np.int64))
         shape = meta.latent_shape or shape
-    total = sum(counts)
-    example = f"; the first: {first[0]} {first[1]}: {first[2]}" if first else ""
+    total = sum(source["images"] for source in sources)
+    example = "; the first: {shard} {key}: {reason}".format(**skipped[0]) if skipped else ""
     if shape is None:
-        raise InputError(f"shards={shards!r}: no usable image in {len(counts)} shards{example}")
-    if skipped > max_skipped * (total + skipped):
+        raise InputError(f"shards={shards!r}: no usable image in {len(sources)} shards{example}")
+    seen = total + len(skipped)
+    if len(skipped) > max_skipped * seen:
         raise InputError(
-            f"{skipped} of {total + skipped} images cannot be used, more than max_skipped={max_skipped} of them{example}"
+            f"{len(skipped)} of {seen} images cannot be used, more than max_skipped={max_skipped} of them{example}"
         )
-    return Summary(counts, urls, sources, classes[classes >= 0], skipped, shape)
+    return Summary(sources, total, classes[classes >= 0], skipped, shape)
 
 
 def no_ids(cfg: AnnotatorConfig) -> InputError:
@@ -139,13 +133,8 @@ def corrupted_ids(all_stages: list[Stage], annotator: Annotator) -> np.ndarray |
     return corrupted(np.concatenate([part["k"] for part in parts]), cfg.shuffle, cfg.seed)
 
 
-@dataclass
-class Labels:
-    """How often each of the K labels occurs, and where images have one each, how often it meets each of the C classes and, in
-    the last column, none."""
-
-    counts: np.ndarray  # [K]
-    table: np.ndarray  # [K, C + 1]
+# how often each of K labels occurs [K], and where images have one each, how often it meets each of C classes and, last, none
+Labels = tuple[np.ndarray, np.ndarray]
 
 
 def write_shards(
@@ -153,78 +142,55 @@ def write_shards(
 ) -> Labels:
     """Annotated shards in source order, those that are missing; `ids` [N] instead of the annotator's, if given."""
     spec, start = annotator.spec, 0
-    found = Labels(np.zeros(spec.num_labels, np.int64), np.zeros((spec.num_labels, len(classes) + 1), np.int64))
+    counts, table = np.zeros(spec.num_labels, np.int64), np.zeros((spec.num_labels, len(classes) + 1), np.int64)
     for stage in tqdm(all_stages, desc="write", unit=" shards"):
         meta = stage.read_meta()
         n = len(meta.keys)
-        signals = dict(annotator.signals(stage)) if n else {}
+        columns = annotator.signals(stage) if n else {}
         if ids is not None and n:
-            signals["k"] = ids[start : start + n]
+            columns["k"] = ids[start : start + n]
         start += n
         if n and spec.num_labels:
-            add_labels(found, signals, np.array(meta.cls, np.int64), classes)
+            signals, cls = Signals.from_columns(spec, columns, n), np.array(meta.cls, np.int64)
+            counts += signals.counts()
+            if signals.k is not None and signals.k.ndim == 1:
+                known = np.where(cls < 0, len(classes), np.searchsorted(classes, cls))
+                table += contingency(signals.k.numpy(), known, table.shape)
         if not stage.tar.is_file():
-            write_shard(stage, meta, signals, flips)
-    return found
+            write_shard(stage, meta, columns, flips)
+    return counts, table
 
 
-def add_labels(found: Labels, signals: dict[str, Sequence[np.ndarray]], cls: np.ndarray, classes: np.ndarray) -> None:
-    """Counts the labels of one shard's signals."""
-    if "mask" in signals:
-        for mask in signals["mask"]:
-            ids = np.unique(mask)
-            found.counts[ids[ids < len(found.counts)]] += 1
-    elif np.ndim(signals["k"]) == 2:
-        found.counts += np.asarray(signals["k"], np.int64).sum(0)
-    else:
-        k = np.asarray(signals["k"])
-        found.counts += np.bincount(k, minlength=len(found.counts))
-        columns = np.where(cls < 0, len(classes), np.searchsorted(classes, cls))
-        found.table += contingency(k, columns, found.table.shape)
-
-
-def write_shard(stage: Stage, meta: ShardMeta, signals: dict[str, Sequence[np.ndarray]], flips: bool) -> None:
+def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) -> None:
     """KEY.latent.npy, KEY.flip.npy with flips, and the signals' files for each key."""
-    arrays = {
-        which: stage.read_latents(which, meta) for which in (["latent", "flip"] if flips else ["latent"]) if meta.keys
-    }
+    kinds = ["latent"] + ["flip"] * flips if meta.keys else []
+    arrays = {which: stage.read_latents(which, meta) for which in kinds}
     with ShardWriter(stage.tar) as writer:
         for i, key in enumerate(meta.keys):
             files = {f"{which}.npy": npy(np.asarray(values[i])) for which, values in arrays.items()}
             writer.write(key, files | files_of({name: column[i] for name, column in signals.items()}))
 
 
-def skipped_lines(all_stages: list[Stage]) -> Iterator[str]:
-    for stage in all_stages:
-        for shard, key, reason in stage.read_meta().skipped:
-            yield json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n"
-
-
 def describe(
-    cfg: AnnotateConfig,
-    out: Path,
-    all_stages: list[Stage],
-    annotator: Annotator,
-    extractor: FeatureExtractor | None,
-    autoencoder: Autoencoder,
-    size: int,
-    summary: Summary,
-    labels: Labels,
+    study: Study, annotator: Annotator, autoencoder: Autoencoder, summary: Summary, labels: Labels
 ) -> dict[str, Any]:
     """manifest.yaml: what made the set, how many of what, and the hash of its content."""
-    f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(total(all_stages))
-    known = labels.table[:, :-1]
-    if labels.table.any():
-        f |= {"entropy": round(entropy(labels.counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}
+    cfg, extractor, size, (counts, table) = study.config, study.extractor, study.size, labels
+    f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(total(study.stages))
+    known = table[:, :-1]
+    if table.any():
+        f |= {"entropy": round(entropy(counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}
     if known.any():
         f |= {"classes": known.shape[1], "nmi": round(nmi(known), 4), "ari": round(ari(known), 4)}
-    if len(labels.counts):
-        f |= {"empty": int((labels.counts == 0).sum()), "counts": labels.counts.tolist()}
+    if len(counts):
+        f |= {"empty": int((counts == 0).sum()), "counts": counts.tolist()}
     files = [
-        {"file": stage.tar.name, "images": n, "bytes": stage.tar.stat().st_size, "sha256": file_sha256(stage.tar)}
-        for stage, n in zip(all_stages, summary.counts)
+        {"file": tar.name, "images": source["images"], "bytes": tar.stat().st_size, "sha256": file_sha256(tar)}
+        for tar, source in zip((stage.tar for stage in study.stages), summary.sources)
     ]
-    first_stage = {key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256")}
+    first_stage = {
+        key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256", "round_trip")
+    }
     seen = {}  # images.show, in words
     if extractor:
         seen["g"] = f"the centre square at {extractor.size} pixels, from the source's own where it has more than {size}"
@@ -236,12 +202,10 @@ def describe(
         "annotator": f,
         "autoencoder": first_stage,
         "size": size,
-        "source": [
-            {"url": url, "images": n} | known for url, n, known in zip(summary.urls, summary.counts, summary.sources)
-        ],
+        "source": summary.sources,
         "view": seen,
-        "num_images": sum(summary.counts),
-        "num_skipped": summary.skipped,
+        "num_images": summary.images,
+        "num_skipped": len(summary.skipped),
         "latent_shape": summary.latent_shape,
         "flips": cfg.flips,
         "guidance": annotator.spec.to_dict(),

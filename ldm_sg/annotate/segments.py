@@ -1,6 +1,6 @@
 """f = STEGO (or plain k-means on patches): an index mask of K classes, the paper's self-segmented guidance."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.distill import jitter
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.matching import confusion, match
-from ldm_sg.annotate.stage import Observed, Stage
+from ldm_sg.annotate.stage import Observed
 from ldm_sg.annotate.stego import Segmenter
 from ldm_sg.annotate.views import Views
 from ldm_sg.config import AnnotatorConfig, SegmentsConfig
 from ldm_sg.data.shards import ImageBatch
-from ldm_sg.data.signals import PackedMasks, Signals
+from ldm_sg.data.signals import Columns, PackedMasks
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.guidance.spatial import VOID
 
@@ -41,7 +41,7 @@ class Segments(Annotator):
 
     def prepare(self, study: Study) -> None:
         """Fits, or takes what an earlier start has fitted into OUT/annotator."""
-        folder = study.out / "annotator"
+        folder, work = (Path(study.config.out) / name for name in ("annotator", "work"))
         if Segmenter.fitted(folder):
             self.restore(folder)
             return
@@ -49,33 +49,23 @@ class Segments(Annotator):
         if self.cfg.segments.weights:
             self.segmenter.take_official(Path(self.cfg.segments.weights), study.extractor.tower)
         else:
-            work = study.out / "work"
             patches, features = sample_patches(study, self.cfg.segments, self.cfg.seed, work / "patches.f16")
             self.segmenter.fit(patches, features, work, study.extractor.mean.device)
         folder.mkdir(parents=True, exist_ok=True)
         self.segmenter.save(folder)
 
-    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch) -> Observed:
+    def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch | None = None) -> Observed:
         assert g is not None
-        masks = self._masks(g, seen)
+        mirrored = g.patches(seen.squares, mirrored=True)[1] if self.cfg.segments.flips else None
+        masks = self.segmenter.segment(g.patches(seen.squares)[1], mirrored, seen.size).cpu().numpy()
         table = np.zeros((self.k, VOID), np.int64)
-        for mask, truth in zip(masks, batch.truth, strict=True):
+        for mask, truth in zip(masks, batch.truth, strict=True) if batch else ():
             if truth.mask is not None:
                 table += confusion(mask, truth.mask, self.k, VOID)
-        return Observed({"mask": masks}, {"confusion": table})
+        return Observed({"mask": PackedMasks.of(masks)}, {"confusion": table})
 
-    def _masks(self, g: FeatureExtractor, seen: Views) -> np.ndarray:
-        """B images -> index masks uint8 [B, size, size]."""
-        mirrored = g.patches(seen.squares, mirrored=True)[1] if self.cfg.segments.flips else None
-        masks = self.segmenter.segment(g.patches(seen.squares)[1], mirrored, seen.size)
-        return torch.as_tensor(masks).cpu().numpy()
-
-    def signals(self, stage: Stage) -> dict[str, Sequence[np.ndarray]]:
-        return {"mask": stage.read_observed().columns["mask"]}
-
-    def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
-        masks = self._masks(g, seen)
-        return Signals(self.spec, mask=PackedMasks.of(masks), count=len(masks))
+    def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
+        return seen.columns
 
     def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
         table = totals["confusion"]

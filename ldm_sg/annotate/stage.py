@@ -11,13 +11,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 from torch import Tensor
 
-from ldm_sg.data.signals import PackedMasks, npy
+from ldm_sg.data.signals import Columns, concatenated, npy, to_arrays, to_columns
 from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError
 from ldm_sg.folder import disk_errors, file_sha256, read_mapping, temporary, write_bytes, write_text
@@ -38,12 +37,11 @@ class ShardMeta:
 @dataclass
 class Observed:
     """What f sees in n images while they pass, before it is fitted: g's image-level `features` [n, D], where it needs them;
-    `columns`: name -> [n, ...], kept for each image (`mask`: index masks [n, H, W]); `totals`: name -> array, added up
-    over all images."""
+    `columns`: name -> [n, ...], kept for each image; `totals`: name -> array, added up over all images."""
 
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: Columns = field(default_factory=dict)
     totals: dict[str, np.ndarray] = field(default_factory=dict)
-    features: Tensor | None = None
+    features: Tensor | np.ndarray | None = None
 
 
 class Stage:
@@ -73,11 +71,9 @@ class Stage:
     def read_observed(self) -> Observed:
         """What f observed of the shard's images."""
         with np.load(self.observed, allow_pickle=False) as arrays:
-            columns: dict[str, Any] = {n: arrays[n] for n in arrays.files if "/" not in n}
-            if "mask/blob" in arrays:
-                columns["mask"] = PackedMasks(int(arrays["mask/size"]), arrays["mask/blob"], arrays["mask/ends"])
+            columns = to_columns({n: arrays[n] for n in arrays.files if "/" not in n})
             totals = {n.removeprefix("total/"): arrays[n] for n in arrays.files if n.startswith("total/")}
-        return Observed(columns, totals)
+        return Observed(columns, totals, self.read_features() if self.features.is_file() else None)
 
     def read_latents(self, which: str, meta: ShardMeta) -> np.ndarray:
         """float16 [n, C, h, w], memory-mapped."""
@@ -86,12 +82,12 @@ class Stage:
 
 
 class StageWriter:
-    """Takes a shard's batches as they come; `finish` gives the files their names. Any error leaves none of them."""
+    """Takes a shard's batches as they come; `finish` gives the files their names, and without it none of them stays."""
 
     def __init__(self, stage: Stage, url: str, flips: bool):
         self.stage, self.meta = stage, ShardMeta(url, [], [], [], None)
         self.features: list[np.ndarray] = []
-        self.columns: dict[str, list[Any]] = {}
+        self.columns: list[Columns] = []
         self.totals: dict[str, np.ndarray] = {}
         self.paths = {which: stage.latents[which] for which in (["latent", "flip"] if flips else ["latent"])}
 
@@ -101,52 +97,38 @@ class StageWriter:
         self.files: dict[str, IO[bytes]] = {w: temporary(path).open("wb") for w, path in self.paths.items()}
         return self
 
-    def add(self, keys: list[str], cls: Tensor, latents: dict[str, Tensor], observed: Observed) -> None:
+    def add(self, keys: list[str], cls: list[int], latents: dict[str, Tensor], observed: Observed) -> None:
         """A batch of B images: latents [B, C, h, w] normalised."""
         self.meta.keys += keys
-        self.meta.cls += cls.tolist()
-        if observed.features is not None:
+        self.meta.cls += cls
+        if isinstance(observed.features, Tensor):
             self.features.append(observed.features.half().cpu().numpy())
         self.meta.latent_shape = list(latents["latent"].shape[1:])
-        for name, column in observed.columns.items():
-            self.columns.setdefault(name, []).append(PackedMasks.of(column) if name == "mask" else column)
+        self.columns.append(observed.columns)
         for name, total in observed.totals.items():
             self.totals[name] = self.totals.get(name, 0) + total
         for which, values in latents.items():
-            self._write(which, values.half().cpu().contiguous().numpy().data)
+            with disk_errors(self.paths[which]):
+                self.files[which].write(values.half().cpu().contiguous().numpy().data)
+                self.files[which].flush()
 
-    def _write(self, which: str, data: memoryview) -> None:
-        with disk_errors(self.paths[which]):
-            self.files[which].write(data)
-            self.files[which].flush()
-
-    def finish(self) -> None:
+    def finish(self, skipped: list[tuple[str, str, str]]) -> None:
+        self.meta.skipped = skipped
         for which, file in self.files.items():
             file.close()
             temporary(self.paths[which]).replace(self.paths[which])
         if self.features:
             write_bytes(self.stage.features, npy(np.concatenate(self.features)))
-        write_bytes(self.stage.observed, self._observed())
+        totals = {f"total/{name}": total for name, total in self.totals.items()}
+        np.savez(observed := io.BytesIO(), **totals, **to_arrays(concatenated(self.columns)))
+        write_bytes(self.stage.observed, observed.getvalue())
         self.meta.source = fingerprint(self.meta.url)
         write_text(self.stage.meta, json.dumps(asdict(self.meta)))
 
-    def _observed(self) -> bytes:
-        arrays: dict[str, Any] = {f"total/{name}": total for name, total in self.totals.items()}
-        for name, parts in self.columns.items():
-            if name == "mask":
-                packed = PackedMasks.concatenate(parts)
-                arrays |= {"mask/size": packed.size, "mask/blob": packed.blob, "mask/ends": packed.ends}
-            else:
-                arrays[name] = np.concatenate(parts)
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        return buffer.getvalue()
-
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is not None:
-            for which, file in self.files.items():
-                file.close()
-                temporary(self.paths[which]).unlink(missing_ok=True)
+    def __exit__(self, *error: object) -> None:
+        for which, file in self.files.items():
+            file.close()
+            temporary(self.paths[which]).unlink(missing_ok=True)
 
 
 def fingerprint(url: str) -> dict[str, Any]:

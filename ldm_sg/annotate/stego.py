@@ -4,14 +4,13 @@ Spherical k-means on the codes of many patches (with STEGO's head) or on the fea
 
 from pathlib import Path
 
-import faiss
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_sg.annotate.clusters import normalise, on_gpu
+from ldm_sg.annotate.clusters import kmeans, normalise
 from ldm_sg.annotate.stego_head import Head, fit_head, subset
 from ldm_sg.annotate.stego_official import official
 from ldm_sg.config import SegmentsConfig
@@ -43,7 +42,8 @@ class Segmenter:
         the head's fit lies in FOLDER."""
         if self.cfg.method == "stego":
             self.head = fit_head(patches, image_features, self.cfg, self.seed, device, folder)
-        self.centroids = spherical_kmeans(self._points(patches, device), self.k, self.seed)
+        settings = {"niter": 30, "nredo": 3, "spherical": True, "seed": self.seed}
+        self.centroids = F.normalize(kmeans(self._points(patches, device), self.k, "patches", **settings), dim=1)
         self.prototypes = self._prototypes(patches, device)
         return self
 
@@ -112,15 +112,3 @@ class Segmenter:
             self.head = Head(dim, width).requires_grad_(False)
             self.head.load_state_dict({name.removeprefix("head."): value for name, value in tensors.items()})
         return self
-
-
-def spherical_kmeans(points: np.ndarray, k: int, seed: int) -> Tensor:
-    """Points [P, C] of unit length -> centroids [K, C] of unit length, best of three starts by the points' cosines."""
-    if k > len(points):
-        raise InputError(
-            f"annotator.k={k}: only {len(points):,} patches to cluster; choose k of at most {len(points):,}"
-        )
-    bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}  # the sample is bounded already
-    kmeans = faiss.Kmeans(points.shape[1], k, niter=30, nredo=3, spherical=True, seed=seed, gpu=on_gpu(), **bounds)
-    kmeans.train(points)
-    return F.normalize(torch.from_numpy(np.array(kmeans.centroids, np.float32).reshape(k, -1)), dim=1)

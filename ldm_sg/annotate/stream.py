@@ -3,78 +3,80 @@ what they make goes to disk batch by batch."""
 
 import itertools
 import queue
-import tarfile
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_sg.annotate.annotator import Annotator
-from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.stage import Stage, StageWriter
+from ldm_sg.annotate.annotator import Annotator, Study
+from ldm_sg.annotate.stage import StageWriter
 from ldm_sg.annotate.views import Views
-from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisation
+from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisation, measure_round_trip
+from ldm_sg.autoencoder.manifest import blurred
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_float, to_tensor
 from ldm_sg.data.pool import decoder_pool
-from ldm_sg.data.shards import IMAGE_EXTENSIONS, Damage, ImageBatch, image_batches, is_remote, read_shard
+from ldm_sg.data.shards import Damage, ImageBatch, count_images, image_batches, is_remote, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.hardware import use_bf16
 
 PIXELS = 2**18  # encoded at once on a CPU: with TAESD at 256 px twice as fast as whole batches
 CALIBRATION_SHARDS = 32
 CALIBRATION_IMAGES = 256  # that an autoencoder without mean and std is measured on: 262,144 places of a 32x32 latent
+ROUND_TRIP_IMAGES = 64
 
 
 def first_size(shards: list[str]) -> int:
     """Short side of the first image of the first shard that has one."""
     for url in shards:
         for sample in read_shard(url, lambda *_: None):
-            try:
+            with suppress(BadImage):  # the pass will report it
                 return min(decode(sample.image, sample.key).size)
-            except BadImage:  # the pass will report it
-                continue
     raise InputError(f"no image in {shards[0]!r}" + (f" or the {len(shards) - 1} others" if len(shards) > 1 else ""))
 
 
-def prepare_autoencoder(
-    cfg: AnnotateConfig, out: Path, shards: list[str], size: int, device: torch.device
-) -> Autoencoder:
+def prepare_autoencoder(cfg: AnnotateConfig, shards: list[str], size: int, device: torch.device) -> Autoencoder:
     """The first stage with its normalisation, kept in OUT/autoencoder from the first run on."""
-    folder = out / "autoencoder"
+    folder = Path(cfg.out) / "autoencoder"
     if (folder / "manifest.yaml").is_file():
         return load_autoencoder(str(folder)).to(device, memory_format=torch.channels_last)
     autoencoder = load_autoencoder(cfg.autoencoder).to(device, memory_format=torch.channels_last)
-    if not autoencoder.normalised:
-        few = max(1, PIXELS // size**2) if device.type == "cpu" else cfg.features.batch_size
-        bar = tqdm(calibration_images(shards, size), "measuring latents", unit=" images", mininterval=1)
+    few = max(1, PIXELS // size**2) if device.type == "cpu" else cfg.features.batch_size
+
+    def batches(images: int, label: str) -> Iterator[Tensor]:
+        bar = tqdm(calibration_images(shards, size, images), label, unit=" images", mininterval=1)
         parts = iter(lambda: list(itertools.islice(bar, few)), [])
-        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(cfg.precision, device)):
-            measure_normalisation(autoencoder, (to_float(torch.stack(part)) for part in parts))
+        return (to_float(torch.stack(part)) for part in parts)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(cfg.precision, device)):
+        if not autoencoder.normalised:
+            measure_normalisation(autoencoder, batches(CALIBRATION_IMAGES, "measuring latents"))
+        if autoencoder.kind != "patch":  # which loses nothing
+            measure_round_trip(autoencoder, batches(ROUND_TRIP_IMAGES, "measuring the round trip"))
+    if warning := blurred(autoencoder.manifest):
+        print(f"note: {warning}", file=sys.stderr)
     autoencoder.save(folder)
     return autoencoder
 
 
-def calibration_images(shards: list[str], size: int) -> Iterator[Tensor]:
-    """About CALIBRATION_IMAGES, uint8 [3, size, size], from all over the set: from as many shards as CALIBRATION_SHARDS, evenly
+def calibration_images(shards: list[str], size: int, images: int) -> Iterator[Tensor]:
+    """About so many, uint8 [3, size, size], from all over the set: from as many shards as CALIBRATION_SHARDS, evenly
     spread, and where there are fewer, so that reading them to the end is cheap, evenly spread inside each."""
     chosen = [shards[i * len(shards) // CALIBRATION_SHARDS] for i in range(CALIBRATION_SHARDS)]
     chosen = list(dict.fromkeys(chosen))
-    each = CALIBRATION_IMAGES // len(chosen)
+    each = images // len(chosen)
     for url in chosen:
         count = expected_images([url]) if len(chosen) < CALIBRATION_SHARDS else None
         step = max(1, -(-(count or 0) // each))
         for sample in itertools.islice(read_shard(url, lambda *_: None), step // 2, each * step, step):
-            try:
+            with suppress(BadImage):  # the pass will report it
                 yield to_tensor(crop_resize(decode(sample.image, sample.key), size))
-            except BadImage:  # the pass will report it
-                continue
 
 
 @dataclass
@@ -91,29 +93,22 @@ class _Refused(Exception):
     """Damage that is not allowed, on its way out of the reading."""
 
 
-def batches_of(
-    shards: list[str],
-    todo: list[int],
-    size: int,
-    batch_size: int,
-    workers: int,
-    truth: bool = False,
-    allow_damaged: bool = True,
-    **looks: Any,
-) -> Iterator[Passing]:
+def batches_of(study: Study, annotator: Annotator, todo: list[int]) -> Iterator[Passing]:
     """Batches (`image_batches`) of the shards `todo`, one after the other, each followed by its end mark."""
-    skipped: list[tuple[str, str, str]] = []
+    cfg, g, skipped = study.config, study.extractor, list[tuple[str, str, str]]()
+    looks = {"view": g.size, "whole": annotator.whole and g.any_shape} if g else {}
 
     def on_skip(*entry: str) -> None:
-        if isinstance(entry[2], Damage) and not allow_damaged:
+        if isinstance(entry[2], Damage) and not cfg.allow_damaged:
             raise _Refused(f"{entry[0]}: {entry[2]}")
         skipped.append(entry)  # type: ignore[arg-type]
 
-    with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
+    with nullcontext(0) if cfg.workers == 0 else decoder_pool(cfg.workers) as pool:
+        reading = (study.size, cfg.features.batch_size, pool, on_skip, annotator.reads_truth)
         for index in todo:
             damage = ""
             try:
-                for batch in image_batches([shards[index]], size, batch_size, pool, on_skip, truth, **looks):
+                for batch in image_batches([study.shards[index]], *reading, **looks):
                     yield Passing(index, batch, [])
             except _Refused as err:
                 damage = str(err)
@@ -123,24 +118,20 @@ def batches_of(
 
 def ahead(source: Iterator[Passing], depth: int = 4) -> Iterator[Passing]:
     """`source` run in a thread of its own, at most `depth` batches ahead: reading goes on while the networks compute."""
-    items: queue.Queue[Passing | BaseException | None] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: Passing | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return items.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    items: queue.SimpleQueue[Passing | BaseException | None] = queue.SimpleQueue()
+    room, stop = threading.Semaphore(depth), threading.Event()
 
     def run() -> None:
         try:
             with closing(source):
-                for item in itertools.takewhile(lambda _: not stop.is_set(), source):
-                    put(item)
-            put(None)
+                for item in source:
+                    items.put(item)
+                    room.acquire()
+                    if stop.is_set():
+                        return
+            items.put(None)
         except BaseException as err:  # handed to the thread that asked
-            put(err)
+            items.put(err)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -148,48 +139,37 @@ def ahead(source: Iterator[Passing], depth: int = 4) -> Iterator[Passing]:
         while (item := items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
+            room.release()
             yield item
     finally:
         stop.set()
+        room.release()
         thread.join(timeout=2)  # it may wait for a server; it ends with the process
 
 
-def extract(
-    cfg: AnnotateConfig,
-    shards: list[str],
-    all_stages: list[Stage],
-    size: int,
-    extractor: FeatureExtractor | None,
-    autoencoder: Autoencoder,
-    annotator: Annotator,
-) -> None:
+def extract(study: Study, autoencoder: Autoencoder, annotator: Annotator) -> None:
     """The pass over the shards that are not done: features, latents and what f observes to disk."""
-    todo = [stage.index for stage in all_stages if not stage.done]
+    cfg, shards, extractor = study.config, study.shards, study.extractor
+    todo = [stage.index for stage in study.stages if not stage.done]
     if not todo:
         return
     bf16 = use_bf16(cfg.precision, autoencoder.mean.device)
-    looks = {"view": extractor.size, "whole": annotator.whole and extractor.any_shape} if extractor else {}
-    reading = (size, cfg.features.batch_size, cfg.workers, annotator.reads_truth, cfg.allow_damaged)
-    batches = batches_of(shards, todo, *reading, **looks)
-    total, damaged = expected_images([shards[index] for index in todo]), []
-    with closing(ahead(batches)) as source, tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
+    source, damaged = ahead(batches_of(study, annotator, todo)), []
+    total = expected_images([shards[index] for index in todo])
+    with closing(source), tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
         for done, index in enumerate(todo):
-            with suppress(_Refused), StageWriter(all_stages[index], shards[index], cfg.flips) as writer:
-                for passing in source:
-                    batch = passing.batch
-                    if passing.damage:
-                        damaged.append(passing.damage)
-                        raise _Refused
-                    if batch is None:
-                        writer.meta.skipped = passing.skipped
-                        break
+            with StageWriter(study.stages[index], shards[index], cfg.flips) as writer:
+                while batch := (passing := next(source)).batch:
                     images = to_float(batch.images.to(autoencoder.mean.device))
                     observed = annotator.observe(extractor, Views.of(images, batch.shown), batch)
                     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                         latents = encode(autoencoder, images, cfg.flips)
                     writer.add(batch.keys, batch.cls, latents, observed)
                     bar.update(len(batch.keys))
-                writer.finish()
+                if passing.damage:
+                    damaged.append(passing.damage)
+                else:
+                    writer.finish(passing.skipped)
             bar.total = round(bar.n / (done + 1) * len(todo))  # a better guess than the first, and right at the end
     if damaged:
         raise InputError(
@@ -203,13 +183,8 @@ def expected_images(shards: list[str]) -> int | None:
     not to be had at once."""
     if any(is_remote(url) for url in shards):
         return None
-    try:
-        with tarfile.open(shards[0]) as tar:
-            first = sum(member.name.rpartition("/")[2].partition(".")[2].lower() in IMAGE_EXTENSIONS for member in tar)
-    except tarfile.TarError:
-        return None
-    sizes = [Path(url).stat().st_size for url in shards]
-    return round(first * sum(sizes) / max(sizes[0], 1))
+    first, sizes = count_images(shards[0]), [Path(url).stat().st_size for url in shards]
+    return round(first * sum(sizes) / max(sizes[0], 1)) or None
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """The first stage: `load_autoencoder(name_or_dir)` -> an `Autoencoder` with encode, decode, channels, factor."""
 
-from collections.abc import Iterable
+import itertools
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from ldm_sg.autoencoder.kinds import KINDS, Codec
 from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import file_sha256, write_bytes
 
-__all__ = ["Autoencoder", "load_autoencoder", "measure_normalisation"]
+__all__ = ["Autoencoder", "load_autoencoder", "load_preview", "measure_normalisation", "measure_round_trip"]
 
 SMALL = 16 * 2**20  # bytes of weights that `save` still copies
+PIXELS = 2**20  # that pass through a network at once: 16 images of 256 x 256, or one of 1024 x 1024
+OVERLAP = 4  # of two tiles: this part of their side
 
 
 class Autoencoder(ModelMixin):
@@ -29,6 +33,12 @@ class Autoencoder(ModelMixin):
         self.name: str = manifest["name"]
         self.kind: str = manifest["kind"]
         self.channels, self.factor = codec.channels, codec.factor
+        tile, least = manifest.get("tile", int(PIXELS**0.5)), OVERLAP * codec.factor
+        if type(tile) is not int or tile < least:
+            raise InputError(
+                f"autoencoder {self.name!r}: the manifest says tile: {tile}; a whole number from {least} pixels"
+            )
+        self.tile = tile // least * least
         for key in ("channels", "factor"):
             if self.manifest.setdefault(key, getattr(codec, key)) != getattr(codec, key):
                 raise InputError(
@@ -55,6 +65,14 @@ class Autoencoder(ModelMixin):
         self.std.copy_(torch.tensor(std))
         self.manifest.update(latent_mean=[float(m) for m in mean], latent_std=[float(s) for s in std])
 
+    def check_channels(self, channels: int, whose: str) -> None:
+        """InputError where latents of so many `channels` are not of this autoencoder."""
+        if channels != self.channels:
+            raise InputError(
+                f"autoencoder {self.name!r} makes latents of {self.channels} channels, those of {whose} have {channels}: "
+                "that was made with another one"
+            )
+
     def encode_raw(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, H/f, W/f] before normalisation."""
         height, width = images.shape[-2:]
@@ -62,7 +80,7 @@ class Autoencoder(ModelMixin):
             raise InputError(
                 f"autoencoder {self.name!r} needs sides divisible by {self.factor}, not {height} x {width} pixels"
             )
-        return self.codec.encode(images)
+        return self._sliced(self.codec.encode, images, self.tile, 1 / self.factor)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> normalised latents [B, C, H/f, W/f]; deterministic."""
@@ -74,8 +92,20 @@ class Autoencoder(ModelMixin):
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, h, w] -> images [B, 3, h*f, w*f] in [-1, 1]."""
         self._need_normalisation()
-        z = latents * self.std[:, None, None] + self.mean[:, None, None]
-        return self.codec.decode(z).clamp(-1, 1)
+        return self.decode_raw(latents * self.std[:, None, None] + self.mean[:, None, None])
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """Latents [B, C, h, w] as `encode_raw` gives them -> images [B, 3, h*f, w*f] in [-1, 1]."""
+        return self._sliced(self.codec.decode, z, self.tile // self.factor, self.factor).clamp(-1, 1)
+
+    def _sliced(self, run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: float) -> Tensor:
+        """`run` on a few of x [B, C, H, W] at a time; where a side is longer than `tile`, on overlapping tiles of that side.
+        `scale`: result's side / x's."""
+        side = max(x.shape[-2:])
+        if side > tile:
+            return torch.cat([tiled(run, one, tile, scale) for one in x.split(1)])
+        pixels = x.shape[-2] * x.shape[-1] * max(1, scale) ** 2
+        return torch.cat([run(part) for part in x.split(max(1, int(PIXELS / pixels)))])
 
     def _need_normalisation(self) -> None:
         if not self.normalised:
@@ -115,9 +145,30 @@ class Autoencoder(ModelMixin):
         return {k: v.to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
 
 
+def tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: float) -> Tensor:
+    """`run` on tiles [B, C, <= tile, <= tile] of x [B, C, H, W], put together: where tiles overlap, by OVERLAP-th of their side,
+    one fades into the next. Not quite `run(x)`: a network looks farther (demo-f8c16, a church photo of 512 px in tiles of 256:
+    49 dB from the photo in one piece, which is 34 dB from the original either way)."""
+    step = tile - max(1, tile // OVERLAP)
+    places = [sorted({min(at, max(0, n - tile)) for at in range(0, n - tile + step, step)} | {0}) for n in x.shape[-2:]]
+    total = weights = torch.zeros(())
+    for top, left in itertools.product(*places):
+        part = run(x[:, :, top : top + tile, left : left + tile]).float()
+        ramps = [torch.arange(1, n + 1, device=part.device).float() for n in part.shape[-2:]]
+        window = torch.minimum(ramps[0], ramps[0].flip(0))[:, None] * torch.minimum(ramps[1], ramps[1].flip(0))
+        if not total.ndim:
+            shape = (*part.shape[:2], *(round(n * scale) for n in x.shape[-2:]))
+            total, weights = part.new_zeros(shape), part.new_zeros(shape[-2:])
+        rows, columns = (slice(round(at * scale), round(at * scale) + n) for at, n in zip((top, left), window.shape))
+        total[:, :, rows, columns] += part * window
+        weights[rows, columns] += window
+    return total / weights
+
+
 def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
-    """A name under autoencoders/, a folder with manifest.yaml, or a bare diffusers folder -> the frozen first stage, on the
-    CPU in float32. InputError for unknown names, missing or changed weights, and the hub without network."""
+    """A name under autoencoders/, a folder with manifest.yaml, a bare diffusers folder, or hub://USER/NAME[/SUBFOLDER] of such
+    a one -> the frozen first stage, on the CPU in float32. InputError for unknown names, missing or changed weights, and the hub
+    without network."""
     manifest, folder = manifests.find(str(name_or_dir))
     kind = manifest["kind"]
     if kind not in KINDS:
@@ -125,19 +176,61 @@ def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
     return Autoencoder(KINDS[kind](manifest, manifests.weights_file(manifest, folder)), manifest)
 
 
+def load_preview(autoencoder: Autoencoder) -> Autoencoder:
+    """The small network that its manifest names under `preview`, as an autoencoder of the same normalised latents; itself where
+    none is named, or (with a note) can be had. Small ones read z as diffusion models of that family do:
+    (z - shift_factor) * scaling_factor."""
+    if autoencoder.manifest.get("preview") is None:
+        return autoencoder
+    known = autoencoder.codec.net_config or {}
+    shift, scale = known.get("shift_factor") or 0.0, known.get("scaling_factor") or 1.0
+    mean, std = autoencoder.mean.cpu(), autoencoder.std.cpu()
+    try:
+        small = load_autoencoder(autoencoder.manifest["preview"])
+        small.normalise(((mean - shift) * scale).tolist(), (std * scale).tolist())
+    except InputError as err:
+        print(f"note: pictures are decoded by {autoencoder.name} itself: {err}", file=sys.stderr)
+        return autoencoder
+    return small.to(autoencoder.mean.device)
+
+
 def measure_normalisation(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> None:
     """Mean and std of each latent channel over `batches` of images [B, 3, H, W] in [-1, 1], into the autoencoder and its
-    manifest. Sums are float64; memory does not grow with the number of batches."""
+    manifest."""
     device = autoencoder.mean.device
-    count, total, squares = 0, torch.zeros(autoencoder.channels).double(), torch.zeros(autoencoder.channels).double()
     with torch.no_grad():
-        for images in batches:
-            z = autoencoder.encode_raw(images.to(device)).cpu().double()  # MPS has no float64
-            count += z.numel() // z.shape[1]
-            total += z.sum(dim=(0, 2, 3))
-            squares += z.square().sum(dim=(0, 2, 3))
-    if count < 2:
+        found = moments(autoencoder.encode_raw(images.to(device)) for images in batches)
+    if found is None:
         raise InputError(f"autoencoder {autoencoder.name!r}: no images to measure its latents' mean and std on")
+    autoencoder.normalise(*found)
+
+
+def moments(latents: Iterable[Tensor]) -> tuple[list[float], list[float]] | None:
+    """Mean and std of each channel of all [B, C, h, w]; None where there are none. Sums are float64; memory does not grow with
+    their number."""
+    count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    for z in latents:
+        z = z.cpu().double()  # MPS has no float64
+        count += z.numel() // z.shape[1]
+        total = total + z.sum(dim=(0, 2, 3))
+        squares = squares + z.square().sum(dim=(0, 2, 3))
+    if count < 2:
+        return None
     mean = total / count
-    std = (squares / count - mean**2).clamp_min(1e-12).sqrt()
-    autoencoder.normalise(mean.tolist(), std.tolist())
+    return mean.tolist(), (squares / count - mean**2).clamp_min(1e-12).sqrt().tolist()
+
+
+@torch.no_grad()
+def measure_round_trip(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> None:
+    """PSNR of `batches` of images [B, 3, H, W] in [-1, 1] decoded again, dB, into the manifest."""
+    pairs = (
+        (autoencoder.decode_raw(autoencoder.encode_raw(x)), x) for x in (b.to(autoencoder.mean.device) for b in batches)
+    )
+    found = [psnr(decoded, images).cpu() for decoded, images in pairs]
+    if found:
+        autoencoder.manifest["round_trip"] = round(float(torch.cat(found).mean()), 2)
+
+
+def psnr(decoded: Tensor, images: Tensor) -> Tensor:
+    """dB [B] for a range of 2 ([-1, 1])."""
+    return -10 * torch.log10(((decoded.float() - images) / 2).square().mean(dim=(1, 2, 3)))

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from torch import Tensor, nn
 
+from ldm_sg.autoencoder.compvis import to_diffusers
+from ldm_sg.autoencoder.manifest import WAY_OUT
 from ldm_sg.errors import InputError
 from ldm_sg.hub import hub
 from ldm_sg.weights import read_weights
@@ -48,7 +50,7 @@ class Diffusers(Codec):
         else:
             config = manifest["net"] if "file" in source else self.cls.load_config(str(weights.parent))
             self.net = self.cls.from_config(config)
-            self.half = load_weights(self.net, read_weights(weights), weights)
+            self.half = load_weights(self.net, to_diffusers(read_weights(weights)), weights)
         config = self.net.config
         self.net_config = plain_config(self.net)
         self.channels = config.latent_channels
@@ -155,11 +157,7 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: Path) -> bool:
 
 def _from_hub(cls: type[Any], manifest: Manifest) -> nn.Module:
     name, _, revision = manifest["source"]["hub"].partition("@")
-    way_out = (
-        "bring that repository here and give its folder, the one with config.json and "
-        "diffusion_pytorch_model.safetensors: autoencoder=PATH"
-    )
-    with hub(f"autoencoder {manifest['name']!r} ({name!r} on the Hugging Face hub)", way_out):
+    with hub(f"autoencoder {manifest['name']!r} ({name!r} on the Hugging Face hub)", WAY_OUT):
         return cls.from_pretrained(
             name, revision=revision or None, subfolder=manifest.get("subfolder"), low_cpu_mem_usage=False
         )

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import hf_hub_download
 
 from ldm_sg.configfile import ROOT
 from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import file_sha256, read_mapping, write_json, write_text
+from ldm_sg.hub import hub
 
 KEYS = {
     "name": "how configs and reports call it; the folder's name by default",
@@ -19,25 +21,40 @@ KEYS = {
     "channels": "of a latent",
     "factor": "image side / latent side",
     "patch": "kl: side of the pixel-unshuffle before the encoder and after the decoder",
+    "tile": "pixels: images with a longer side pass in overlapping tiles of this side; default 1024",
+    "preview": "a small autoencoder of the same latents, for the pictures drawn while training",
     "latent_mean": "per channel, before normalisation; null = measured over the data when annotating",
     "latent_std": "likewise",
     "net": "the network's own configuration, for weights that come without one",
     "params": "number of weights",
     "psnr": "dB on held-out images",
+    "round_trip": "dB on images of the annotation set that it was used for",
     "psnr_noisy": "dB when the normalised latents carry Gaussian noise of that std",
     "rfid": "reconstruction FID, with what it was measured on",
     "data": "what it was trained on",
     "recipe": "how to train it again",
     "note": "anything a user must know",
 }
+HUB = "hub://"
+LEAST = 24  # dB
+WAY_OUT = (
+    "bring that repository here and give its folder, the one with config.json and "
+    "diffusion_pytorch_model.safetensors: autoencoder=PATH"
+)
 DIFFUSERS_KINDS = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "VQModel": "vqmodel"}
 
 
 def find(name_or_dir: str) -> tuple[dict[str, Any], Path]:
-    """A name under autoencoders/, a folder with a manifest, or a bare diffusers folder -> (manifest, its folder).
+    """A name under autoencoders/, a folder with a manifest, a bare diffusers folder, or one on the hub -> (manifest, its folder).
 
     Raises InputError when it is neither, with the nearest name."""
+    if name_or_dir.startswith(HUB):
+        return on_hub(name_or_dir.removeprefix(HUB)), Path()
     folder = Path(name_or_dir).expanduser()
+    if folder.is_file():
+        raise InputError(
+            f"autoencoder {name_or_dir!r} is a file: ldm-sg autoencoder import {name_or_dir} makes a folder of it"
+        )
     shipped = ROOT / "autoencoders"
     if not folder.is_dir() and (shipped / name_or_dir / "manifest.yaml").is_file():
         folder = shipped / name_or_dir
@@ -71,6 +88,29 @@ def from_diffusers(folder: Path) -> dict[str, Any]:
     if cls not in DIFFUSERS_KINDS:
         raise InputError(f"{folder / 'config.json'}: class {cls!r}; {choices(cls, DIFFUSERS_KINDS)}")
     return {"name": folder.resolve().name, "kind": DIFFUSERS_KINDS[cls], "source": {"folder": str(folder.resolve())}}
+
+
+def on_hub(name: str) -> dict[str, Any]:
+    """The manifest of USER/NAME[@REVISION][/SUBFOLDER], whose config.json tells the kind."""
+    parts = name.split("/", 2)
+    repository, subfolder = "/".join(parts[:2]), "".join(parts[2:])
+    plain, _, revision = repository.partition("@")
+    with hub(f"autoencoder {HUB + name!r}", WAY_OUT):
+        config = hf_hub_download(plain, "config.json", subfolder=subfolder or None, revision=revision or None)
+    known = from_diffusers(Path(config).parent)
+    return known | {"name": name.replace("/", "-"), "source": {"hub": repository}, "subfolder": subfolder or None}
+
+
+def blurred(manifest: dict[str, Any]) -> str:
+    """A warning where images came back worse than LEAST from the first stage, and the way out; otherwise ''."""
+    found = manifest.get("round_trip")
+    if found is None or found >= LEAST:
+        return ""
+    return (
+        f"The autoencoder {manifest['name']!r} gives these images back at {found} dB: under {LEAST} dB, detail is "
+        "lost that no sample will have. Try another (ldm-sg autoencoder list), or fit one on: ldm-sg fit-autoencoder "
+        f"configs/autoencoder/finetune.yaml init={manifest['name']} (kind kl or tiny)"
+    )
 
 
 def write(manifest: dict[str, Any], folder: Path, config: bool = False) -> None:

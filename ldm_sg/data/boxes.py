@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from ldm_sg.data.images import BadImage, fitted, square
+from ldm_sg.data.images import BadImage, fitted, part_of
 from ldm_sg.errors import InputError, choices
 
 EXPECTED = (
@@ -154,23 +154,16 @@ def _plain(content: dict[str, Any]) -> Annotations:
 
 def _plain_box(name: str, number: int, entry: Any) -> tuple[Any, ...]:
     """x0, y0, x1, y1, label (a name, or a number; 0 where there is none)."""
-    label: Any = 0
-    match entry:
-        case [x0, y0, x1, y1]:
-            pass
-        case [x0, y0, x1, y1, label]:
-            pass
-        case {"xyxy": [x0, y0, x1, y1], "label": label}:
-            pass
-        case {"xyxy": [x0, y0, x1, y1], **rest} if not rest:
-            pass
-        case _:
-            raise ValueError(f"box {number} of {_short(name)} is {_short(entry)}: {_PLAIN}")
-    numbers = all(type(value) in (int, float) for value in (x0, y0, x1, y1))
-    if not numbers or type(label) not in (int, str) or (isinstance(label, int) and not 0 <= label < 2**31):
+    corners, label = entry, 0
+    if isinstance(entry, dict) and "xyxy" in entry and ("label" in entry or len(entry) == 1):
+        corners, label = entry["xyxy"], entry.get("label", 0)
+    elif isinstance(entry, list) and len(entry) == 5:
+        *corners, label = entry
+    right = isinstance(corners, list) and len(corners) == 4 and all(type(value) in (int, float) for value in corners)
+    if not right or type(label) not in (int, str) or (isinstance(label, int) and not 0 <= label < 2**31):
         raise ValueError(f"box {number} of {_short(name)} is {_short(entry)}: {_PLAIN}")
     try:
-        return float(x0), float(y0), float(x1), float(y1), label
+        return *map(float, corners), label
     except OverflowError:
         raise ValueError(f"box {number} of {_short(name)} has a coordinate of hundreds of digits") from None
 
@@ -232,10 +225,9 @@ def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: int, crop: 
     cropped away are left out, and so is a label all of whose boxes are. Raises BadImage where `boxes` is not a list of [x0, y0, x1, y1, label]."""
     if not isinstance(meta, dict) or "boxes" not in meta:
         return meta
-    left, top, side = square(*original)
-    start, old, new = (left, top), (side, side), (size, size)
-    if not crop:
-        start, old, new = (0, 0), original, fitted(*original, size)
+    part = part_of(*original, size) if crop else (0, 0, *original)
+    new = (size, size) if crop else fitted(*original, size)
+    start, old = part[:2], (part[2] - part[0], part[3] - part[1])
     kept = []
     try:
         for *corners, label in meta["boxes"]:

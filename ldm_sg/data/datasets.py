@@ -5,24 +5,13 @@ import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ldm_sg.data import cocostuff
 from ldm_sg.data.boxes import Annotations, Boxes, read_json, read_xml
-from ldm_sg.data.images import BadImage
-from ldm_sg.data.sources import (
-    FolderSource,
-    Item,
-    ItemSource,
-    ListSource,
-    LmdbSource,
-    ShardSource,
-    Source,
-    digest,
-    make_key,
-    walk,
-)
+from ldm_sg.data.images import BadImage, read_bytes
+from ldm_sg.data.sources import FileSource, Item, LmdbSource, ShardSource, Source, digest, open_folder, open_list, walk
 from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import file_sha256
@@ -77,7 +66,7 @@ def open_source(src: str, beside: Beside | None = None, allow_damaged: bool = Fa
     path = Path(src).expanduser()
     try:
         if path.is_dir() and not (path / "data.mdb").is_file():
-            source = open_dataset(path, beside or Beside()) or FolderSource.open(path)
+            source = open_dataset(path, beside or Beside()) or open_folder(path)
         else:
             source = _open(src, path)
             if beside is not None:
@@ -93,7 +82,7 @@ def _open(src: str, path: Path) -> Source:
     if path.is_dir():
         return LmdbSource.open(path)
     if path.is_file() and path.suffix == ".txt":
-        return ListSource.open(path)
+        return open_list(path)
     if path.name == "data.mdb":
         raise InputError(f"{src}: name the LMDB's folder ({path.parent}), not the file in it")
     if is_remote(src) or path.suffix in (".tar", ".gz", ".tgz") or any(mark in src for mark in "*?[{"):
@@ -116,7 +105,7 @@ def open_dataset(root: Path, beside: Beside) -> Source | None:
 
 
 @dataclass
-class DatasetSource(ItemSource):
+class DatasetSource(FileSource):
     """Images with boxes, masks or both. Sub-folders are no classes here: `classes` are those of the boxes."""
 
     boxes: dict[str, Boxes] | None = None  # image -> its boxes; an image that is not in there has none
@@ -125,20 +114,13 @@ class DatasetSource(ItemSource):
     problems: dict[str, str] = field(default_factory=dict)  # image -> why it cannot be packed
     others: set[str] = field(default_factory=set)  # images that `--split` leaves out, with and without the suffix
 
-    def _item(self, index: int) -> Item:
-        name = self.names[index]
-        return Item(
-            make_key(name),
-            name,
-            path=str(self.root / name),
-            problem=self.problems.get(name, ""),
-            boxes=None if self.boxes is None else self.boxes.get(name, _NONE),
-            mask=self.masks.get(name, ""),
-            table=self.table,
-        )
+    def item(self, record: str) -> Item:
+        boxes = None if self.boxes is None else self.boxes.get(record, _NONE)
+        beside = {"mask": self.masks.get(record, ""), "boxes": boxes, "table": self.table}
+        return replace(super().item(record), problem=self.problems.get(record, ""), **beside)
 
     @classmethod
-    def of(cls, folder: FolderSource, beside: Beside, chosen: list[str] | None) -> "DatasetSource":
+    def of(cls, folder: FileSource, beside: Beside, chosen: list[str] | None) -> "DatasetSource":
         """The folder's images, or those `chosen` by `--split`, with or without the suffix; what it names in vain cannot be
         packed."""
         names, lost, others = folder.names, [], set()
@@ -217,13 +199,11 @@ class DatasetSource(ItemSource):
             if name in self.problems:
                 continue
             try:
-                data = (folder / xmls[_stem(name)]).read_bytes()
+                data = read_bytes(folder / xmls[_stem(name)], "its XML ")
                 content.update(f"{name}\t{len(data)}\n".encode("utf-8", "surrogateescape") + data)
                 objects[name], sizes[name] = read_xml(data)
             except KeyError:
                 self.problems[name] = f"no {_stem(name)}.xml in Annotations/"
-            except OSError as err:
-                self.problems[name] = f"its XML cannot be read: {err.strerror or err}"
             except BadImage as err:
                 self.problems[name] = err.reason
         self.identity["annotations"] = content.hexdigest()
@@ -276,10 +256,10 @@ class DatasetSource(ItemSource):
         self._note(len(there - used - self.others), f"{what} match no image")
 
 
-def open_images(root: Path) -> FolderSource:
+def open_images(root: Path) -> FileSource:
     """The images of a folder, shuffled with a fixed seed; InputError when there are none."""
-    folder = FolderSource.open(root)
-    if not isinstance(folder, FolderSource):
+    folder = open_folder(root)
+    if not isinstance(folder, FileSource):
         raise InputError(f"{root} holds shards: boxes and masks are read beside an image folder")
     return folder
 

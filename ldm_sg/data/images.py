@@ -6,20 +6,11 @@ import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import (  # noqa: F401  (a format exists once its plugin is imported)
-    AvifImagePlugin,
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import Image
 
 from ldm_sg.errors import one_line
 
@@ -63,6 +54,14 @@ class BadImage(Exception):
         self.reason = reason
 
 
+def read_bytes(path: str | Path, what: str = "") -> bytes:
+    """A file's content; BadImage where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as err:
+        raise BadImage(f"{what}cannot be read: {err.strerror or err}") from err
+
+
 def decode(data: bytes, key: str = "") -> Image.Image:
     """Bytes of an image file -> RGB, upright (EXIF), first frame, transparency over white. Raises BadImage."""
     if not data:
@@ -81,9 +80,7 @@ def decode(data: bytes, key: str = "") -> Image.Image:
         raise BadImage(f"its header claims more than {MAX_PIXELS:,} pixels", key) from None
     except Image.UnidentifiedImageError:
         raise BadImage(f"not an image ({', '.join(FORMATS)})", key) from None
-    except (
-        Exception
-    ) as err:  # damaged files make Pillow raise OSError, ValueError, SyntaxError, struct.error, zlib.error ...
+    except Exception as err:  # damaged files make Pillow raise OSError, ValueError, SyntaxError, struct.error ...
         raise BadImage(f"cannot be decoded: {one_line(err)}", key) from err
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -111,23 +108,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(width: int, height: int) -> tuple[int, int, int]:
-    """The centre square of an image: left, top, side, in its pixels."""
-    side = min(width, height)
-    return (width - side) // 2, (height - side) // 2, side
-
-
 def crop_resize(image: Image.Image, size: int, within: int | None = None) -> Image.Image:
     """Centre square -> `size` x `size`, antialiased bicubic: THE preprocessing of training and reference images. With
     `within`, the centre of `size` pixels of what crop_resize(image, within) would be.
 
     Pixel-identical when the centre square is already `size` (or `within`) wide."""
-    return _resized(image, size, _part(*image.size, size, within))
+    return _resized(image, size, part_of(*image.size, size, within))
 
 
-def _part(width: int, height: int, size: int, within: int | None) -> tuple[float, float, float, float]:
+def part_of(width: int, height: int, size: int, within: int | None = None) -> tuple[float, float, float, float]:
     """Left, top, right, bottom, in an image's pixels, of what `crop_resize` takes."""
-    left, top, side = square(width, height)
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
     if within is None:
         return left, top, left + side, top + side
     margin, part = side * ((within - size) // 2) / within, side * size / within
@@ -152,6 +144,15 @@ def fit_resize(image: Image.Image, size: int) -> Image.Image:
     return image if image.size == wanted else image.resize(wanted, Image.Resampling.BICUBIC)
 
 
+def crop_or_fit(image: Image.Image, size: int, crop: bool) -> Image.Image:
+    """`crop_resize`, or without `crop` `fit_resize`: what is packed. Raises BadImage where a side would be too long to store."""
+    if not crop and max(fitted(*image.size, size)) > MAX_SIDE:
+        raise BadImage(
+            f"{image.width} x {image.height} pixels: --size {size} makes its long side longer than {MAX_SIDE}"
+        )
+    return crop_resize(image, size) if crop else fit_resize(image, size)
+
+
 @dataclass(frozen=True)
 class Shown:
     """What is shown of one image, uint8 [3, height, width] each."""
@@ -168,7 +169,7 @@ def show(
     """THE rule of what networks see. The autoencoder: the `size`-pixel centre square (`crop_resize`). g, whose input is
     `view` pixels wide: the same square straight from the image's own pixels where it has more than `size` of them, and
     otherwise the very square. With `whole`, what finds boxes sees the uncropped image, at the same scale."""
-    part = _part(*image.size, size, within)
+    part = part_of(*image.size, size, within)
     left, top, right, bottom = part
     pixels = to_array(_resized(image, size, part))
     closer = to_array(_resized(image, view, part)) if view not in (None, size) and right - left > size else None
@@ -185,7 +186,7 @@ def crop_resize_index(mask: Image.Image, size: int, crop: bool = True) -> Image.
     untouched."""
     if not crop:
         return mask.resize(fitted(*mask.size, size), Image.Resampling.NEAREST)
-    return mask.resize((size, size), Image.Resampling.NEAREST, box=_part(*mask.size, size, None))
+    return mask.resize((size, size), Image.Resampling.NEAREST, box=part_of(*mask.size, size))
 
 
 def to_array(image: Image.Image) -> np.ndarray:

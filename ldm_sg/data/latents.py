@@ -20,15 +20,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_sg.data.photos import photos
+from ldm_sg.data.photos import images_at
 from ldm_sg.data.progress import finished_manifest
-from ldm_sg.data.signals import PackedMasks, Signals, columns, extension
+from ldm_sg.data.signals import Columns, Signals, columns, concatenated, extension, stacked, to_arrays, to_columns
 from ldm_sg.errors import InputError
 from ldm_sg.folder import file_sha256, read_mapping, whole, write_json
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.guidance.spatial import Crops
 
 LATENT, FLIP = "latent.npy", "flip.npy"
+_WHERE = np.dtype([("shard", np.int32), ("latent", np.int64), ("flip", np.int64)])
 MANIFEST = {
     "shards": [{"file": str, "bytes": int, "sha256": str}],
     **{"hash": str, "guidance": dict, "latent_shape": [int], "flips": bool, "num_images": int},
@@ -67,23 +68,21 @@ class LatentSet:
 
     `signals`, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`. Raises InputError
     when `annotate` has not finished, or the files are not those that the manifest describes: sizes are always compared,
-    contents at the first opening (and with verify=True), which also indexes the shards (about 20 s a million images) and keeps
+    contents at the first opening, which also indexes the shards (about 20 s a million images) and keeps
     both results in FOLDER/index."""
 
-    def __init__(self, folder: str | Path, verify: bool = False):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.paths = _checked_shards(self.folder, self.manifest, verify)
+        self.paths = _checked_shards(self.folder, self.manifest)
         self.hash: str = self.manifest["hash"]
         self.spec = GuidanceSpec.from_dict(self.manifest["guidance"], str(self.folder))
         self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latent_shape"])
         self.flips = bool(self.manifest["flips"])
-        count = self.manifest["num_images"]
-        self._where, arrays = _index(
-            self.folder, self.hash, self.paths, self.latent_shape, self.flips, self.spec, count
-        )
-        self.signals = Signals.from_arrays(self.spec, arrays, len(self._where))
-        if len(self) != count:
+        found = self._index()
+        self._where = found.pop("where")
+        self.signals = Signals.from_columns(self.spec, found, len(self._where))
+        if len(self) != (count := self.manifest["num_images"]):
             raise InputError(f"{self.folder}: its shards hold {len(self)} images, its manifest says {count}")
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_open = max(1, soft // 4)
@@ -100,7 +99,15 @@ class LatentSet:
 
     def images(self, indices: Tensor) -> Tensor:
         """The photos themselves, uint8 [B, 3, size, size] of `indices` [B], out of the source shards; for a few, to look at."""
-        return photos(self.folder, self.manifest, indices)
+        found = images_at(self, indices.tolist(), self.manifest["size"])
+        if (lost := next((i for i in indices.tolist() if i not in found), None)) is not None:
+            raise InputError(f"{self.folder}: the photo of image {lost} is not where the set's manifest says")
+        return torch.stack([found[i] for i in indices.tolist()])
+
+    @property
+    def shards(self) -> np.ndarray:
+        """The place in `paths` of each sample's shard [N], rising."""
+        return self._where["shard"]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Guidance]:
         """latent [C, h, w] float32 (normalised) and a Guidance of one sample."""
@@ -126,9 +133,61 @@ class LatentSet:
                 raise InputError(f"{self.paths[shard]} has become shorter since it was opened")
         return torch.from_numpy(out).float()
 
+    def _index(self) -> Columns:
+        """`where` (_WHERE [N]) and the signals, kept in FOLDER/index under the set's hash; made again where they are not of as
+        many images as the manifest says."""
+        names = ["where", *columns(self.spec), *["mask_size", "mask_ends"] * (self.spec.spatial == "mask")]
+        saved = {name: self.folder / "index" / f"{name}-{self.hash[:16]}.npy" for name in names}
+        try:
+            # What is large is mapped, not read: shared by all ranks and workers of a machine.
+            modes: dict[str, Any] = {"where": "r", "mask": "r", "feature": "c"}
+            found = to_columns({name: np.load(path, mmap_mode=modes.get(name)) for name, path in saved.items()})
+            if {len(column) for column in found.values()} != {self.manifest["num_images"]}:
+                raise ValueError
+            if found["where"].dtype != _WHERE:
+                raise ValueError
+        except (OSError, ValueError, EOFError):  # not there yet, or damaged
+            bar = tqdm(self.paths, "index", disable=len(self.paths) < 17)
+            parts = [self._index_shard(path, i) for i, path in enumerate(bar)]
+            if not (parts := [part for part in parts if len(part["where"])]):
+                raise InputError(f"{self.folder}: an annotation set without images") from None
+            found = concatenated(parts)
+            arrays = to_arrays(found)
+            for name, path in saved.items() if os.access(self.folder, os.W_OK) else ():
+                with whole(path) as new, new.open("wb") as file:
+                    np.save(file, arrays[name])
+        return found
+
+    def _index_shard(self, path: Path, shard: int) -> Columns:
+        """`where`: offsets of the array data of every latent (and flip) in one shard; and the signals themselves."""
+        signals: dict[str, list[Any]] = {extension(name): [] for name in columns(self.spec)}
+        offsets: dict[str, list[int]] = {LATENT: [], FLIP: []}
+        with path.open("rb", buffering=0) as file:
+            for ext, offset, size in _members(file.fileno(), path):
+                if ext in signals:
+                    signals[ext].append(_read_signal(ext, os.pread(file.fileno(), size, offset), path))
+                elif ext in offsets:
+                    dtype, shape, length = _read_header(os.pread(file.fileno(), _NPY_HEADER, offset), path)
+                    wanted = self.latent_shape
+                    if (dtype, shape) != (np.float16, wanted) or size != length + 2 * math.prod(wanted):
+                        raise InputError(f"{path}: a {ext} is {dtype} {shape}, the manifest says float16 {wanted}")
+                    offsets[ext].append(offset + length)
+        n = len(offsets[LATENT])
+        if any(len(column) != n for column in signals.values()) or (self.flips and len(offsets[FLIP]) != n):
+            expected = ", ".join([*signals, *([FLIP] if self.flips else [])])
+            raise InputError(f"{path}: not every sample has {expected} beside its latent")
+        where = np.empty(n, _WHERE)
+        where["shard"], where["latent"] = shard, offsets[LATENT]
+        where["flip"] = offsets[FLIP] if self.flips else -1
+        try:
+            found = {name: stacked(name, signals[extension(name)]) for name in columns(self.spec) if n}
+        except (ValueError, AssertionError) as err:
+            raise InputError(f"{path}: signals of different shapes in it") from err
+        return {"where": where, **found}
+
     def features(self, indices: Tensor) -> Tensor:
         """g's image-level features [B, D] float32 of `indices` [B]; InputError where the set was made without g."""
-        shards = self._where["shard"]
+        shards = self.shards
         starts, out = np.searchsorted(shards, np.arange(len(self.paths))), []
         for i in indices.tolist():
             path = self.folder / "features" / f"{self.paths[shards[i]].stem}.npy"
@@ -168,7 +227,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _checked_shards(folder: Path, manifest: dict[str, Any], verify: bool) -> list[Path]:
+def _checked_shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     """The shards' paths, after comparing them with what the manifest says of them."""
     changed = "changed since annotate wrote it; annotate again, or give the run the set it was made for"
     entries = manifest["shards"]
@@ -185,111 +244,12 @@ def _checked_shards(folder: Path, manifest: dict[str, Any], verify: bool) -> lis
             raise InputError(f"{path} is missing: the annotation set has {changed}")
         stat = path.stat()  # ctime: no copy and no program keeps it
         now[path.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, entry["sha256"]]
-        good = stat.st_size == entry["bytes"]
-        if not good or ((verify or known.get(path.name) != now[path.name]) and file_sha256(path) != entry["sha256"]):
+        good = known.get(path.name) == now[path.name] or file_sha256(path) == entry["sha256"]
+        if stat.st_size != entry["bytes"] or not good:
             raise InputError(f"{path} has {changed}")
     if now != known and os.access(folder, os.W_OK):
         write_json(remembered, now)
     return paths
-
-
-_WHERE = np.dtype([("shard", np.int32), ("latent", np.int64), ("flip", np.int64)])
-
-
-def _index(
-    folder: Path,
-    digest: str,
-    paths: list[Path],
-    shape: tuple[int, int, int],
-    flips: bool,
-    spec: GuidanceSpec,
-    count: int,
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """(_WHERE [N], columns of signals), kept in FOLDER/index under the set's hash; made again where they are not of `count`
-    images."""
-    names = ["where"]
-    for name in columns(spec):
-        names += ["mask_size", "mask", "mask_ends"] if name == "mask" else [name]
-    saved = {name: folder / "index" / f"{name}-{digest[:16]}.npy" for name in names}
-    try:
-        # What is large is mapped, not read: shared by all ranks and workers of a machine.
-        modes: dict[str, Any] = {"where": "r", "mask": "r", "feature": "c"}
-        arrays = {name: np.load(path, mmap_mode=modes.get(name)) for name, path in saved.items()}
-        rows = {len(array) for name, array in arrays.items() if name not in ("mask", "mask_size")}
-        if rows != {count} or arrays["where"].dtype != _WHERE:
-            raise ValueError
-    except (OSError, ValueError, EOFError):  # not there yet, or damaged
-        arrays = _concatenate(folder, paths, shape, flips, spec)
-        for name, path in saved.items() if os.access(folder, os.W_OK) else ():
-            with whole(path) as new, new.open("wb") as file:
-                np.save(file, arrays[name])
-    if "mask" in arrays:
-        arrays["mask"] = PackedMasks(int(arrays.pop("mask_size")[0]), arrays["mask"], arrays.pop("mask_ends"))
-    return arrays.pop("where"), arrays
-
-
-def _concatenate(
-    folder: Path, paths: list[Path], shape: tuple[int, int, int], flips: bool, spec: GuidanceSpec
-) -> dict[str, np.ndarray]:
-    many = len(paths) > 16
-    wheres, parts = [], []
-    for i, path in enumerate(tqdm(paths, "index", disable=not many)):
-        where, signals = _index_shard(path, i, shape, flips, columns(spec))
-        if len(where):
-            wheres.append(where)
-            parts.append(signals)
-    if not wheres:
-        raise InputError(f"{folder}: an annotation set without images")
-    arrays = {"where": np.concatenate(wheres)}
-    for name in columns(spec):
-        if name != "mask":
-            arrays[name] = np.concatenate([part[name] for part in parts])
-            continue
-        packed = PackedMasks.concatenate([part[name] for part in parts])
-        arrays |= {"mask_size": np.array([packed.size]), "mask": packed.blob, "mask_ends": packed.ends}
-    return arrays
-
-
-def _index_shard(
-    path: Path, shard: int, shape: tuple[int, int, int], flips: bool, wanted: tuple[str, ...]
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Offsets of the array data of every latent (and flip) in one shard, and the signals themselves."""
-    signals: dict[str, list[Any]] = {extension(name): [] for name in wanted}
-    offsets: dict[str, list[int]] = {LATENT: [], FLIP: []}
-    headers = _NpyHeaders(path)
-    with path.open("rb", buffering=0) as file:
-        for ext, offset, size in _members(file.fileno(), path):
-            if ext in signals:
-                whole = os.pread(file.fileno(), size, offset)
-                signals[ext].append(_mask(whole, path) if ext == "mask.png" else headers.array(whole))
-            elif ext in offsets:
-                dtype, found, length = headers.parse(os.pread(file.fileno(), _NPY_HEADER, offset))
-                if (dtype, found) != (np.float16, shape) or size != length + 2 * math.prod(shape):
-                    raise InputError(f"{path}: a {ext} is {dtype} {found}, the manifest says float16 {shape}")
-                offsets[ext].append(offset + length)
-    n = len(offsets[LATENT])
-    if any(len(column) != n for column in signals.values()) or (flips and len(offsets[FLIP]) != n):
-        expected = ", ".join([*signals, *([FLIP] if flips else [])])
-        raise InputError(f"{path}: not every sample has {expected} beside its latent")
-    where = np.empty(n, _WHERE)
-    where["shard"], where["latent"] = shard, offsets[LATENT]
-    where["flip"] = offsets[FLIP] if flips else -1
-    if not n:
-        return where, {}
-    try:
-        return where, {
-            name: PackedMasks.of(signals[extension(name)]) if name == "mask" else np.stack(signals[extension(name)])
-            for name in wanted
-        }
-    except (ValueError, AssertionError) as err:
-        raise InputError(f"{path}: signals of different shapes in it") from err
-
-
-def _mask(data: bytes, path: Path) -> np.ndarray:
-    try:
-        return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
-    except Exception as err:  # damaged files make Pillow raise anything
-        raise InputError(f"{path}: holds a mask that cannot be decoded") from err
 
 
 def _members(file: int, path: Path) -> Iterator[tuple[str, int, int]]:
@@ -312,36 +272,33 @@ def _members(file: int, path: Path) -> Iterator[tuple[str, int, int]]:
         at += 512 + -(-size // 512) * 512
 
 
-class _NpyHeaders:
-    """Parses .npy headers, each distinct one once: all latents of a shard share theirs."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.known: dict[bytes, tuple[np.dtype, tuple[int, ...], int]] = {}
-
-    def parse(self, data: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
-        """Start of a file -> dtype, shape, length of the header."""
-        length = 10 + int.from_bytes(data[8:10], "little")  # format 1.0, which numpy writes for plain arrays
-        header = data[:length]
-        if header not in self.known:
-            self.known[header] = (*self._read(header), length)
-        return self.known[header]
-
-    def array(self, data: bytes) -> np.ndarray:
-        """A whole small file."""
-        dtype, shape, length = self.parse(data)
+def _read_signal(ext: str, data: bytes, path: Path) -> np.ndarray:
+    if ext == "mask.png":
         try:
-            return np.frombuffer(data, dtype, offset=length).reshape(shape)
-        except ValueError as err:
-            raise InputError(f"{self.path}: holds an array that is cut off") from err
+            return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
+        except Exception as err:  # damaged files make Pillow raise anything
+            raise InputError(f"{path}: holds a mask that cannot be decoded") from err
+    dtype, shape, length = _read_header(data, path)
+    try:
+        return np.frombuffer(data, dtype, offset=length).reshape(shape)
+    except ValueError as err:
+        raise InputError(f"{path}: holds an array that is cut off") from err
 
-    def _read(self, header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
-        try:
-            stream = io.BytesIO(header)
-            np.lib.format.read_magic(stream)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        except Exception as err:  # numpy tokenizes and evaluates it: TokenError, SyntaxError, TypeError ...
-            raise InputError(f"{self.path}: holds something that is not a plain .npy array") from err
-        if fortran or dtype.hasobject:
-            raise InputError(f"{self.path}: holds a Fortran-ordered or object array")
-        return dtype, shape
+
+def _read_header(data: bytes, path: Path) -> tuple[np.dtype, tuple[int, ...], int]:
+    """Start of a .npy file -> dtype, shape, length of the header."""
+    length = 10 + int.from_bytes(data[8:10], "little")  # format 1.0, which numpy writes for plain arrays
+    return *_parse_header(data[:length], path), length
+
+
+@functools.lru_cache(maxsize=64)  # all latents of a shard share theirs
+def _parse_header(header: bytes, path: Path) -> tuple[np.dtype, tuple[int, ...]]:
+    try:
+        stream = io.BytesIO(header)
+        np.lib.format.read_magic(stream)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as err:  # numpy tokenizes and evaluates it: TokenError, SyntaxError, TypeError ...
+        raise InputError(f"{path}: holds something that is not a plain .npy array") from err
+    if fortran or dtype.hasobject:
+        raise InputError(f"{path}: holds a Fortran-ordered or object array")
+    return dtype, shape

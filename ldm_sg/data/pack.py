@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -19,16 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_sg.data.boxes import count_empty, crop_meta
-from ldm_sg.data.images import (
-    MAX_SIDE,
-    BadImage,
-    crop_resize,
-    crop_resize_index,
-    decode,
-    decode_index,
-    fit_resize,
-    fitted,
-)
+from ldm_sg.data.images import BadImage, crop_or_fit, crop_resize_index, decode, decode_index
 from ldm_sg.data.pool import DecoderPool, cores
 from ldm_sg.data.shards import INDEX, ShardWriter
 from ldm_sg.data.sources import Item, Source
@@ -48,16 +40,6 @@ class Form:
     format: str
     quality: int
     crop: bool = True  # to the centre square; without it `size` is the short side
-
-    def resize(self, image: Image.Image) -> Image.Image:
-        """RGB image -> the pixels that are packed. Raises BadImage where a side would be too long to store."""
-        if self.crop:
-            return crop_resize(image, self.size)
-        if max(fitted(*image.size, self.size)) > MAX_SIDE:
-            raise BadImage(
-                f"{image.width} x {image.height} pixels: --size {self.size} makes its long side longer than {MAX_SIDE}"
-            )
-        return fit_resize(image, self.size)
 
     def encode(self, image: Image.Image) -> bytes:
         """RGB image -> file content; JPEG keeps full colour resolution (4:4:4)."""
@@ -106,17 +88,18 @@ def pack_source(source: Source, dst: Path, form: Form, shard_size: int, workers:
     chunks = _chunks(source.shards(shard_size, log.done))
     with (
         DecoderPool(workers if workers > 0 else cores()) if workers else nullcontext() as pool,
-        tqdm(total=source.total, initial=log.total.images + log.total.skipped, desc="pack", unit="image") as bar,
+        tqdm(total=source.total, initial=log.total["images"] + log.total["skipped"], desc="pack", unit="image") as bar,
     ):
         work = functools.partial(_pack_chunk, form)
         results = pool.in_order(work, chunks) if pool else map(work, chunks)
         for name, group in itertools.groupby(results, key=lambda result: result[0]):
             _write_shard(dst / name, (packed for _, chunk in group for packed in chunk), log, bar)
-            if allowed is not None and log.total.skipped > allowed:
+            if allowed is not None and log.total["skipped"] > allowed:
                 break  # it can only get worse
-    _check(log.total, dst, max_skipped)
-    finish(dst, log.total)
-    return log.total
+    total = Summary(**log.total)
+    _check(total, dst, max_skipped)
+    finish(dst, total)
+    return total
 
 
 def _check(total: Summary, dst: Path, max_skipped: float) -> None:
@@ -150,7 +133,7 @@ def pack_item(form: Form, item: Item) -> Packed:
         drawn = item.boxes.size if item.boxes else None
         if drawn not in (None, image.size):
             raise BadImage("its boxes are of {} x {} pixels, the image has {} x {}".format(*drawn, *image.size))
-        files = {form.format: form.encode(form.resize(image))}
+        files = {form.format: form.encode(crop_or_fit(image, form.size, form.crop))}
         if sample.cls is not None:
             files["cls"] = str(sample.cls).encode()
         if sample.meta is not None:
@@ -202,15 +185,13 @@ class Log:
     Both are appended to after a shard is whole; a shard whose line did not get written any more is made again."""
 
     def __init__(self, dst: Path):
-        self.dst = dst
-        self.total = Summary()
+        self.dst, self.done, self.total = dst, set[str](), Counter[str]()
         shards = [line for line in _read_lines(dst / _LOGS[0]) if not line["images"] or (dst / line["file"]).is_file()]
-        self.done = {line["file"] for line in shards}
+        for line in shards:
+            self._count(**line)
         skipped = [line for line in _read_lines(dst / _LOGS[1]) if line["shard"] in self.done]
         for path, lines in zip((dst / name for name in _LOGS), (shards, skipped)):
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-        for line in shards:
-            self._count(line)
 
     def add(self, file: str, images: int, skipped: list[dict[str, str]], noted: dict[str, int]) -> None:
         """Records a finished shard."""
@@ -219,15 +200,11 @@ class Log:
         for name, lines in zip(reversed(_LOGS), (skipped, [line])):
             with disk_errors(self.dst / name), (self.dst / name).open("a") as log:
                 log.writelines(json.dumps(entry) + "\n" for entry in lines)
-        self.done.add(file)
-        self._count(line)
+        self._count(**line)
 
-    def _count(self, line: dict[str, Any]) -> None:
-        self.total.images += line["images"]
-        self.total.skipped += line["skipped"]
-        self.total.shards += line["images"] > 0
-        self.total.empty_boxes += line.get("empty_boxes", 0)
-        self.total.enlarged += line.get("enlarged", 0)
+    def _count(self, file: str, **counts: int) -> None:
+        self.done.add(file)
+        self.total.update(counts, shards=counts["images"] > 0)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

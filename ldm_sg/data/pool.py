@@ -8,8 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from types import TracebackType
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any, TypeVar
 
 from ldm_sg.data.images import share_large
@@ -23,6 +22,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def in_order(pool: Executor, function: Callable[[Job], Result], jobs: Iterable[Job], ahead: int) -> Iterator[Result]:
+    """function(job) for every job, in the jobs' order; jobs are drawn as needed, so many ahead."""
+    waiting: deque[Future[Result]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(function, job))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
 class DecoderPool(ProcessPoolExecutor):
     """`workers` processes. They leave Ctrl-C to their parent and end with it, however it ends."""
 
@@ -32,16 +42,10 @@ class DecoderPool(ProcessPoolExecutor):
         super().__init__(workers, mp_context=context, initializer=_start, initargs=(context.Lock(),))
 
     def in_order(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """function(job) for every job, in the jobs' order; jobs are drawn as needed, two a worker ahead."""
-        waiting: deque[Future[Result]] = deque()
-        for job in jobs:
-            waiting.append(self.submit(function, job))
-            if len(waiting) > 2 * self.workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        """Two jobs a worker ahead."""
+        return in_order(self, function, jobs, 2 * self.workers)
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.shutdown(wait=True, cancel_futures=True)
 
 

@@ -8,11 +8,11 @@ import json
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -54,9 +54,9 @@ def expand(urls: str | Sequence[str]) -> list[str]:
     shards = [shard for part in parts for url in _braces(part) for shard in _expand_one(url)]
     if not shards:
         raise InputError("no shards given: name a glob, a brace list or a folder of .tar files")
-    repeated = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
-    if repeated:
-        raise InputError(f"shard {repeated[0]!r} is named twice")
+    [(shard, times)] = Counter(shards).most_common(1)
+    if times > 1:
+        raise InputError(f"shard {shard!r} is named twice")
     return shards
 
 
@@ -141,7 +141,7 @@ def _groups(url: str) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
 
 def _grouped(members: Iterator[Member], last: bool) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
     """At damage the group that it fell into, which may lack a file, comes only where this is the `last` try."""
-    key, files, duplicates, damage = "", {}, [], None  # type: ignore[var-annotated]
+    key, files, duplicates = "", {}, []  # type: ignore[var-annotated]
     try:
         for member in members:
             if member.key != key and files:
@@ -151,12 +151,12 @@ def _grouped(members: Iterator[Member], last: bool) -> Iterator[tuple[str, dict[
             if member.ext in files:
                 duplicates.append(member.ext)
             files.setdefault(member.ext, member)
-    except Damaged as err:
-        damage = err
-    if files and (last or damage is None):
+    except Damaged:
+        if files and last:
+            yield key, files, duplicates
+        raise
+    if files:
         yield key, files, duplicates
-    if damage is not None:
-        raise damage
 
 
 def _images_in(url: str) -> int | None:
@@ -169,6 +169,19 @@ def _images_in(url: str) -> int | None:
         return found if type(found) is int and 0 <= found <= 10**6 else None
     except Exception:  # it only helps: whatever is wrong with it, there is none
         return None
+
+
+def count_images(path: str) -> int:
+    """Images in a local shard by its headers: seconds for a large one. Of a damaged one those before the damage, which
+    `read_shard` reports."""
+    keys = set()
+    with suppress(tarfile.TarError, OSError, EOFError), tarfile.open(path) as tar:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            key, _, extension = name.partition(".")
+            if key and extension.lower() in IMAGE_EXTENSIONS:
+                keys.add((folder, key))
+    return len(keys)
 
 
 def leads_elsewhere(key: str) -> bool:
@@ -227,8 +240,8 @@ class ShardWriter:
             self._tar.addfile(info, io.BytesIO(data))
         self.written += 1
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        self._stack.__exit__(kind, err, tb)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
 
 @dataclass(frozen=True)
@@ -241,15 +254,22 @@ class Truth:
     whole_boxes: np.ndarray | None = None  # float32 [M', 4] as shares of the uncropped image's sides
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageBatch:
     """Decoded images of one or more shards."""
 
-    keys: list[str]
-    images: "Tensor"  # uint8 [B, 3, size, size]
-    cls: "Tensor"  # [B] long, -1 = unknown
-    truth: list[Truth]  # empty unless asked for
-    shown: list[Shown]
+    keys: list[str] = field(default_factory=list)
+    cls: list[int] = field(default_factory=list)  # -1 = unknown
+    truth: list[Truth] = field(default_factory=list)  # empty unless asked for
+    shown: list[Shown] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)  # shard, key, reason
+
+    @functools.cached_property
+    def images(self) -> "Tensor":
+        """uint8 [B, 3, size, size]."""
+        import torch  # not in the processes that decode
+
+        return torch.from_numpy(np.stack([shown.square for shown in self.shown]))
 
 
 def image_batches(
@@ -273,17 +293,11 @@ def image_batches(
     samples = ((shard, sample) for shard in shards for sample in read_shard(shard, on_skip))
     decode_one = functools.partial(_decode_batch, size, truth, looks)
     batches = _batched(samples, batch_size, truth)
-    decoded = map(decode_one, batches) if isinstance(workers, int) else workers.in_order(decode_one, batches)
-    yield from _tensors(decoded, on_skip)
-
-
-@dataclass
-class _Decoded:
-    keys: list[str]
-    shown: list[Shown]
-    cls: list[int]
-    truth: list[Truth]
-    skipped: list[tuple[str, str, str]]
+    for batch in map(decode_one, batches) if isinstance(workers, int) else workers.in_order(decode_one, batches):
+        for entry in batch.skipped:
+            on_skip(*entry)
+        if batch.keys:
+            yield batch
 
 
 def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int, truth: bool) -> Iterator[list[tuple[str, Sample]]]:
@@ -293,8 +307,8 @@ def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int, truth: bool
         yield batch
 
 
-def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tuple[str, Sample]]) -> _Decoded:
-    out = _Decoded([], [], [], [], [])
+def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tuple[str, Sample]]) -> ImageBatch:
+    out = ImageBatch()
     for shard, sample in batch:
         try:
             image = decode(sample.image)
@@ -313,8 +327,8 @@ def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tup
 def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
     """Labels, boxes and mask of a sample whose image has `original` pixels, after `crop_resize` to `size`. BadImage where
     they have another form than `pack` gives them."""
-    meta = crop_meta(sample.meta if isinstance(sample.meta, dict) else {}, original, size)
-    boxes = np.array([box[:4] for box in meta["boxes"]], np.float32).reshape(-1, 4) / size if "boxes" in meta else None
+    own = sample.meta if isinstance(sample.meta, dict) else {}
+    meta = crop_meta(own, original, size)
     labels = None
     if "labels" in meta or "boxes" in meta:
         found = [*meta.get("labels", []), *(box[4] for box in meta.get("boxes", []))]
@@ -324,20 +338,11 @@ def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
     mask = None
     if sample.mask is not None:
         mask = np.array(crop_resize_index(decode_index(sample.mask, original), size))
-    whole = None
-    if boxes is not None and sample.meta:
-        sides = fitted(*original, size)
-        all_boxes = [box[:4] for box in crop_meta(sample.meta, original, size, crop=False)["boxes"]]
-        whole = np.array(all_boxes, np.float32).reshape(-1, 4) / np.array(sides * 2, np.float32)
-    return Truth(labels, boxes, mask, whole)
+    whole_boxes = _shares(crop_meta(own, original, size, crop=False), fitted(*original, size))
+    return Truth(labels, _shares(meta, (size, size)), mask, whole_boxes)
 
 
-def _tensors(decoded: Iterable[_Decoded], on_skip: OnSkip) -> Iterator[ImageBatch]:
-    import torch
-
-    for batch in decoded:
-        for entry in batch.skipped:
-            on_skip(*entry)
-        if batch.keys:
-            images = torch.from_numpy(np.stack([shown.square for shown in batch.shown]))
-            yield ImageBatch(batch.keys, images, torch.tensor(batch.cls), batch.truth, batch.shown)
+def _shares(meta: dict[str, Any], sides: tuple[int, int]) -> np.ndarray | None:
+    if "boxes" not in meta:
+        return None
+    return np.array([box[:4] for box in meta["boxes"]], np.float32).reshape(-1, 4) / np.array(sides * 2, np.float32)

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ldm_sg.guidance.spatial import Crops, box_coverage, concept_ids, mask_cover
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # the name that diffusers downloads
 Sample = dict[str, np.ndarray]  # one image's signals: those of `columns(spec)`
+Columns = dict[str, Any]  # those of N images: arrays [N, ...], and PackedMasks for `mask`
 
 
 def columns(spec: GuidanceSpec) -> tuple[str, ...]:
@@ -87,6 +88,33 @@ class PackedMasks:
         return np.frombuffer(data, np.uint8).reshape(self.size, self.size)
 
 
+def stacked(name: str, rows: Iterable[Any]) -> Any:
+    """The column `name` of images whose own values are `rows`."""
+    return PackedMasks.of(rows) if name == "mask" else np.stack(list(rows))
+
+
+def concatenated(parts: Sequence[Columns]) -> Columns:
+    """One after the other."""
+    joins = {name: PackedMasks.concatenate if name == "mask" else np.concatenate for name in (parts or [{}])[0]}
+    return {name: join([part[name] for part in parts]) for name, join in joins.items()}
+
+
+def to_arrays(columns: Columns) -> dict[str, np.ndarray]:
+    """Columns as plain arrays, for a file."""
+    if "mask" not in columns:
+        return columns
+    mask = columns["mask"]
+    return {**columns, "mask_size": np.array([mask.size]), "mask": mask.blob, "mask_ends": mask.ends}
+
+
+def to_columns(arrays: Mapping[str, np.ndarray]) -> Columns:
+    """What `to_arrays` was given."""
+    columns: Columns = {name: array for name, array in arrays.items() if name not in ("mask_size", "mask_ends")}
+    if "mask" in arrays:
+        columns["mask"] = PackedMasks(int(arrays["mask_size"][0]), arrays["mask"], arrays["mask_ends"])
+    return columns
+
+
 @dataclass(frozen=True)
 class Signals:
     """The signals of N images under one `spec`; parts that it does not have are None."""
@@ -99,26 +127,11 @@ class Signals:
     count: int = 0  # N where there is no part at all
 
     @classmethod
-    def of(cls, spec: GuidanceSpec, samples: Sequence[Sample]) -> "Signals":
-        """From single images' signals."""
-        arrays: dict[str, Any] = {
-            name: PackedMasks.of(s[name] for s in samples) if name == "mask" else np.stack([s[name] for s in samples])
-            for name in columns(spec)
-        }
-        return cls.from_arrays(spec, arrays, len(samples))
-
-    @classmethod
-    def from_arrays(cls, spec: GuidanceSpec, arrays: dict[str, Any], count: int) -> "Signals":
-        """From whole columns: numpy arrays, and PackedMasks for `mask`."""
-        parts = {n: a if isinstance(a, PackedMasks) else torch.from_numpy(np.asarray(a)) for n, a in arrays.items()}
+    def from_columns(cls, spec: GuidanceSpec, columns: Columns, count: int) -> "Signals":
+        parts = {n: c if isinstance(c, PackedMasks) else torch.from_numpy(np.asarray(c)) for n, c in columns.items()}
         if "k" in parts:
             parts["k"] = parts["k"].float() if spec.multi_hot else parts["k"].long()
         return cls(spec, count=count, **parts)
-
-    @classmethod
-    def of_ids(cls, spec: GuidanceSpec, k: Tensor) -> "Signals":
-        """Nothing but ids [N]."""
-        return cls(spec, k=k, count=len(k))
 
     def __len__(self) -> int:
         return self.count
@@ -213,15 +226,12 @@ class Signals:
 
     def save_pretrained(self, folder: Path) -> None:
         """config.json and one safetensors file, as diffusers' pipelines hold their parts."""
-        arrays: dict[str, np.ndarray] = {"count": np.array([self.count])}
-        arrays |= {
-            n: np.ascontiguousarray(p.numpy()) for n in ("k", "box", "feature") if (p := getattr(self, n)) is not None
-        }
-        if self.mask is not None:
-            arrays |= {"mask_size": np.array([self.mask.size]), "mask": self.mask.blob, "mask_ends": self.mask.ends}
+        parts = {name: getattr(self, name) for name in ("k", "box", "mask", "feature")}
+        tensors = {name: np.ascontiguousarray(p.numpy()) for name, p in parts.items() if isinstance(p, Tensor)}
+        found: Columns = tensors if self.mask is None else {**tensors, "mask": self.mask}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / WEIGHTS).write_bytes(save(arrays))
+        (folder / WEIGHTS).write_bytes(save({"count": np.array([self.count]), **to_arrays(found)}))
         config = {"_class_name": "Signals", **self.spec.to_dict()}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -230,11 +240,9 @@ class Signals:
         """What `save_pretrained` wrote; InputError when the file does not hold what its config says."""
         config, path = json.loads((Path(folder) / "config.json").read_text()), Path(folder) / WEIGHTS
         config.pop("_class_name", None)
-        spec, arrays = GuidanceSpec.from_dict(config, str(folder)), load_file(path)
-        if "mask" in arrays:
-            arrays["mask"] = PackedMasks(int(arrays.pop("mask_size")[0]), arrays["mask"], arrays.pop("mask_ends"))
-        missing = {"count", *columns(spec)} - set(arrays)
+        spec, found = GuidanceSpec.from_dict(config, str(folder)), to_columns(load_file(path))
+        missing = {"count", *columns(spec)} - set(found)
         if missing:
             raise InputError(f"{path}: no {', '.join(sorted(missing))} in it: not the signals of this run")
-        count = int(arrays.pop("count")[0])
-        return cls.from_arrays(spec, arrays, count)
+        count = int(found.pop("count")[0])
+        return cls.from_columns(spec, found, count)

@@ -7,7 +7,6 @@ import hashlib
 import os
 import random
 import re
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_sg.data.boxes import Boxes
-from ldm_sg.data.images import BadImage
+from ldm_sg.data.images import BadImage, read_bytes
 from ldm_sg.data.shards import Damage, Sample, expand, is_remote, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.folder import read_mapping
@@ -50,7 +49,7 @@ class Item:
         if self.sample is not None:
             return self.sample
         if self.record is None:
-            image, mask = _bytes(self.path), _bytes(self.mask, "its mask ") if self.mask else None
+            image, mask = read_bytes(self.path), read_bytes(self.mask, "its mask ") if self.mask else None
             return Sample(self.key, image, self.cls, self.boxes.meta() if self.boxes else None, mask)
         with open_lmdb(self.path).begin(buffers=False) as transaction:
             data = transaction.get(self.record)
@@ -59,15 +58,8 @@ class Item:
         return Sample(self.key, data, self.cls)
 
 
-def _bytes(path: str, what: str = "") -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as err:
-        raise BadImage(f"{what}cannot be read: {err.strerror or err}") from err
-
-
 @dataclass
-class Source(ABC):
+class Source:
     """Where images come from. `identity` is what makes it this source and no other (kept in pack.yaml)."""
 
     identity: dict[str, Any]
@@ -77,10 +69,23 @@ class Source(ABC):
     mask_classes: list[str] = field(default_factory=list)  # names of the masks' indices
     notes: list[str] = field(default_factory=list)  # what else to tell about it, in a few words each
 
-    @abstractmethod
+    def records(self) -> Iterator[Any]:
+        """What `item` is told of each image, in order: a name, a key."""
+        raise NotImplementedError
+
+    def item(self, record: Any) -> Item:
+        raise NotImplementedError
+
     def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
         """(file name, items) of every output shard of `size` images that is not `done`; items are to be drawn before
         the next shard is."""
+        records = self.records()
+        for number in range(-(-(self.total or 0) // size)):
+            chosen = islice(records, size)
+            if shard_name(number) in done:
+                deque(chosen, maxlen=0)  # moves on
+            else:
+                yield shard_name(number), map(self.item, chosen)
 
 
 def make_key(name: str) -> str:
@@ -91,45 +96,39 @@ def make_key(name: str) -> str:
 
 
 @dataclass
-class ItemSource(Source):
-    """Items that are all known beforehand; about 100 bytes of memory each."""
+class FileSource(Source):
+    """Files that are all known beforehand; about 100 bytes of memory each."""
 
     root: Path = Path()
     names: list[str] = field(default_factory=list)  # relative to root
-    labels: list[int | None] = field(default_factory=list)
+    labels: dict[str, int | None] = field(default_factory=dict)
 
-    def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
-        for number in range(-(-len(self.names) // size)):
-            chosen = range(number * size, min(len(self.names), (number + 1) * size))
-            if shard_name(number) not in done:
-                yield shard_name(number), map(self._item, chosen)
+    def records(self) -> Iterator[str]:
+        return iter(self.names)
 
-    def _item(self, index: int) -> Item:
-        name = self.names[index]
-        return Item(make_key(name), name, path=str(self.root / name), cls=self.labels[index])
+    def item(self, record: str) -> Item:
+        return Item(make_key(record), record, path=str(self.root / record), cls=self.labels.get(record))
 
 
-class FolderSource(ItemSource):
-    """Every image below a folder, in an order shuffled with a fixed seed, so that each shard is a mixture of classes.
+def open_folder(root: Path) -> Source:
+    """Every image below a folder, in an order shuffled with a fixed seed, so that each shard is a mixture of classes; or the
+    shards in it, where there are no images.
 
     When all images lie directly in sub-folders, two or more, those are classes."""
-
-    @classmethod
-    def open(cls, root: Path) -> "Source":
-        others: list[str] = []
-        names = list(walk(root, others))
-        if not names and any(name.endswith(".tar") and "/" not in name for name in others):
-            return ShardSource.open(str(root))
-        if not names:
-            found = f" among {len(others)} files" if others else ""
-            raise InputError(f"no images in {root}{found} (looked for {' '.join(sorted(SUFFIXES))})")
-        folders = {name.rpartition("/")[0] for name in names}
-        classes = sorted(folders) if len(folders) > 1 and all(f and "/" not in f for f in folders) else []
-        random.Random(_SHUFFLE_SEED).shuffle(names)
-        index = {name: i for i, name in enumerate(classes)}
-        labels = [index[name.partition("/")[0]] if classes else None for name in names]
-        identity = {"kind": "folder", "images": len(names), "digest": digest(names)}
-        return cls(identity, len(names), classes, len(others), root=root, names=names, labels=labels)
+    others: list[str] = []
+    names = list(walk(root, others))
+    if not names and any(name.endswith(".tar") and "/" not in name for name in others):
+        return ShardSource.open(str(root))
+    if not names:
+        found = f" among {len(others)} files" if others else ""
+        raise InputError(f"no images in {root}{found} (looked for {' '.join(sorted(SUFFIXES))})")
+    folders = {name.rpartition("/")[0] for name in names}
+    classes = sorted(folders) if len(folders) > 1 and all(f and "/" not in f for f in folders) else []
+    random.Random(_SHUFFLE_SEED).shuffle(names)
+    index = {name: i for i, name in enumerate(classes)}
+    labels = {name: index[name.partition("/")[0]] for name in names} if classes else {}
+    identity = {"kind": "folder", "images": len(names), "digest": digest(names)}
+    return FileSource(identity, len(names), classes, len(others), root=root, names=names, labels=labels)
 
 
 def walk(folder: Path, others: list[str], prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
@@ -149,30 +148,25 @@ def walk(folder: Path, others: list[str], prefix: str = "", above: tuple[tuple[i
             others.append(prefix + entry.name)
 
 
-class ListSource(ItemSource):
+def open_list(path: Path) -> Source:
     """A text file with one path a line (relative to the list's folder), and after a tab an integer label if wanted."""
-
-    @classmethod
-    def open(cls, path: Path) -> "Source":
-        names: list[str] = []
-        labels: list[int | None] = []
-        seen: dict[str, int] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
-            name, tab, label = line.strip().partition("\t")
-            if not name:
-                continue
-            if name in seen:
-                raise InputError(f"{path} line {number}: {name} is listed already in line {seen[name]}")
-            try:
-                labels.append(int(label) if tab else None)
-            except ValueError:
-                raise InputError(f"{path} line {number}: label {label!r} is not an integer") from None
-            seen[name] = number
-            names.append(name)
-        if not names:
-            raise InputError(f"{path}: an empty list")
-        identity = {"kind": "list", "images": len(names), "digest": digest(names, labels)}
-        return cls(identity, len(names), root=path.parent, names=names, labels=labels)
+    labels: dict[str, int | None] = {}
+    seen: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+        name, tab, label = line.strip().partition("\t")
+        if not name:
+            continue
+        if name in seen:
+            raise InputError(f"{path} line {number}: {name} is listed already in line {seen[name]}")
+        try:
+            labels[name] = int(label) if tab else None
+        except ValueError:
+            raise InputError(f"{path} line {number}: label {label!r} is not an integer") from None
+        seen[name] = number
+    if not labels:
+        raise InputError(f"{path}: an empty list")
+    identity = {"kind": "list", "images": len(labels), "digest": digest(list(labels), list(labels.values()))}
+    return FileSource(identity, len(labels), root=path.parent, names=list(labels), labels=labels)
 
 
 @dataclass
@@ -191,17 +185,11 @@ class LmdbSource(Source):
             ends = [cursor.key().hex() for move in (cursor.first, cursor.last) if move()]
         return cls({"kind": "lmdb", "images": count, "digest": digest([*ends, str(count)])}, count, root=root)
 
-    def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
+    def records(self) -> Iterator[bytes]:
         with open_lmdb(str(self.root)).begin() as transaction, transaction.cursor() as cursor:
-            keys = cursor.iternext(keys=True, values=False)
-            for number in range(-(-self.identity["images"] // size)):
-                chosen = islice(keys, size)
-                if shard_name(number) in done:
-                    deque(chosen, maxlen=0)  # moves the cursor on
-                else:
-                    yield shard_name(number), map(self._item, chosen)
+            yield from cursor.iternext(keys=True, values=False)
 
-    def _item(self, record: bytes) -> Item:
+    def item(self, record: bytes) -> Item:
         name = record.decode("utf-8", "backslashreplace")
         safe = re.fullmatch(r"[A-Za-z0-9_-]{1,80}", name)  # LSUN's keys are: they stay as they are
         return Item(name if safe else make_key(name), name, path=str(self.root), record=record)

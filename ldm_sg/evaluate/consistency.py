@@ -1,25 +1,16 @@
 """Cluster consistency: do samples land, under the run's own g and f, in the cluster they were asked for?"""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
+from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.errors import InputError
 
 NEAREST = 3
 
 
-class Assigner(Protocol):
-    """f: features [B, D] -> ids [B, n] of the n nearest clusters, nearest first; n is cut to the number of clusters k."""
-
-    k: int
-
-    def nearest(self, features: Tensor, n: int) -> Tensor: ...
-
-
 def consistency(
-    asked: Tensor, samples: Tensor, signals: Tensor, real: Tensor, rebuilt: Tensor, f: Assigner
+    asked: Tensor, samples: Tensor, signals: Tensor, real: Tensor, rebuilt: Tensor, f: Clusters
 ) -> dict[str, float]:
     """Ids asked for [N] and features of the samples [N, D]; ids of the training set [T]; features of real images [M, D]
     before and after the autoencoder.

@@ -29,7 +29,7 @@ def assess(options: Options) -> tuple[dict[str, Any], Path]:
     made_by = guide(subject.pipe)
     wanted = wanted or _default(subject, made_by)
     figures.check_enough(wanted, subject.total, subject.where)
-    figures.check_enough(wanted, sources.count(real), options.reference)
+    figures.check_enough(wanted, real.total, options.reference)
     asked = {"metrics": wanted, "run": str(options.run) if options.run else None}
     asked |= {name: getattr(options, name) for name in ("reference", "features", "resize", "size", "n")}
     file = figures.prepare(Path(options.out) if options.out is not None else figures.free(subject.out, asked))

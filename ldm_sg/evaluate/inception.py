@@ -11,9 +11,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from ldm_sg.data.images import to_uint8
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import file_sha256
-from ldm_sg.hub import answers
+from ldm_sg.hub import downloadable
 from ldm_sg.weights import read_weights
 
 MARK = "Mixed_7c.branch_pool.conv.weight"  # a key that only this network has
@@ -86,22 +86,18 @@ def load_inception(file: str | Path | None = None, resize: str = "tf") -> Incept
         ) from err
 
 
-def first_line(err: Exception) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
-
-
 def _download() -> tuple[dict[str, Tensor], str]:
     name = URL_INCEPTION_V3.rsplit("/", 1)[1]
     kept = Path(torch.hub.get_dir()) / "checkpoints" / name
     try:
-        if not kept.is_file() and not answers(URL_INCEPTION_V3):
+        if not downloadable(URL_INCEPTION_V3):
             raise OSError("no network")
         state = torch.hub.load_state_dict_from_url(
             URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True
         )
     except (OSError, RuntimeError) as err:  # or a file that does not match its hash
         raise InputError(
-            f"the Inception weights could not be downloaded ({first_line(err)}): fetch {name} from torch-fidelity's "
+            f"the Inception weights could not be downloaded ({one_line(err)[:200]}): fetch {name} from torch-fidelity's "
             "releases elsewhere and name the file: --features inception:FILE"
         ) from err
     return state, file_sha256(kept)

@@ -148,7 +148,10 @@ def _check_guidance(wanted: list[str], subject: Subject) -> None:
     if "layout" in wanted:
         if subject.asked is None:
             raise InputError(f"{subject.where}: the metric layout draws its samples itself: give a run")
-        layout.check(subject.asked, subject.where)
+        if subject.asked.spec.spatial is None:
+            raise InputError(
+                f"{subject.where}: the metric layout is for runs guided by boxes or masks; this one has neither"
+            )
 
 
 def _open_own(wanted: list[str], subject: Subject, device: torch.device) -> LoadedAnnotator:

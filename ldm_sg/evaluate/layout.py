@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ldm_sg.data.signals import Signals
-from ldm_sg.errors import InputError
 from ldm_sg.guidance.spatial import iou
 
 VOID = -1.0  # a cell of which at least half belongs to no class
@@ -21,12 +20,6 @@ def layout(signals: Signals, grid: tuple[int, int]) -> Tensor:
     assert coverage is not None
     best = coverage.argmax(1).float()  # [B, h, w]
     return torch.where(coverage.sum(1) > 0.5, best, VOID).flatten(1)
-
-
-def check(signals: Signals, where: str) -> None:
-    """InputError for a run without boxes or masks."""
-    if signals.spec.spatial is None:
-        raise InputError(f"{where}: the metric layout is for runs guided by boxes or masks; this one has neither")
 
 
 def faithfulness(asked: Tensor, samples: Tensor, real: Tensor, rebuilt: Tensor, spatial: str) -> dict[str, float]:

@@ -42,8 +42,8 @@ class Reference:
 
         def compute() -> Tensor:
             batches = sources.batches(self.images, size, self.batch_size, MOST, self.on_skip, within)
-            total = sources.count(self.images)
-            return collect(batches, {"real": network}, self.device, total and min(total, MOST), "real")[1]["real"]
+            total = self.images.total and min(self.images.total, MOST)
+            return collect(batches, {"real": network}, self.device, total, "real")[1]["real"]
 
         identity = {key: network.manifest.get(key) for key in IDENTITY}
         return self._remembered(compute, 0, size=size, within=within, limit=MOST, network=identity)
@@ -58,7 +58,7 @@ class Reference:
         @torch.no_grad()
         def compute() -> Tensor:
             photos, before, after = sources.pictures(self.images, limit), [], []
-            with tqdm(desc="real, rebuilt", total=min(sources.count(self.images) or limit, limit), unit="image") as bar:
+            with tqdm(desc="real, rebuilt", total=min(self.images.total or limit, limit), unit="image") as bar:
                 while batch := list(itertools.islice(photos, self.batch_size)):
                     squares, seen = own.see(batch, pipe.image_size, pipe.source_size)
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):

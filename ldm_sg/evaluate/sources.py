@@ -6,10 +6,8 @@ import hashlib
 import itertools
 import json
 import os
-import tarfile
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
-from ldm_sg.data.shards import IMAGE_EXTENSIONS, expand, is_remote, read_shard
+from ldm_sg.data.images import BadImage, crop_resize, decode, read_bytes, to_tensor
+from ldm_sg.data.pool import in_order
+from ldm_sg.data.shards import count_images, expand, is_remote, read_shard
 from ldm_sg.errors import InputError
 
 PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
@@ -37,6 +36,13 @@ class ImageSet:
     paths: tuple[str, ...]  # image files, or shards
     in_shards: bool
     records: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+    @functools.cached_property
+    def total(self) -> int | None:
+        """How many images there are at most (damaged ones count), or None where only downloading would tell."""
+        if not self.in_shards:
+            return len(self.paths)
+        return None if any(map(is_remote, self.paths)) else sum(map(count_images, self.paths))
 
     def ids(self) -> Tensor:
         """The cluster id each image was asked for [N]. Raises InputError where the set does not say."""
@@ -109,32 +115,6 @@ def _records(folder: Path) -> tuple[dict[str, Any], ...]:
     return tuple(records)
 
 
-def count(images: ImageSet) -> int | None:
-    """How many images there are at most (damaged ones count), or None where only downloading would tell."""
-    if not images.in_shards:
-        return len(images.paths)
-    if any(is_remote(path) for path in images.paths):
-        return None
-    stats = [(path, Path(path).stat()) for path in images.paths]
-    return sum(_count_shard(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
-
-
-@functools.cache
-def _count_shard(path: str, size: int, changed: int) -> int:
-    """Images in a shard as it is now: reading all headers takes seconds for a large one, and it is asked several times."""
-    keys = set()
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                folder, name = os.path.split(member.name)
-                key, _, extension = name.partition(".")
-                if key and extension.lower() in IMAGE_EXTENSIONS:
-                    keys.add((folder, key))
-    except (tarfile.TarError, OSError, EOFError):
-        pass  # read_shard reports the damage; what lies before it counts
-    return len(keys)
-
-
 def spread(total: int, limit: int) -> list[int]:
     """`limit` positions spread evenly over range(total): sorted shards are not cut off at their first classes."""
     return list(range(total)) if limit >= total else [i * total // limit for i in range(limit)]
@@ -148,15 +128,23 @@ def batches(
 
     Remote shards, whose number of images is not known, give their first `limit`. Images that cannot be read are left
     out (a batch is short there) and reported. Threads read and decode two batches ahead: Pillow frees the interpreter."""
-    entries = _chosen(images, limit, on_skip)
-    waiting: deque[list[tuple[int, str, Future[Tensor]]]] = deque()
+
+    def load(entry: tuple[int, tuple[str, Path | bytes]]) -> tuple[int, str, Tensor | str]:
+        position, (name, data) = entry
+        try:
+            return position, name, to_tensor(crop_resize(_open(data), size, within))
+        except BadImage as err:
+            return position, name, err.reason
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        while group := list(itertools.islice(entries, batch_size)):
-            waiting.append([(at, name, pool.submit(_load, data, size, within)) for at, (name, data) in group])
-            if len(waiting) > 2:
-                yield from _finish(waiting.popleft(), on_skip)
-        while waiting:
-            yield from _finish(waiting.popleft(), on_skip)
+        loaded = in_order(pool, load, _chosen(images, limit, on_skip), 2 * batch_size)
+        while group := list(itertools.islice(loaded, batch_size)):
+            for _, name, found in group:
+                if isinstance(found, str):
+                    on_skip(name, found)
+            good = {position: found for position, _, found in group if isinstance(found, Tensor)}
+            if good:
+                yield torch.tensor(list(good)), torch.stack(list(good.values()))
 
 
 def pictures(images: ImageSet, limit: int) -> Iterator[Image.Image]:
@@ -168,8 +156,7 @@ def pictures(images: ImageSet, limit: int) -> Iterator[Image.Image]:
 
 def _chosen(images: ImageSet, limit: int, on_skip: OnSkip) -> Iterator[tuple[int, tuple[str, Path | bytes]]]:
     """(position, (name, file or encoded image)) of at most `limit` images."""
-    total = count(images)
-    entries = enumerate(_encoded(images, on_skip))
+    total, entries = images.total, enumerate(_encoded(images, on_skip))
     if total is None:
         return itertools.islice(entries, limit)
     if limit >= total:
@@ -178,27 +165,8 @@ def _chosen(images: ImageSet, limit: int, on_skip: OnSkip) -> Iterator[tuple[int
     return (entry for entry in itertools.islice(entries, max(wanted) + 1) if entry[0] in wanted)
 
 
-def _finish(group: list[tuple[int, str, Future[Tensor]]], on_skip: OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
-    positions, loaded = [], []
-    for position, name, future in group:
-        try:
-            loaded.append(future.result())
-            positions.append(position)
-        except BadImage as err:
-            on_skip(name, err.reason)
-    if loaded:
-        yield torch.tensor(positions), torch.stack(loaded)
-
-
-def _load(source: Path | bytes, size: int, within: int | None) -> Tensor:
-    return to_tensor(crop_resize(_open(source), size, within))
-
-
 def _open(source: Path | bytes) -> Image.Image:
-    try:
-        return decode(source if isinstance(source, bytes) else source.read_bytes())
-    except OSError as err:
-        raise BadImage(err.strerror or str(err)) from err
+    return decode(source if isinstance(source, bytes) else read_bytes(source))
 
 
 def _encoded(images: ImageSet, on_skip: OnSkip) -> Iterator[tuple[str, Path | bytes]]:
@@ -216,10 +184,8 @@ def _encoded(images: ImageSet, on_skip: OnSkip) -> Iterator[tuple[str, Path | by
 def first_size(images: ImageSet) -> int:
     """Side in pixels of the first readable image's centre square."""
     for _, data in _encoded(images, lambda *_: None):
-        try:
+        with contextlib.suppress(BadImage):
             return min(_open(data).size)
-        except BadImage:
-            continue
     raise InputError(f"{images.where}: no readable image")
 
 

@@ -104,7 +104,7 @@ def _from_disk(
     images: sources.ImageSet, options: Options, run: Path | None, pipe: SelfGuidedPipeline | None
 ) -> Subject:
     """At most n images, spread over the set."""
-    n, total, size = options.n, sources.count(images), options.size or sources.first_size(images)
+    n, total, size = options.n, images.total, options.size or sources.first_size(images)
 
     def batches(on_skip: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
         return sources.batches(images, size, options.batch_size, n, on_skip)

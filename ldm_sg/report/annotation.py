@@ -1,26 +1,27 @@
 """What an annotation set looks like: a wall with real members of each cluster, the sizes, and report.html around them."""
 
-import io
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm_sg.autoencoder.manifest import blurred
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.photos import pictures
-from ldm_sg.data.tars import MOST_TEXT, read_members
+from ldm_sg.data.photos import images_at
+from ldm_sg.errors import InputError
+from ldm_sg.folder import write_text
 from ldm_sg.report import charts, grids, html
 from ldm_sg.report.signals import over, with_boxes
 
 ROWS, OPEN = 400, 40  # clusters of the wall, and how many of them are not folded away
 NEAR, FAR = 7, 3  # members shown: nearest to their centroid, and farthest from it
-SEEN = 20_000  # images, those of the first shards, among which they are looked for
+SEEN = 20_000  # images, the first ones, among which they are looked for
 THUMB = 80  # pixels
 EXAMPLES = 32  # images with their boxes or masks
 WALL, BOXES, MASKS = "clusters", "boxes.png", "masks.png"
@@ -39,23 +40,23 @@ def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Pat
     latents = LatentSet(folder)
     if shards is not None:
         latents.manifest["source"] = [{"url": url} for url in shards]
-    manifest, signals = latents.manifest, latents.signals
+    signals, sections = latents.signals, []
     sizes = signals.counts()
-    sections = []
     if signals.k is not None and signals.k.ndim == 1:
-        sections.append(_wall(folder, manifest, sizes))
+        sections.append(_wall(latents, sizes))
     if signals.spec.spatial:
         sections.append(_spatial(folder, latents))
     if len(sizes):
         sections.append(html.section("Sizes", "Images with each label.", html.chart(charts.sizes(sizes.tolist()))))
-    return html.write(folder / "report.html", document(folder, manifest, sections))
+    write_text(folder / "report.html", document(folder, latents.manifest, sections))
+    return folder / "report.html"
 
 
-def _wall(folder: Path, manifest: Mapping[str, Any], sizes: np.ndarray) -> str:
+def _wall(latents: LatentSet, sizes: np.ndarray) -> str:
     """Saves one strip of real members a cluster."""
-    for k, groups in extremes(folder, manifest, chosen_clusters(sizes, ROWS)).items():
-        grids.save(grids.strip(groups), folder / WALL / f"{k:06d}.webp")
-    return wall(folder, manifest, "RUN")
+    for k, groups in extremes(latents, chosen_clusters(sizes, ROWS)).items():
+        grids.save(grids.strip(groups), latents.folder / WALL / f"{k:06d}.webp")
+    return wall(latents.folder, latents.manifest, "RUN")
 
 
 def wall(folder: Path, manifest: Mapping[str, Any], run: str) -> str:
@@ -75,36 +76,28 @@ def wall(folder: Path, manifest: Mapping[str, Any], run: str) -> str:
     return html.section("What each cluster holds", text, "".join(rows[:OPEN]), more)
 
 
-def extremes(folder: Path, manifest: Mapping[str, Any], clusters: list[int]) -> dict[int, list[Tensor]]:
+def extremes(latents: LatentSet, clusters: list[int]) -> dict[int, list[Tensor]]:
     """Cluster -> its members nearest to its centroid, and those farthest from it (nearer ones first), two stacks uint8
     [N, 3, THUMB, THUMB]. Where f has no centroids, the first ones."""
-    path = folder / "annotator" / "centroids.safetensors"
-    centroids = load_file(path)["centroids"] if path.is_file() else None
-    found: dict[int, list[tuple[float, int, str]]] = {k: [] for k in clusters}  # (distance, shard, key)
-    seen = 0
-    for index, shard in enumerate(manifest["shards"]):
-        pairs = list(signals(folder / "shards" / shard["file"]))
-        features = folder / "features" / f"{Path(shard['file']).stem}.npy"
-        distances: Iterator[Any] | np.ndarray = itertools.repeat(0.0)
-        if centroids is not None and features.is_file():
-            points = np.load(features, allow_pickle=False).astype(np.float32)
-            points /= np.linalg.norm(points, axis=1, keepdims=True).clip(1e-12)
-            distances = np.linalg.norm(points - centroids[[k for _, k in pairs]], axis=1)
-        for (key, k), distance in zip(pairs, distances):
-            if k in found:
-                found[k].append((float(distance), index, key))
-        seen += len(pairs)
-        if seen >= SEEN:
-            break
-    kept = {k: [m[:NEAR], m[max(NEAR, len(m) - FAR) :]] for k, m in ((k, sorted(m)) for k, m in found.items()) if m}
-    images: dict[tuple[int, str], Tensor] = {}
-    for index, source in enumerate(manifest["source"]):
-        keys = {key for groups in kept.values() for group in groups for _, at, key in group if at == index}
-        if keys:
-            size = min(THUMB, manifest["size"])
-            images |= {(index, key): image for key, image in pictures(source["url"], keys, size)}
-    shown = {k: [[images[m[1:]] for m in group if m[1:] in images] for group in groups] for k, groups in kept.items()}
-    return {k: [torch.stack(group) for group in groups if group] for k, groups in shown.items()}
+    distances = _distances(latents)
+    ids, kept = latents.signals.k[: len(distances)].numpy(), {}
+    for k in clusters:
+        own = np.flatnonzero(ids == k)
+        own = own[np.argsort(distances[own], kind="stable")].tolist()
+        kept[k] = [group for group in (own[:NEAR], own[max(NEAR, len(own) - FAR) :]) if group]
+    places = [i for groups in kept.values() for group in groups for i in group]
+    images = images_at(latents, places, min(THUMB, latents.manifest["size"]))
+    return {k: [torch.stack([images[i] for i in group]) for group in groups] for k, groups in kept.items() if groups}
+
+
+def _distances(latents: LatentSet) -> np.ndarray:
+    """From the first SEEN images to their own centroids; zeros where f has none, or where g's features were removed."""
+    path, first = latents.folder / "annotator" / "centroids.safetensors", torch.arange(min(SEEN, len(latents)))
+    if path.is_file():
+        with suppress(InputError):
+            points = torch.nn.functional.normalize(latents.features(first), dim=1)
+            return (points - load_file(path)["centroids"][latents.signals.k[first]]).norm(dim=1).numpy()
+    return np.zeros(len(first))
 
 
 def _spatial(folder: Path, latents: LatentSet) -> str:
@@ -125,8 +118,8 @@ def _spatial(folder: Path, latents: LatentSet) -> str:
 
 def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
     """The first n images uint8 [n, 3, size, size], of whole rows of eight where there are enough, and their indices."""
-    places = torch.arange(min(n, len(latents) // 8 * 8 or len(latents)))
-    return latents.images(places), places
+    found = images_at(latents, range(min(n, len(latents) // 8 * 8 or len(latents))), latents.manifest["size"])
+    return torch.stack(list(found.values())), torch.tensor(list(found))
 
 
 def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
@@ -140,58 +133,63 @@ def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
 
 
 def members(folder: Path, manifest: Mapping[str, Any], clusters: list[int], each: int) -> dict[int, Tensor]:
-    """Cluster -> its first members in the order of the shards, uint8 [at most `each`, 3, size, size]. Shards are read only
-    as far as needed."""
-    found: dict[int, list[Tensor]] = {k: [] for k in clusters}
-    for shard, source in zip(manifest["shards"], manifest["source"]):
-        if all(len(images) >= each for images in found.values()):
-            break
-        wanted = {
-            key: k for key, k in signals(folder / "shards" / shard["file"]) if k in found and len(found[k]) < each
-        }
-        for key, image in pictures(source["url"], set(wanted), manifest["size"]):
-            if len(found[wanted[key]]) < each:
-                found[wanted[key]].append(image)
-    return {k: torch.stack(images) for k, images in found.items() if images}
+    """Cluster -> its first members in the order of the shards, uint8 [at most `each`, 3, size, size]."""
+    latents = LatentSet(folder)
+    chosen = {k: latents.signals.having(k)[:each].tolist() for k in clusters}
+    images = images_at(latents, [i for places in chosen.values() for i in places], manifest["size"])
+    return {k: torch.stack([images[i] for i in places]) for k, places in chosen.items() if places}
 
 
-def signals(shard: Path) -> Iterator[tuple[str, int]]:
-    """(key, k) of an annotated shard."""
-    for member in read_members(str(shard), {"k.npy": MOST_TEXT}):
-        if member.ext == "k.npy":
-            yield member.key, int(np.load(io.BytesIO(member.data), allow_pickle=False))
+FIGURES = {  # of the annotator, in manifest.yaml -> what a reader sees
+    "k": ("labels", "{:,}"),
+    "empty": ("empty", "{:,}"),
+    "entropy": ("entropy", "{:.2f} of {max_entropy:.2f} nats"),
+    "nmi": ("NMI with the classes", "{:.3f}"),
+    "ari": ("ARI with the classes", "{:.3f}"),
+    "corloc": ("CorLoc", "{:.1%} of {corloc_images:,}"),
+    "not_found": ("no box found", "{:,}"),
+    "miou": ("mIoU", "{:.1%}"),
+    "accuracy": ("pixel accuracy", "{:.1%}"),
+}
+
+
+def figures(annotator: Mapping[str, Any]) -> dict[str, str]:
+    """What the manifest's `annotator` says in numbers, as a reader wants it."""
+    known = {"max_entropy": math.log(max(1, len(annotator.get("counts") or []))), **annotator}
+    there = [key for key in FIGURES if isinstance(known.get(key), int | float)]
+    return {FIGURES[key][0]: FIGURES[key][1].format(known[key], **known) for key in there}
+
+
+def recipe(manifest: Mapping[str, Any]) -> str:
+    """The manifest, without its long lists."""
+    brief = {key: value for key, value in manifest.items() if key not in ("shards", "source")}
+    if brief.get("annotator"):
+        brief["annotator"] = {key: value for key, value in brief["annotator"].items() if key != "counts"}
+    return html.folded("manifest.yaml of the annotation set", html.yaml_code(brief))
 
 
 def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:
     """report.html, self-contained."""
-    f, g = manifest["annotator"], manifest["features"]
-    known = {
-        "k": ("labels", lambda v: f"{v:,}"),
-        "empty": ("empty", lambda v: f"{v:,}"),
-        "entropy": ("entropy", lambda v: f"{v:.2f} of {f['max_entropy']:.2f} nats"),
-        "nmi": ("NMI with classes", lambda v: f"{v:.3f}"),
-        "ari": ("ARI with classes", lambda v: f"{v:.3f}"),
-        "corloc": ("CorLoc", lambda v: f"{v:.1%} of {f['corloc_images']:,}"),
-        "not_found": ("no box found", lambda v: f"{v:,}"),
-        "miou": ("mIoU", lambda v: f"{v:.1%}"),
-        "accuracy": ("pixel accuracy", lambda v: f"{v:.1%}"),
-    }
+    f, g, first = manifest["annotator"], manifest["features"], manifest["autoencoder"]
     cards = {
         "images": f"{manifest['num_images']:,}",
         "left out": f"{manifest['num_skipped']:,}",
         "annotator": f["kind"],
-        **{name: show(f[key]) for key, (name, show) in known.items() if key in f},
+        **figures(f),
         "latents": " x ".join(map(str, manifest["latent_shape"])) + (", mirrored too" if manifest["flips"] else ""),
-        "autoencoder": manifest["autoencoder"]["name"],
+        "autoencoder": first["name"] + (f", {first['round_trip']:.1f} dB" if first.get("round_trip") else ""),
     }
     if g:
         cards["g"] = f"{g['name']}, {g['dim']} features"
-    brief = {key: value for key, value in manifest.items() if key not in ("shards", "source")}
-    brief["annotator"] = {key: value for key, value in f.items() if key != "counts"}
-    made = html.folded("manifest", html.code(yaml.safe_dump(brief, sort_keys=False, width=110)))
     by = "from ground truth" if f["kind"] == "oracle" else "without labels"
     return html.page(
         f"Annotation set {folder.name}",
         f"Guidance signals of {manifest['num_images']:,} images, made {by}.",
-        [html.facts(cards), html.paragraph(WORDS), *sections, html.section("How it was made", "", made)],
+        [
+            html.facts(cards),
+            html.paragraph(blurred(first)),
+            html.paragraph(WORDS),
+            *sections,
+            html.section("How it was made", "", recipe(manifest)),
+        ],
     )

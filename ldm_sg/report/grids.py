@@ -78,7 +78,7 @@ def _draw(
     spans = [n * width + (n - 1) * pad for n in places]
     font = ImageFont.load_default(max(12, min(26, height // 5)))
     assert isinstance(font, ImageFont.FreeTypeFont)  # what Pillow's wheels carry
-    margin = pad + (max(_length(font, text) for text in captions) + 16 if captions else 0)
+    margin = pad + (max(int(font.getlength(text)) for text in captions) + 17 if captions else 0)
     top = pad + (round(font.size * 2) if headers else 0)
     canvas = Image.new(
         "RGB", (margin + sum(spans) + gap * (len(spans) - 1) + pad, top + len(rows) * (height + pad)), PAPER
@@ -100,7 +100,3 @@ def _draw(
 def _tile(image: Tensor, width: int, height: int) -> Image.Image:
     tile = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
     return tile if tile.size == (width, height) else tile.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _length(font: ImageFont.FreeTypeFont, text: str) -> int:
-    return int(font.getlength(text)) + 1

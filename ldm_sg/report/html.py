@@ -6,54 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
+import yaml
 from PIL import Image
 
-from ldm_sg.folder import write_text
+from ldm_sg.configfile import ASSETS
 
-CSS = """
-:root { color-scheme: light dark; --ink: #1f2328; --faint: #656d76; --paper: #ffffff; --card: #f6f8fa; --line: #d8dee4;
-        --accent: #0969da; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --faint: #8b949e; --paper: #0d1117; --card: #161b22; --line: #30363d; --accent: #58a6ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
-       Roboto, "Helvetica Neue", Arial, sans-serif; -webkit-text-size-adjust: 100%; }
-main { max-width: 1120px; margin: 0 auto; padding: 48px 24px 96px; }
-h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 6px; overflow-wrap: anywhere; }
-h2 { font-size: 20px; letter-spacing: -0.01em; margin: 56px 0 6px; }
-p { margin: 0 0 14px; max-width: 76ch; color: var(--faint); }
-figure { margin: 14px 0 0; }
-figure img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; }
-figcaption { color: var(--faint); font-size: 13px; margin: 4px 0 0; }
-.chart svg { display: block; width: 100%; height: auto; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 20px; align-items: start; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 180px), 1fr)); gap: 10px; margin: 24px 0 14px; }
-dl div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; min-width: 0; }
-dt { color: var(--faint); font-size: 13px; }
-dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 10px 0 14px; font-size: 15px; }
-th, td { padding: 7px 16px 7px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--faint); font-weight: 500; font-size: 13px; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; overflow-x: auto;
-      font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 10px 0 0; }
-details { margin: 14px 0 0; } summary { cursor: pointer; color: var(--accent); }
-nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 18px 0 0; font-size: 14px; }
-a { color: var(--accent); text-decoration: none; }
-.row { display: grid; grid-template-columns: minmax(0, 270px) minmax(0, 1fr); gap: 4px 20px; align-items: center;
-       padding: 8px 0; border-bottom: 1px solid var(--line); }
-.row img { display: block; max-width: 100%; height: auto; border-radius: 6px; }
-.row span { color: var(--faint); font-size: 14px; margin-left: 6px; }
-.row code { display: block; font: 12px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; color: var(--faint);
-            user-select: all; cursor: copy; overflow-wrap: anywhere; }
-@media (max-width: 700px) {  /* a phone: pictures with writing in them keep its size and are pushed sideways */
-  main { padding: 24px 16px 64px; }
-  figure { overflow-x: auto; } figure img, .chart svg { max-width: none; width: max(100%, 900px); }
-  .row { grid-template-columns: minmax(0, 1fr); } }
-footer { margin-top: 72px; color: var(--faint); font-size: 13px; }
-"""
+CSS = (ASSETS / "report.css").read_text(encoding="utf-8")
 
 
 def page(title: str, lead: str, sections: Sequence[str], footer: str = "") -> str:
@@ -107,10 +67,9 @@ def _embedded(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def chart(svg: str, caption: str = "") -> str:
+def chart(svg: str) -> str:
     """An inline SVG drawing, ready-made."""
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure class="chart">{svg}{below}</figure>' if svg else ""
+    return f'<figure class="chart">{svg}</figure>' if svg else ""
 
 
 def pair(*parts: str) -> str:
@@ -138,12 +97,10 @@ def code(text: str) -> str:
     return f"<pre>{escape(text.strip())}</pre>" if text.strip() else ""
 
 
+def yaml_code(content: Mapping[str, Any]) -> str:
+    return code(yaml.safe_dump(dict(content), sort_keys=False, width=110, allow_unicode=True)) if content else ""
+
+
 def folded(label: str, inner: str) -> str:
     """Shown on a click."""
     return f"<details><summary>{escape(label)}</summary>{inner}</details>" if inner else ""
-
-
-def write(path: Path, text: str) -> Path:
-    """The file appears under its name when whole."""
-    write_text(path, text)
-    return path

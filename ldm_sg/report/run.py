@@ -1,7 +1,6 @@
 """report.html of a run folder. Every part is optional: what the folder does not hold is left out."""
 
 import csv
-import json
 import math
 import re
 import shlex
@@ -9,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from ldm_sg.configfile import read_yaml
 from ldm_sg.errors import InputError
+from ldm_sg.folder import read_mapping, write_text
 from ldm_sg.report import charts, html
-from ldm_sg.report.annotation import BOXES, MASKS, WORDS, wall
+from ldm_sg.report.annotation import BOXES, MASKS, WORDS, figures, recipe, wall
 
 METRICS = {  # key in a JSON -> what a reader sees
     "fd": "Fréchet distance ↓",
@@ -62,40 +59,51 @@ def write_report(run: Path) -> Path:
     (manifest.yaml and its wall). Raises InputError if `run` is no folder."""
     if not run.is_dir():
         raise InputError(f"run {str(run)!r}: no such folder")
-    config = _yaml(run / "config.yaml")
+    config = _read(run / "config.yaml")
     annotation = _annotation_folder(run, config)
-    manifest = _yaml(annotation / "manifest.yaml") if annotation else {}
-    timings = _numbers(_json(run / "timings.json"))
+    manifest = _read(annotation / "manifest.yaml") if annotation else {}
+    timings = _numbers(_read(run / "timings.json"))
     curves = read_curves(run / "metrics.csv")
     sections = [
         html.facts(_facts(config, manifest, curves, timings)),
-        _main(run),
+        *_pictures(run, MAIN),
         html.section(
             "Metrics",
             "",
-            metrics_table(_json(run / "metrics.json")),
+            metrics_table(_read(run / "metrics.json")),
             html.table(*evaluations(run)),
             html.paragraph(_consistency(run)),
         ),
         _training(curves),
-        *(html.section(*words, html.picture(run / name, alt=words[0])) for name, words in PICTURES.items()),
+        *_pictures(run, PICTURES),
         _progress(run),
         _signals(annotation, manifest),
         wall(annotation, manifest, shlex.quote(str(run))) if annotation else "",
         html.section("Time", "", html.chart(charts.stages(timings))),
-        _recipe(_text(run / "command.txt"), config, manifest),
+        html.section(
+            "How it was made",
+            "",
+            html.code(_text(run / "command.txt")),
+            html.folded("config.yaml, resolved", html.yaml_code(config)),
+            recipe(manifest),
+        ),
     ]
     lead = "Self-guided diffusion: trained without labels, guided by clusters of self-supervised features."
-    return html.write(run / "report.html", html.page(run.resolve().name, lead, sections, "Made by ldm-sg."))
+    write_text(run / "report.html", html.page(run.resolve().name, lead, sections, "Made by ldm-sg."))
+    return run / "report.html"
+
+
+def _pictures(run: Path, words: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [html.section(*said, html.picture(run / name, alt=said[0])) for name, said in words.items()]
 
 
 def run_facts(run: Path) -> dict[str, str]:
     """What stands at the top of the report, in words, and which images it learnt from."""
-    config = _yaml(run / "config.yaml")
+    config = _read(run / "config.yaml")
     annotation = _annotation_folder(run, config)
-    manifest = _yaml(annotation / "manifest.yaml") if annotation else {}
+    manifest = _read(annotation / "manifest.yaml") if annotation else {}
     folders = dict.fromkeys(Path(str(entry.get("url"))).parent.name for entry in manifest.get("source") or [])
-    curves, timings = read_curves(run / "metrics.csv"), _numbers(_json(run / "timings.json"))
+    curves, timings = read_curves(run / "metrics.csv"), _numbers(_read(run / "timings.json"))
     return {"data": ", ".join(folders)} | _facts(config, manifest, curves, timings)
 
 
@@ -156,7 +164,7 @@ def _variant_order(variant: str) -> tuple[int, float]:
 
 def evaluations(run: Path) -> tuple[list[str], list[list[str]]]:
     """A head, and a row for each judge of each JSON that `ldm-sg evaluate` left in the run."""
-    found = [(path.stem, _json(path)) for path in sorted((run / "evaluations").glob("*.json"))]
+    found = [(path.stem, _read(path)) for path in sorted((run / "evaluations").glob("*.json"))]
     judged = [
         (stem, result, space, values)
         for stem, result in found
@@ -178,7 +186,7 @@ def evaluations(run: Path) -> tuple[list[str], list[list[str]]]:
 
 def _consistency(run: Path) -> str:
     """What real images reach, where an evaluation says so."""
-    metrics = [_json(path).get("metrics") or {} for path in sorted((run / "evaluations").glob("*.json"))]
+    metrics = [_read(path).get("metrics") or {} for path in sorted((run / "evaluations").glob("*.json"))]
     judged = [values for spaces in metrics for values in spaces.values() if isinstance(values, dict)]
     bounds = [_numbers(values) for values in judged if _has(values, "consistency_real")]
     text = (
@@ -196,15 +204,6 @@ def _settings(result: Mapping[str, Any]) -> str:
         parts.append(f"{sampling['steps']} {sampling['scheduler']}")
     parts += [f"step {sampling.get('checkpoint')}"] * ("checkpoint" in sampling)
     return ", ".join(parts + [judged] * judged.startswith("pipeline_"))
-
-
-def _main(run: Path) -> str:
-    shown = [
-        html.section(heading, text, html.picture(run / file, alt=heading))
-        for file, (heading, text) in MAIN.items()
-        if (run / file).is_file()
-    ]
-    return "".join(shown)
 
 
 def _training(curves: Mapping[str, list[tuple[float, float]]]) -> str:
@@ -238,21 +237,13 @@ def _step(path: Path) -> int:
 def _signals(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
     annotator = manifest.get("annotator") or {}
     counts = [c for c in annotator.get("counts") or [] if isinstance(c, int)]
-    facts = {
-        "images": f"{sum(counts):,}" if counts else "",
-        "smallest / largest": f"{min(counts):,} / {max(counts):,}" if counts else "",
-        "entropy": f"{annotator['entropy']:.2f} of {math.log(len(counts)):.2f} nats"
-        if counts and _has(annotator, "entropy")
-        else "",
-        "NMI with the classes": f"{annotator['nmi']:.3f}" if _has(annotator, "nmi") else "",
-        "ARI": f"{annotator['ari']:.3f}" if _has(annotator, "ari") else "",
-    }
+    facts = {"smallest / largest": f"{min(counts):,} / {max(counts):,}"} if counts else {}
     oracle = annotator.get("kind") == "oracle"
     text = "Found without labels; classes, where the shards carry them, only measure the match."
     return html.section(
         "What the signals are",
         "Ground truth, read from the shards: a baseline." if oracle else text,
-        html.facts({name: value for name, value in facts.items() if value}),
+        html.facts(figures(annotator) | facts),
         html.paragraph(WORDS) if counts else "",
         html.chart(charts.sizes(counts)),
         *(html.picture(annotation / name, alt=name) for name in (BOXES, MASKS) if annotation),
@@ -288,23 +279,6 @@ def _facts(
     return {name: value for name, value in facts.items() if value and (name != "steps" or step)}
 
 
-def _recipe(command: str, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    short = {key: value for key, value in manifest.items() if key not in ("shards", "source")}  # long lists
-    if isinstance(manifest.get("annotator"), dict):
-        short["annotator"] = {key: value for key, value in manifest["annotator"].items() if key != "counts"}
-    return html.section(
-        "How it was made",
-        "",
-        html.code(command),
-        html.folded("config.yaml, resolved", _as_yaml(config)),
-        html.folded("manifest.yaml of the annotation set", _as_yaml(short)),
-    )
-
-
-def _as_yaml(mapping: Mapping[str, Any]) -> str:
-    return html.code(OmegaConf.to_yaml(OmegaConf.create(dict(mapping)))) if mapping else ""
-
-
 def _annotation_folder(run: Path, config: Mapping[str, Any]) -> Path | None:
     """What config.yaml names, from the current folder or from the run's; None when it is not here any more."""
     named = config.get("annotation")
@@ -312,20 +286,8 @@ def _annotation_folder(run: Path, config: Mapping[str, Any]) -> Path | None:
     return next((place for place in places if (place / "manifest.yaml").is_file()), None)
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    return OmegaConf.to_container(read_yaml(path)) if path.is_file() else {}  # type: ignore[return-value]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise InputError(f"{path}: not JSON: {err}") from err
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a mapping of names to values")
-    return content
+def _read(path: Path) -> dict[str, Any]:
+    return read_mapping(path) if path.is_file() else {}
 
 
 def _text(path: Path) -> str:

@@ -24,7 +24,5 @@ def slerp(a: Tensor, b: Tensor, share: float) -> tuple[float, float]:
     angle = torch.arccos(cosine)
     if angle < 1e-4:
         return 1 - share, share
-    return (
-        float(torch.sin((1 - share) * angle) / torch.sin(angle)),
-        float(torch.sin(share * angle) / torch.sin(angle)),
-    )
+    first, last = (torch.sin(part * angle) / torch.sin(angle) for part in (1 - share, share))
+    return float(first), float(last)

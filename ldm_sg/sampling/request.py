@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ldm_sg.annotate.kinds import load_annotator
-from ldm_sg.data.images import BadImage, crop_resize_index, decode, decode_index
+from ldm_sg.data.images import BadImage, crop_resize_index, decode, decode_index, read_bytes
 from ldm_sg.data.signals import PackedMasks, Signals
-from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import file_sha256
 from ldm_sg.guidance.compose import make_strategy
 from ldm_sg.guidance.spatial import VOID
@@ -73,29 +73,28 @@ class SampleOptions:
 
     def name(self) -> str:
         """The folder of these samples, where none is named."""
-        what = "_".join(
-            [f"c{'-'.join(map(str, self.cluster))}"[:40]] * bool(self.cluster)
-            + [f"box{'-'.join(f'{c:g}' for c in self.box)}"] * bool(self.box)
-            + [
-                f"{flag}-{Path(file).stem[:40]}-{_digest(file)[:6]}"
-                for flag, file in (("mask", self.mask), ("like", self.like))
-                if file
-            ]
-            + [f"vary-{self.vary}"] * bool(self.vary)
-            + ["sweep"] * bool(self.sweep_w)
-            + [f"interpolate{'-'.join(map(str, self.interpolate))}"] * bool(self.interpolate)
-            + ["trajectory"] * self.trajectory
-            + [f"step-{self.checkpoint}"] * (self.checkpoint is not None)
-        )
-        strength = "-".join(f"{w:g}" for w in self.sweep_w) or f"{self.w:g}"
-        usual = SampleOptions()
-        special = [
-            str(getattr(self, name)) for name in ("strategy", "spacing") if getattr(self, name) != getattr(usual, name)
-        ]
-        special += [f"rescale{self.rescale:g}"] * bool(self.rescale)
-        special += [f"interval{'-'.join(f'{level:g}' for level in self.interval)}"] * bool(self.interval)
-        how = "_".join([f"w{strength}", f"{self.scheduler}{self.steps}", *special, f"seed{self.seed}"])
-        return f"{what or 'drawn'}_n{self.n}_{how}"
+        files = {flag: file for flag, file in (("mask", self.mask), ("like", self.like)) if file}
+        what = {
+            f"c{'-'.join(map(str, self.cluster))}"[:40]: self.cluster,
+            f"box{_joined(self.box)}": self.box,
+            **{f"{flag}-{Path(file).stem[:40]}-{_digest(file)[:6]}": True for flag, file in files.items()},
+            f"vary-{self.vary}": self.vary,
+            "sweep": self.sweep_w,
+            f"interpolate{'-'.join(map(str, self.interpolate))}": self.interpolate,
+            "trajectory": self.trajectory,
+            f"step-{self.checkpoint}": self.checkpoint is not None,
+        }
+        how = {
+            f"w{_joined(self.sweep_w or [self.w])}": True,
+            f"{self.scheduler}{self.steps}": True,
+            self.strategy: self.strategy != SampleOptions.strategy,
+            self.spacing: self.spacing != SampleOptions.spacing,
+            f"rescale{self.rescale:g}": self.rescale,
+            f"interval{_joined(self.interval)}": self.interval,
+            f"seed{self.seed}": True,
+        }
+        first, last = ("_".join(part for part, there in parts.items() if there) for parts in (what, how))
+        return f"{first or 'drawn'}_n{self.n}_{last}"
 
     def check(self) -> None:
         """InputError where values or their combination mean nothing."""
@@ -137,6 +136,10 @@ class SampleOptions:
             raise InputError("--vary, --interpolate and --trajectory draw different pictures: give one")
         if self.vary == "layout" and (self.box or self.mask or self.like):
             raise InputError("--vary layout draws other boxes or masks: leave --box, --mask and --like out")
+
+
+def _joined(numbers: list[float]) -> str:
+    return "-".join(f"{number:g}" for number in numbers)
 
 
 def _digest(file: str) -> str:
@@ -199,9 +202,9 @@ def _box(corners: list[float], size: int) -> Tensor:
 def _read_mask(path: Path, pipe: "SelfGuidedPipeline") -> np.ndarray:
     """An index image of any size -> uint8 [S, S] of the run's mask size; InputError for ids that the run does not have."""
     try:
-        mask = np.array(crop_resize_index(decode_index(path.read_bytes()), pipe.image_size))
-    except (OSError, BadImage) as err:
-        raise InputError(f"--mask {path}: {getattr(err, 'strerror', None) or one_line(err)}") from err
+        mask = np.array(crop_resize_index(decode_index(read_bytes(path)), pipe.image_size))
+    except BadImage as err:
+        raise InputError(f"--mask {path}: {err.reason}") from err
     ids = np.unique(mask[mask != VOID])
     if not len(ids):
         raise InputError(f"--mask {path}: all of it is {VOID}, which means no class")
@@ -216,9 +219,7 @@ def _like(pipe: "SelfGuidedPipeline", file: str) -> Signals:
     """The signal of an image file, by the run's own g and f."""
     annotator = load_annotator(pipe.annotator_folder, pipe.device)
     try:
-        image = decode(Path(file).read_bytes())
-    except OSError as err:
-        raise InputError(f"--like {file}: cannot be read: {err.strerror or err}") from err
+        image = decode(read_bytes(file))
     except BadImage as err:
         raise InputError(f"--like {file}: {err.reason}") from err
     return annotator.of_image(image, pipe.image_size, pipe.source_size)

@@ -43,11 +43,9 @@ def plan(pipe: "SelfGuidedPipeline", options: SampleOptions) -> tuple[Iterator[B
     return generate(pipe, asked, options, options.w), columns, []
 
 
-def generate(
-    pipe: "SelfGuidedPipeline", asked: Signals, options: SampleOptions, w: float, progress: bool = True
-) -> Iterator[Batch]:
+def generate(pipe: "SelfGuidedPipeline", asked: Signals, options: SampleOptions, w: float) -> Iterator[Batch]:
     """Image i of the whole request has noise (seed, i), whatever the batch size; with vary=layout all have noise (seed, 0)."""
-    bar = tqdm(total=len(asked), unit="image", desc=f"sampling w={w:g}", disable=not progress)
+    bar = tqdm(total=len(asked), unit="image", desc=f"sampling w={w:g}")
     for start in range(0, len(asked), options.batch_size):
         part = asked[torch.arange(start, min(start + options.batch_size, len(asked)))]
         noise = None
@@ -75,11 +73,8 @@ def _interpolate(pipe: "SelfGuidedPipeline", options: SampleOptions) -> Iterator
         k[i, first] += a
         k[i, last] += b
     ends = [torch.randn(pipe.latent_shape, generator=image_generator(options.seed, i)) for i in (0, 1)]
-    arc = []
-    for share in shares:
-        a, b = slerp(ends[0], ends[1], share)
-        arc.append(a * ends[0] + b * ends[1])
-    for noise in (ends[0].expand(options.n, -1, -1, -1), torch.stack(arc)):
+    arc = torch.stack([a * ends[0] + b * ends[1] for a, b in (slerp(*ends, share) for share in shares)])
+    for noise in (ends[0].expand(options.n, -1, -1, -1), arc):
         images = pipe.generate(Guidance.from_k(k), options.w, noise=noise, **options.solving())
         yield Batch(images, [_record(options, k=[first, last], share=s, w=options.w) for s in shares])
 

@@ -16,10 +16,8 @@ from ldm_sg.guidance.compose import Denoiser
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.objective import Objective
 
-NOISIEST, CLEANEST = (
-    80.0,
-    0.005,
-)  # sigma / alpha between which log_snr lies (EDM's are 80 and 0.002), as far as the schedule goes
+# sigma / alpha between which log_snr lies (EDM's are 80 and 0.002), as far as the schedule goes
+NOISIEST, CLEANEST = 80.0, 0.005
 TINY = 1e-30  # instead of alpha = 0 at pure noise
 
 

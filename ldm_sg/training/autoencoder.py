@@ -16,11 +16,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import Tensor, nn
+from torchvision.models import AlexNet_Weights
 
 from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.autoencoder.kinds import KL, Tiny
 from ldm_sg.config import FitAutoencoderConfig
 from ldm_sg.errors import InputError
+from ldm_sg.hub import downloadable
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ def perceptual_distance(weights: str | None) -> nn.Module:
         import lpips
     except ImportError as err:
         raise InputError("lpips > 0 needs the package lpips: pip install 'ldm-sg[lpips]', or set lpips=0") from err
+    url = AlexNet_Weights.IMAGENET1K_V1.url
+    if weights is None and not downloadable(url):
+        raise InputError(
+            f"LPIPS: no network for AlexNet's weights ({url}): fetch them elsewhere and name a safetensors file"
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")  # lpips uses an older spelling
         net = lpips.LPIPS(net="alex", pnet_rand=weights is not None, verbose=False)

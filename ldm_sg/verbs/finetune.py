@@ -88,7 +88,7 @@ def _annotation(
     elif ".tar" not in images:
         shards = f"{data / 'shards'}/*.tar"
         pack(images, data / "shards", size=size, format="png" if size <= 64 else "jpg")
-    count = sources.count(sources.open_images(shards))
+    count = sources.open_images(shards).total
     if clusters != "reuse" and k is None and f.spec.num_labels:
         k = f.k if count is None or not f.gives_ids else max(2, min(f.k, count // IMAGES_A_CLUSTER))
     known = {name: str(folder) if clusters == name else None for name in ("reuse", "extend")}

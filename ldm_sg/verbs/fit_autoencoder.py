@@ -8,7 +8,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_sg.autoencoder import Autoencoder, measure_normalisation
+from ldm_sg.autoencoder import Autoencoder, measure_normalisation, psnr
 from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.kinds import KINDS, plain_config
 from ldm_sg.config import FitAutoencoderConfig
@@ -140,17 +140,12 @@ def validate(autoencoder: Autoencoder, held: dict[str, Tensor], picture: Path | 
             for part, latents in zip(parts, (z, z + noise), strict=True):
                 part.append(autoencoder.decode(latents).cpu())
         for label, decoded in ((name, torch.cat(parts[0])), (f"{name}+noise", torch.cat(parts[1]))):
-            scores[label] = round(psnr(decoded, to_float(images)), 2)
+            scores[label] = round(float(psnr(decoded, to_float(images)).mean()), 2)
             rows.append((label, to_uint8(decoded[:12])))
         rows.insert(-2, (f"{name} images", images[:12]))
     if picture is not None:
         save(labelled_rows([label for label, _ in rows], [row for _, row in rows]), picture)
     return scores
-
-
-def psnr(decoded: Tensor, images: Tensor) -> float:
-    """dB for a range of 2 ([-1, 1]), the mean over images."""
-    return float((-10 * torch.log10(((decoded - images) / 2).square().mean(dim=(1, 2, 3)))).mean())
 
 
 def export(fit: Fit, sources: list[Source], held: dict[str, Tensor], out: Path) -> Autoencoder:

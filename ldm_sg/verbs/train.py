@@ -76,9 +76,9 @@ def train(config: TrainConfig) -> Path:
     hooks = Hooks(
         start=lambda ema: writer.export(ema, run / "pipeline_untrained"),
         export=lambda ema: writer.export(ema, run / "pipeline", run / "lora"),
-        draw=lambda ema, step: _draw(writer.pipeline(ema), run / "samples" / f"step_{step:07d}.png"),
+        draw=lambda ema, step: _draw(writer.pipeline(ema, preview=True), run / "samples" / f"step_{step:07d}.png"),
         keep=lambda ema, step: snapshots.keep(writer.plain(ema), run, step),
-        judge=_judge(writer, latents, data.val_pool, device) if config.patience else None,
+        judge=_judge(config, writer, latents, data.val_pool, device) if config.patience else None,
     )
     try:
         finished = fit(module, data, config, run, device, bf16, hooks)
@@ -115,12 +115,16 @@ def _remember_annotation(run: Path, config: TrainConfig, found: str) -> None:
 
 
 def _judge(
-    writer: "PipelineWriter", latents: "LatentSet", held_out: "Tensor", device: "torch.device"
+    config: TrainConfig, writer: "PipelineWriter", latents: "LatentSet", held_out: "Tensor", device: "torch.device"
 ) -> "Callable[[nn.Module], float]":
     """EMA network -> FD of JUDGED samples to the held-out images."""
     from ldm_sg.annotate.kinds import load_annotator
     from ldm_sg.evaluate.nearby import distance
 
+    if len(held_out) < 2:
+        raise InputError(
+            f"patience={config.patience}: {len(held_out)} held-out images of {latents.folder}: give patience=0"
+        )
     g, real = load_annotator(latents.folder / "annotator", device), latents.features(held_out)
 
     def judge(ema: "nn.Module") -> float:

@@ -1,0 +1,173 @@
+"""autoencoder: which first stages there are, how well one gives images back, and checkpoints of others as one of ours."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+from tqdm import tqdm
+
+from ldm_sg.autoencoder import Autoencoder, load_autoencoder, moments, psnr
+from ldm_sg.autoencoder import manifest as manifests
+from ldm_sg.autoencoder.compvis import convert
+from ldm_sg.configfile import ROOT
+from ldm_sg.data.images import to_float, to_uint8
+from ldm_sg.errors import InputError
+from ldm_sg.evaluate import sources
+from ldm_sg.evaluate.inception import load_inception
+from ldm_sg.evaluate.metrics import frechet_distance
+from ldm_sg.folder import file_sha256, whole, write_json
+from ldm_sg.hardware import pick_device
+from ldm_sg.report import grids
+from ldm_sg.training.autoencoder import enlarge, perceptual_distance
+
+SHOWN = 8  # images of the picture
+LEAST = 16  # pixels of an image: SSIM's window is 11
+USUAL = {"model", "last", "diffusion_pytorch_model", "ae"}  # names of files that say nothing
+
+
+def show() -> None:
+    """The shipped ones and those under ./autoencoders, a line each."""
+    found = {path.parent.resolve(): path for top in (ROOT, Path()) for path in top.glob("autoencoders/*/manifest.yaml")}
+    print(f"{'name':<18}{'kind':<9}{'latent':<8}{'licence':<26}where")
+    for folder, path in sorted(found.items()):
+        known = manifests.read(path)
+        latent, source = f"f{known.get('factor')} c{known.get('channels')}", known.get("source")
+        weights = folder / source["file"] if isinstance(source, dict) and "file" in source else None
+        where = f"hub {source['hub']}" if isinstance(source, dict) and "hub" in source else "here"
+        where = "its weights are yours to bring (see its note)" if weights and not weights.is_file() else where
+        print(f"{known['name']:<18}{known['kind']:<9}{latent:<8}{known.get('licence', '')!s:<26.25}{where}")
+
+
+def import_checkpoint(file: Path, config: Path | None = None, out: Path | None = None) -> Path:
+    """A KL or VQ autoencoder in CompVis's names, alone or inside a larger checkpoint -> the folder `out` (default
+    autoencoders/NAME OF THE FILE), which `autoencoder=OUT` uses. Code in the file is not run."""
+    out = out or Path("autoencoders") / (file.absolute().parent.name if file.stem in USUAL else file.stem)
+    if out.exists():
+        raise InputError(f"{out} exists: choose another --out, or remove it")
+    what, state, shape = convert(file, config)
+    with whole(out) as new:
+        new.mkdir()
+        save_file({name: value.contiguous() for name, value in state.items()}, new / "model.safetensors")
+        manifest = {"name": out.resolve().name, **what, "source": {"file": "model.safetensors"}}
+        manifest["sha256"] = file_sha256(new / "model.safetensors")
+        manifest["note"] = (
+            f"Imported from {file.name}, sha256 {file_sha256(file)}. Mean and std are measured when annotating."
+        )
+        manifests.write(manifest, new)
+        try:
+            autoencoder = load_autoencoder(new)  # strict: every tensor has its place
+        except InputError as err:
+            raise InputError(str(err).replace(str(new.resolve() / "model.safetensors"), str(file))) from err
+        manifest |= {"channels": autoencoder.channels, "factor": autoencoder.factor}
+        manifest["params"] = sum(p.numel() for p in autoencoder.codec.parameters())
+        manifests.write(manifest, new)
+    told = ", ".join(f"{key} {value}" for key, value in shape.items() if value is not None)
+    by = "read off its tensors" + (f", as {config} says" if config else " (resolution assumed)")
+    print(f"{out}: kind {what['kind']}, {autoencoder.channels} channels, factor {autoencoder.factor}; {by}: {told}")
+    return out
+
+
+def measure(
+    name: str,
+    data: str,
+    n: int = 500,
+    size: int | None = None,
+    picture: Path | None = None,
+    out: Path | None = None,
+    lpips: str | None = None,
+    inception: str | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """What `name` gives back of up to `n` images of `data`, spread over it, cropped to `size` pixels (default: the first
+    image's, down to a multiple of the factor). Prints a table, writes and returns the figures; `out`: default
+    NAME-measured.json. `lpips`, `inception`: files of weights; what has none at hand is left out, and said so."""
+    on = pick_device(device)
+    autoencoder, images = load_autoencoder(name).to(on), sources.open_images(data)
+    size = size or sources.first_size(images) // autoencoder.factor * autoencoder.factor
+    if size < LEAST or n < 2:
+        raise InputError(f"--size {size} -n {n}: at least {LEAST} pixels and 2 images")
+    networks, missing = _networks(lpips, inception, on)
+    found = _Figures(autoencoder, networks)
+    skipped: list[str] = []
+    batches = sources.batches(images, size, batch_size, n, lambda image, why: skipped.append(f"{image}: {why}"))
+    with torch.no_grad(), tqdm(total=min(images.total or n, n), unit="image", desc="measure") as bar:
+        normal = moments(found.see(batch, bar) for _, batch in batches)
+    if normal is None:
+        raise InputError(f"--data {data!r}: no readable image" + (f"; the first: {skipped[0]}" if skipped else ""))
+    mean, std = ([round(value, 6) for value in values] for values in normal)
+    result = {"autoencoder": autoencoder.name, "sha256": autoencoder.manifest.get("sha256"), "data": data, "size": size,
+              "images": bar.n, "skipped": len(skipped), "metrics": found.metrics(), "not_measured": missing,
+              "latent_mean": mean, "latent_std": std}  # fmt: skip
+    out = out or Path(f"{autoencoder.name}-measured.json")
+    write_json(out, result)
+    if picture is not None:
+        grids.save(grids.labelled_rows(["original", autoencoder.name], found.shown(), scale=1), picture)
+    _print(result)
+    print(f"-> {out}" + (f", {picture}" if picture else ""))
+    return result
+
+
+def _networks(lpips: str | None, inception: str | None, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
+    """lpips and inception, as far as they can be had without being asked for, and why not."""
+    networks, missing = {}, {}
+    for name, file, load in (("lpips", lpips, perceptual_distance), ("rfid", inception, load_inception)):
+        try:
+            networks[name] = load(file).to(device)
+        except InputError as err:
+            if file is not None:
+                raise
+            missing[name] = f"{err} (here: --{'lpips' if name == 'lpips' else 'inception'} FILE)"
+    return networks, missing
+
+
+class _Figures:
+    """Sees batches of images, keeps figures of their reconstructions."""
+
+    def __init__(self, autoencoder: Autoencoder, networks: dict[str, Any]) -> None:
+        self.autoencoder, self.networks = autoencoder, networks
+        self.each: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "lpips", "real", "rebuilt")}
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def see(self, batch: Tensor, bar: tqdm) -> Tensor:
+        """uint8 [B, 3, S, S] -> raw latents [B, C, h, w]."""
+        real = to_float(batch.to(self.autoencoder.mean.device))
+        z = self.autoencoder.encode_raw(real)
+        rebuilt = self.autoencoder.decode_raw(z)
+        self.each["psnr"].append(psnr(rebuilt, real).clamp(max=100))  # of an exact one infinite
+        self.each["ssim"].append(ssim(rebuilt, real, data_range=2.0, reduction="none").flatten())
+        if "lpips" in self.networks:
+            pair = (enlarge(images, 64) for images in (rebuilt, real))
+            self.each["lpips"].append(self.networks["lpips"](*pair).flatten())
+        if "rfid" in self.networks:
+            self.each["real"].append(self.networks["rfid"](real).cpu())
+            self.each["rebuilt"].append(self.networks["rfid"](rebuilt).cpu())
+        if len(self.pairs) * len(batch) < SHOWN:
+            self.pairs.append((batch, to_uint8(rebuilt).cpu()))
+        bar.update(len(batch))
+        return z
+
+    def metrics(self) -> dict[str, float]:
+        joined = {name: torch.cat(parts).cpu() for name, parts in self.each.items() if parts}
+        found = {name: round(float(joined[name].mean()), 4) for name in ("psnr", "ssim", "lpips") if name in joined}
+        if "real" in joined:
+            found["rfid"] = round(frechet_distance(joined["rebuilt"], joined["real"]), 3)
+        return found
+
+    def shown(self) -> list[Tensor]:
+        return [torch.cat(side)[:SHOWN] for side in zip(*self.pairs)]
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(f"{result['autoencoder']}: {result['images']:,} images of {result['data']}, {result['size']} px")
+    units = {"psnr": "dB", "ssim": "", "lpips": "(AlexNet)", "rfid": "(Inception, against the same images)"}
+    for name, value in result["metrics"].items():
+        print(f"  {name:<6}{value:>9} {units[name]}".rstrip())
+    for name, why in result["not_measured"].items():
+        print(f"  {name:<6}not measured: {why}")
+    print("  channel   mean       std")
+    for i, (mean, std) in enumerate(zip(result["latent_mean"], result["latent_std"])):
+        print(f"  {i:>5} {mean:>10.4f} {std:>9.4f}")
