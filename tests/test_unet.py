@@ -122,7 +122,7 @@ def test_a_pipeline_without_cross_attention_is_read_back(tmp_path: Path, monkeyp
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     spec = GuidanceSpec(num_labels=4)
     net = make_unet(model_config({**TINY, "tokens": "none"}), spec, (12, 8, 8))
-    signals = Signals.of_ids(spec, torch.arange(4))
+    signals = Signals(spec, k=torch.arange(4), count=4)
     parts = (noise_scheduler(ObjectiveConfig()), load_autoencoder("patch2"), signals)
     SelfGuidedPipeline(net.unet, net.conditioner, *parts).save_pretrained(tmp_path)
     other = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
