@@ -210,6 +210,9 @@ def sample(
     interval: Annotated[str | None, typer.Option(help="w is 1 outside these noise levels: 0.2,0.8")] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Rows of predicted images over the steps.")] = False,
     checkpoint: Checkpoint = None,
+    size: Annotated[
+        str | None, typer.Option(help="Of the images, where not the run's own: 320x256. Far from it objects repeat.")
+    ] = None,
     lora: Annotated[str | None, typer.Option(help="lora/ folder of a run that was fine-tuned from this one.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder; default RUN/samples/SETTINGS.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples of other settings in --out.")] = False,
@@ -225,6 +228,7 @@ def sample(
         interval=_numbers("--interval", interval, float), seed=seed, batch_size=batch_size,
         sweep_w=_numbers("--sweep-w", sweep_w, float), interpolate=_numbers("--interpolate", interpolate, int),
         trajectory=trajectory, precision=precision, device=device, checkpoint=checkpoint, lora=lora,
+        size=_numbers("--size", size.replace("x", ",") if size else None, int),
     )  # fmt: skip
     print(draw(run, apply_preset(options, preset), out, overwrite) / "grid.png")
 

@@ -59,6 +59,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         version: int = VERSION,
     ) -> None:
         super().__init__()
+        self.cells: tuple[int, int] | None = None  # (h, w) of the latents it makes, where it is not the size it learnt
         self.register_modules(
             unet=unet, conditioner=conditioner, scheduler=scheduler, autoencoder=autoencoder, signals=signals
         )
@@ -71,6 +72,14 @@ class SelfGuidedPipeline(DiffusionPipeline):
         self.annotator_folder: Path | None = None
         self.checkpoint: int | None = None  # step of the snapshot that it was opened at, where it was one
         self._members: dict[int, Tensor] = {}
+
+    def resize(self, width: int, height: int) -> None:
+        """Makes images of this size in pixels from now on. The network has learnt one size: far from it objects are repeated or cut,
+        and masks and boxes are stretched. InputError for sides that it cannot halve as often as it does."""
+        step = self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if min(width, height) < step or width % step or height % step:
+            raise InputError(f"size {width}x{height}: this run makes multiples of {step} pixels")
+        self.cells = height // self.autoencoder.factor, width // self.autoencoder.factor
 
     def save_pretrained(self, save_directory: str | Path, refer: bool = False, **kwargs: Any) -> None:
         """The folder, whole: also what loads it where ldm_sg is not installed. `refer`: a large first stage stays where it is,
@@ -139,12 +148,12 @@ class SelfGuidedPipeline(DiffusionPipeline):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         size = self.unet.config.sample_size
-        return self.unet.config.out_channels, size, size
+        return (self.unet.config.out_channels, *(self.cells or (size, size)))
 
     @property
     def image_size(self) -> int:
-        """Side of the images it makes, in pixels."""
-        return self.latent_shape[-1] * self.autoencoder.factor
+        """Side of the images it learnt to make, in pixels."""
+        return self.unet.config.sample_size * self.autoencoder.factor
 
     @property
     def source_size(self) -> int:

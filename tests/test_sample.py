@@ -115,6 +115,20 @@ def test_strategies_and_spacing_are_flags_and_stand_in_the_records(run: Path, tm
     assert np.abs(limited - plain).max() > 1 and np.abs(apg - plain).max() > 1
 
 
+def test_images_of_another_size(run: Path, tmp_path: Path) -> None:
+    """A wide image of one colour is what a square one is; its own size is the default to the pixel."""
+    code, output = invoke("sample", run, "--cluster", "2", "-n", "2", "--size", "24x16", "--out", tmp_path / "wide")
+    assert code == 0, output
+    images = torch.from_numpy(pictures(tmp_path / "wide")).float() / 127.5 - 1
+    assert images.shape == (2, 16, 24, 3) and torch.cdist(images.mean((1, 2)), COLOURS).argmin(1).tolist() == [2, 2]
+    for flags, folder in ((("--size", "16x16"), "same"), ((), "plain")):
+        assert invoke("sample", run, "-n", "2", *flags, "--out", tmp_path / folder)[0] == 0
+    assert np.array_equal(pictures(tmp_path / "same"), pictures(tmp_path / "plain"))
+    for size, word in (("20x18", "multiples of 4"), ("16", "WIDTHxHEIGHT"), ("0x0", "multiples")):
+        code, output = invoke("sample", run, "--size", size, "--out", tmp_path / "no")
+        assert code == 2 and word in output and not (tmp_path / "no").exists(), output
+
+
 def test_pixels_are_clipped_and_latents_never_are(run: Path) -> None:
     """`patch2` latents are pixels: x0 stays where black and white are; a network's latents have no bounds."""
     pipe = open_pipeline(run, "cpu")

@@ -52,6 +52,7 @@ class SampleOptions:
     device: str = "auto"
     checkpoint: str | None = None  # of the run: a step, or best
     lora: str | None = None  # folder of adapters
+    size: list[int] = field(default_factory=list)  # width and height in pixels, where not the run's own
 
     def settings(self) -> dict[str, Any]:
         """What decides the pixels: files by their content too."""
@@ -128,6 +129,8 @@ class SampleOptions:
             raise InputError("--like takes the whole signal from the image: leave --cluster, --box and --mask out")
         if self.vary not in (None, *VARY):
             raise InputError(f"--vary {self.vary!r}; {choices(self.vary, VARY)}")
+        if self.size and (len(self.size) != 2 or self.mask):
+            raise InputError(f"--size takes WIDTHxHEIGHT, for example 320x256, and no --mask; got {self.size}")
         if self.mask and self.cluster:
             raise InputError("--mask says which classes are where: leave --cluster out")
         if self.vary == "content" and len(self.cluster) > 1:
@@ -175,7 +178,7 @@ def signals(pipe: "SelfGuidedPipeline", options: SampleOptions) -> Signals:
         drawn = drawn[torch.zeros(len(drawn), dtype=torch.long)]
     if options.box:
         _need_spatial(pipe, "box")
-        drawn = drawn.replace(box=_box(options.box, pipe.image_size).expand(len(drawn), 1, 4))
+        drawn = drawn.replace(box=_box(options.box, pipe).expand(len(drawn), 1, 4))
     if options.mask:
         _need_spatial(pipe, "mask")
         mask = _read_mask(Path(options.mask), pipe)
@@ -189,14 +192,15 @@ def _need_spatial(pipe: "SelfGuidedPipeline", part: str) -> None:
         raise InputError(f"--{part}: this run was trained without {without}; it accepts {pipe.accepts()}")
 
 
-def _box(corners: list[float], size: int) -> Tensor:
+def _box(corners: list[float], pipe: "SelfGuidedPipeline") -> Tensor:
     """x0, y0, x1, y1 in pixels -> [1, 1, 4] as shares of the sides."""
     x0, y0, x1, y1 = corners
-    if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
+    height, width = (cells * pipe.autoencoder.factor for cells in pipe.latent_shape[1:])
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise InputError(
-            f"--box {x0:g},{y0:g},{x1:g},{y1:g}: needs 0 <= x0 < x1 <= {size} and the same of y, in pixels"
+            f"--box {x0:g},{y0:g},{x1:g},{y1:g}: needs 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}, in pixels"
         )
-    return torch.tensor(corners).view(1, 1, 4) / size
+    return torch.tensor(corners).view(1, 1, 4) / torch.tensor([width, height, width, height])
 
 
 def _read_mask(path: Path, pipe: "SelfGuidedPipeline") -> np.ndarray:

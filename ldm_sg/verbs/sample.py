@@ -41,6 +41,8 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
 def _sample(run: str, options: SampleOptions, folder: Path, overwrite: bool) -> Path:
     _refuse_foreign(folder, options, overwrite)
     pipe = open_pipeline(run, options.device, options.checkpoint, options.lora)
+    if options.size:
+        pipe.resize(*options.size)
     use_bf16(options.precision, pipe.device)  # refused before anything is drawn
     solvers.make_grid(objective_of(pipe.scheduler), options.steps, options.spacing)
     if options.sweep_w:
