@@ -60,7 +60,10 @@ def folder_of(path: Path, n: int = 8) -> Path:
 
 def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], labels: int) -> Path:
     """Images [N, 3, H, H] in [-1, 1] through `patch2` -> an annotation set with ids k."""
+    from ldm_sg.annotate.clusters import Clusters
+    from ldm_sg.annotate.kinds import save_annotator
     from ldm_sg.autoencoder import load_autoencoder, measure_normalisation
+    from ldm_sg.config import AnnotatorConfig
     from ldm_sg.data.latents import file_sha256, set_hash
     from ldm_sg.data.shards import ShardWriter
 
@@ -68,8 +71,9 @@ def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], label
     measure_normalisation(autoencoder, [images])
     latents = autoencoder.encode(images).numpy().astype(np.float16)
     (folder / "shards").mkdir(parents=True)
-    (folder / "annotator").mkdir()
-    (folder / "annotator" / "annotator.yaml").write_text("kind: clusters\n")
+    f = Clusters(AnnotatorConfig(k=labels))
+    f._take(torch.eye(labels))
+    save_annotator(folder / "annotator", f, None)
     autoencoder.save(folder / "autoencoder")
     path = folder / "shards" / "000000.tar"
     with ShardWriter(path) as writer:

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_finetune import base, photos  # noqa: F401
+from test_finetune import base, few_samples, photos  # noqa: F401
 from typer.testing import CliRunner
 
 from ldm_sg.cli import app

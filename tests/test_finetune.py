@@ -43,6 +43,13 @@ def photos(folder: Path, colours: list[tuple[int, int, int]], n: int, seed: int 
     return folder
 
 
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged by fewer of them than a user's are."""
+    monkeypatch.setattr("ldm_sg.verbs.train.JUDGED", 40)
+    monkeypatch.setattr("ldm_sg.verbs.finetune.JUDGED", 60)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on red, green and blue photos."""
