@@ -1,6 +1,8 @@
 """Which device and which precision: `auto` takes the best there is, a name is obeyed or refused."""
 
 import sys
+import time
+from pathlib import Path
 
 import torch
 
@@ -42,3 +44,27 @@ def use_compile(mode: str | bool, device: torch.device) -> bool:
             file=sys.stderr,
         )
     return device.type == "cuda" if mode == "auto" else bool(mode)
+
+
+def note_busy_cores(device: torch.device, seconds: float = 0.3) -> None:
+    """Says so where other programs hold the cores that this one's threads are about to share: at the end of every layer the threads
+    wait for the one that has no core, which costs up to fifty times the work itself (benchmarks/RESULTS.md)."""
+    stat = Path("/proc/stat")
+    if device.type != "cpu" or torch.get_num_threads() == 1 or not stat.is_file():
+        return
+    before = stat.read_text()
+    time.sleep(seconds)
+    busy = busy_share(before, stat.read_text())
+    if busy > 0.4:
+        print(
+            f"note: other programs hold {busy:.0%} of the cores, and {torch.get_num_threads()} threads would wait for them at every "
+            "layer: with OMP_NUM_THREADS=1 this is several times faster",
+            file=sys.stderr,
+        )
+
+
+def busy_share(before: str, after: str) -> float:
+    """The share of all cores' time that was not idle between two readings of /proc/stat."""
+    first, last = ([int(n) for n in text.split("\n", 1)[0].split()[1:9]] for text in (before, after))
+    spent = [b - a for a, b in zip(first, last)]  # user nice system idle iowait irq softirq steal
+    return 1 - (spent[3] + spent[4]) / max(1, sum(spent))

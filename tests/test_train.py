@@ -27,7 +27,7 @@ from ldm_sg.configfile import load, to_yaml
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance
-from ldm_sg.hardware import use_compile
+from ldm_sg.hardware import busy_share, note_busy_cores, use_compile
 from ldm_sg.pipeline import open_pipeline
 from ldm_sg.sampling.request import SampleOptions, signals
 from ldm_sg.training.callbacks import ema_update
@@ -155,6 +155,17 @@ def test_overfits_eight_images_to_a_visible_copy(tmp_path: Path) -> None:
     others = (copies - images.roll(1, 0)).square().mean()
     assert psnr.median() > 20, psnr
     assert others > 10 * (copies - images).square().mean()
+
+
+def test_busy_cores_are_noticed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = "cpu 100 0 50 1000 10 0 0 0 0 0\ncpu0 1", "cpu 190 0 60 1090 20 0 0 0 0 0\ncpu0 2"
+    assert busy_share(first, last) == pytest.approx(0.5)
+    readings = iter([first, last] * 2)
+    monkeypatch.setattr(Path, "read_text", lambda _: next(readings))
+    for threads, said in ((2, True), (1, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        note_busy_cores(torch.device("cpu"), 0)
+        assert ("OMP_NUM_THREADS=1" in capsys.readouterr().err) == said
 
 
 def test_crops_of_larger_images(colours: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> Path:
 
     from ldm_sg import build
     from ldm_sg.data.latents import LatentSet, set_hash
-    from ldm_sg.hardware import pick_device, use_bf16, use_compile
+    from ldm_sg.hardware import note_busy_cores, pick_device, use_bf16, use_compile
     from ldm_sg.models import snapshots
     from ldm_sg.report.run import write_report
     from ldm_sg.training.callbacks import Hooks
@@ -73,6 +73,7 @@ def train(config: TrainConfig) -> Path:
         f"{device.type}, {'bf16' if bf16 else 'fp32'}; {'resuming at step ' + format(done, ',') if done else 'new run'}",
         file=sys.stderr,
     )
+    note_busy_cores(device)
     hooks = Hooks(
         start=lambda ema: writer.export(ema, run / "pipeline_untrained"),
         export=lambda ema: writer.export(ema, run / "pipeline", run / "lora"),
