@@ -15,12 +15,12 @@ from ldm_sg.autoencoder.manifest import find as find_stage
 from ldm_sg.config import TrainConfig, model_config
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
-from ldm_sg.folder import whole
+from ldm_sg.folder import file_sha256, pipeline_of, whole
 from ldm_sg.models.lora import add_lora, merged, train_only
 from ldm_sg.models.transfer import likeness, transfer
 from ldm_sg.models.unet import GuidedUNet, make_unet
 from ldm_sg.objective import Objective
-from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
+from ldm_sg.pipeline import WEIGHTS, SelfGuidedPipeline, open_pipeline
 from ldm_sg.sampling.schedules import noise_scheduler, objective_of
 
 
@@ -127,6 +127,8 @@ class PipelineWriter:
         self.autoencoder = load_autoencoder(str(Path(config.annotation) / "autoencoder")).to(device)
         self.autoencoder.check_channels(latents.latent_shape[0], str(latents.folder))
         self.annotator = Path(config.annotation) / "annotator"
+        weights = pipeline_of(config.init) / "unet" / WEIGHTS if config.lora and config.init else None
+        self.base = file_sha256(weights) if weights else ""
 
     def plain(self, network: nn.Module) -> GuidedUNet:
         """The network without adapters: they are in its weights."""
@@ -154,4 +156,4 @@ class PipelineWriter:
             pipe.save_pretrained(new, refer=True)
         if self.lora and lora:
             with whole(lora) as new:
-                pipe.save_lora(network.unet, new)
+                pipe.save_lora(network.unet, new, self.base)

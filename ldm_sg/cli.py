@@ -211,7 +211,8 @@ def sample(
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Rows of predicted images over the steps.")] = False,
     checkpoint: Checkpoint = None,
     size: Annotated[
-        str | None, typer.Option(help="Of the images, where not the run's own: 320x256. Far from it objects repeat.")
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT of the images, where not the run's own: 320x256. Far from it objects repeat."),
     ] = None,
     lora: Annotated[str | None, typer.Option(help="lora/ folder of a run that was fine-tuned from this one.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder; default RUN/samples/SETTINGS.")] = None,
@@ -340,7 +341,7 @@ def finetune(
         str, typer.Argument(help="Photo folder, shards, or an annotation set made with the run's own g.")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs of the training config.")] = None,
-    k: Annotated[int | None, typer.Option(help="New clusters; default one for 20 images, at most the run's.")] = None,
+    k: Annotated[int | None, typer.Option(help="New clusters; default one for 40 images, at most the run's.")] = None,
     clusters: Annotated[
         str, typer.Option(help="refit: new ones, begun from old ones like them; reuse: the run's; extend: both.")
     ] = "refit",

@@ -20,8 +20,8 @@ ROOT = PACKAGE.parent if (PACKAGE.parent / "configs").is_dir() else PACKAGE / "_
 Schema = TypeVar("Schema")
 
 
-def load(schema: type[Schema], path: str | Path | None = None, overrides: list[str] | None = None) -> Schema:
-    """YAML at `path` (with one level of `base:`) + `key=value` overrides -> a filled `schema`.
+def load(schema: type[Schema], path: str | Path | Schema | None = None, overrides: list[str] | None = None) -> Schema:
+    """YAML at `path` (with one level of `base:`), or a config, + `key=value` overrides -> a filled `schema`.
 
     Raises InputError naming the file, the key and the nearest right key, a wrong type, or a missing required value."""
     merged = OmegaConf.structured(schema)
@@ -34,7 +34,9 @@ def load(schema: type[Schema], path: str | Path | None = None, overrides: list[s
             raise InputError(f"{source}: {str(err).splitlines()[0]}") from err
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
-        raise InputError(f"{path or 'config'}: no value for {', '.join(missing)}: give it as {missing[0]}=...")
+        raise InputError(
+            f"{files[-1][0] if files else 'config'}: no value for {', '.join(missing)}: give it as {missing[0]}=..."
+        )
     loaded: Any = OmegaConf.to_object(merged)
     if hasattr(loaded, "check"):
         loaded.check()
@@ -43,9 +45,11 @@ def load(schema: type[Schema], path: str | Path | None = None, overrides: list[s
     return loaded
 
 
-def _layers(path: str | Path | None) -> list[tuple[str, DictConfig]]:
+def _layers(path: Any) -> list[tuple[str, DictConfig]]:
     if path is None:
         return []
+    if dataclasses.is_dataclass(path):
+        return [(type(path).__name__, OmegaConf.structured(path))]
     if not Path(path).exists() and (ROOT / path).is_file():
         path = ROOT / path  # configs/... of the checkout or the wheel, from any folder
     top = read_yaml(path)

@@ -227,6 +227,18 @@ def space_left(path: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB left on its disk"
 
 
+def copy_plain(source: Path, to: Path, without: str = "") -> None:
+    """The files of a folder, and of its folders, but those called `without`; InputError for links and pipes: a folder may be
+    somebody's, and what they name another's."""
+    for entry in sorted(source.rglob("*")):
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            raise InputError(f"{entry}: a link, or no plain file: it is not copied")
+        path = entry.relative_to(source)
+        if entry.is_file() and path.parts[0] != without:
+            (to / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(entry, to / path)
+
+
 def pipeline_of(run: str | Path) -> Path | None:
     """The pipeline folder of a run, or `run` where it is one itself; None where there is none."""
     return next((p for p in (Path(run) / "pipeline", Path(run)) if (p / "model_index.json").is_file()), None)

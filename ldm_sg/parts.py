@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+import torch
+from safetensors import safe_open
 
 from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.data.signals import Signals
@@ -50,7 +52,22 @@ def read_parts(folder: Path, index: dict[str, Any], version: int, options: dict[
                 raise InputError(f"{folder}: its {name} is a {cls} of {library}, which ldm_sg does not know")
             safe = {"low_cpu_mem_usage": False, "use_safetensors": True, **options}
             parts[name] = known.from_pretrained(folder / name, **({} if name == "scheduler" else safe))
+            if isinstance(parts[name], torch.nn.Module):
+                _check_whole(parts[name], folder / name)
     return parts | {key: value for key, value in index.items() if key not in named and key[0] != "_"}
+
+
+def _check_whole(part: torch.nn.Module, folder: Path) -> None:
+    """InputError where the file of weights lacks some of the part's, which would then be random, or holds NaN."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            lacking = sorted(part.state_dict().keys() - set(file.keys()))
+        if lacking and not isinstance(part, Autoencoder):  # which checks its own
+            raise InputError(f"{path}: {lacking[0]} is not in it ({len(lacking)} missing): the folder is damaged")
+    broken = next((name for name, value in part.state_dict().items() if not value.isfinite().all()), None)
+    if broken:
+        raise InputError(f"{folder}: {broken} holds NaN or infinity: the folder is damaged, or its training diverged")
 
 
 def write_code(pipe: "SelfGuidedPipeline", folder: Path) -> None:

@@ -1,7 +1,6 @@
 """SelfGuidedPipeline: everything that sampling needs, in one folder of diffusers' format."""
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +11,10 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm_sg.errors import InputError, choices, one_line
-from ldm_sg.folder import pipeline_of
+from ldm_sg.folder import file_sha256, pipeline_of, read_mapping
 from ldm_sg.guidance.compose import Denoiser, Strategy, cfg
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.hardware import pick_device, use_bf16
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 VERSION = 2  # of the folder
+BASE, WEIGHTS = "base.json", "diffusion_pytorch_model.safetensors"
 MOST_SIGNALS = 20_000  # masks or features that a pipeline folder carries
 LEARNT_WITH = ("DDPMScheduler", "FlowMatchEulerDiscreteScheduler")  # what `sampling.schedules` makes
 
@@ -84,6 +83,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, refer: bool = False, **kwargs: Any) -> None:
         """The folder, whole: also what loads it where ldm_sg is not installed. `refer`: a large first stage stays where it is,
         and is named. `kwargs`: of the networks' own `save_pretrained`."""
+        from ldm_sg.folder import copy_plain
         from ldm_sg.parts import write_code
 
         folder = Path(save_directory)
@@ -92,7 +92,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
             own = {"refer": refer} if name == "autoencoder" else kwargs if isinstance(part, ModelMixin) else {}
             part.save_pretrained(folder / name, **own)
         if self.annotator_folder and (folder / "annotator").resolve() != self.annotator_folder.resolve():
-            shutil.copytree(self.annotator_folder, folder / "annotator", dirs_exist_ok=True)
+            copy_plain(self.annotator_folder, folder / "annotator")
         write_code(self, folder)
         self.save_config(folder)
 
@@ -101,14 +101,16 @@ class SelfGuidedPipeline(DiffusionPipeline):
         index = json.loads(super().to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
         return json.dumps(index, indent=2) + "\n"
 
-    def save_lora(self, unet: ModelMixin, folder: Path) -> None:
+    def save_lora(self, unet: ModelMixin, folder: Path, base: str) -> None:
         """Into FOLDER: the adapters of `unet`, which are in this pipeline's weights, and what else the run it started from lacks:
-        conditioner, signals and f. `load_lora` adds them to that run's pipeline."""
+        conditioner, signals and f. `load_lora` adds them to that run's pipeline, whose unet file has the sha256 `base`."""
+        from ldm_sg.folder import copy_plain, write_json
         from ldm_sg.models.lora import save_lora
 
         self.conditioner.save_pretrained(folder / "conditioner")
-        shutil.copytree(self.annotator_folder, folder / "annotator", ignore=shutil.ignore_patterns("g"))
+        copy_plain(self.annotator_folder, folder / "annotator", without="g")
         self._portable_signals().save_pretrained(folder / "signals")
+        write_json(folder / BASE, {"unet": base})
         save_lora(unet, folder)
 
     def load_lora(self, folder: Path) -> None:
@@ -401,10 +403,15 @@ def open_pipeline(
         if checkpoint is not None:
             pipe.checkpoint = restore(GuidedUNet(pipe.unet, pipe.conditioner), Path(source), checkpoint)
         if lora is not None:
+            known = read_mapping(Path(lora) / BASE, {"unet": str}) if (Path(lora) / BASE).is_file() else None
+            if known and (checkpoint is not None or known["unet"] != file_sha256(folder / "unet" / WEIGHTS)):
+                raise InputError(
+                    f"lora {lora!r} was trained beside the weights of another run than {source}, or of another step"
+                )
             pipe.load_lora(Path(lora))
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as err:
-        raise InputError(f"{folder} is damaged or not complete: {one_line(err)}") from err
+    except Exception as err:  # files that may be anybody's: diffusers, safetensors and numpy raise anything
+        raise InputError(f"{folder} is damaged or not complete: {one_line(err)[:300]}") from err
     pipe.unet.eval()
     return pipe

@@ -48,6 +48,7 @@ def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Judged by fewer of them than a user's are."""
     monkeypatch.setattr("ldm_sg.verbs.train.JUDGED", 40)
     monkeypatch.setattr("ldm_sg.verbs.finetune.JUDGED", 60)
+    monkeypatch.setattr("ldm_sg.verbs.finetune.FEWEST", 2)
 
 
 @pytest.fixture(scope="module")

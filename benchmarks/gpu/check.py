@@ -167,7 +167,7 @@ def sample(section: Section) -> None:
         pipe.to(section.device)
         for steps, n in [(2, 2)] if tiny else [(25, 64), (250, 64)]:
             with section.attempt(what=f"{steps} steps", batch=n) as found:
-                call = partial(pipe, pipe.draw(n), steps=steps, precision="auto")
+                call = partial(pipe.generate, pipe.draw(n), steps=steps, precision="auto")
                 found["images_per_s"] = section.rate(n, call, 5)
         with section.attempt(what="decode, fp32", batch=n) as found:
             found["images_per_s"] = section.rate(n, partial(pipe.decode, torch.randn(n, *pipe.latent_shape)))

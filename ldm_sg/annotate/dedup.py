@@ -25,19 +25,18 @@ class Left:
 
 
 def left_out(features: np.ndarray, threshold: float, outliers: float) -> list[Left]:
-    """Features [N, D] -> what to leave out. Images joined by cosines of at least `threshold` are one group, of which the first is
-    kept; then of the rest the share `outliers` that is farthest from its neighbours."""
+    """Features [N, D] -> what to leave out. Of images joined by cosines of at least `threshold` those go that are so like the
+    first; then of the rest the share `outliers` that is farthest from its neighbours."""
     points = normalise(features)
     cosines, near = _neighbours(points, min(NEIGHBOURS, len(points)))
     rows, columns = np.nonzero((cosines >= threshold) & (near >= 0))
     pairs = coo_array((np.ones(len(rows)), (rows, near[rows, columns])), shape=(len(points),) * 2)
     groups = connected_components(pairs, directed=False)[1]
     first = np.unique(groups, return_index=True)[1][groups]
-    gone = [
-        Left(int(i), int(first[i]), float(points[i] @ points[first[i]]))
-        for i in np.flatnonzero(first != np.arange(len(first)))
-    ]
-    kept = np.flatnonzero(first == np.arange(len(first)))
+    like = (points * points[first]).sum(1)  # a chain of likenesses may lead far: who is not like the first one stays
+    alone = (first == np.arange(len(first))) | (like < threshold)
+    gone = [Left(int(i), int(first[i]), float(like[i])) for i in np.flatnonzero(~alone)]
+    kept = np.flatnonzero(alone)
     near_by = np.where(near >= 0, cosines, -1)[kept, 1:].mean(1) if near.shape[1] > 1 else np.ones(len(kept))
     far = np.argsort(near_by, kind="stable")[: round(outliers * len(kept))]
     return gone + [Left(int(kept[i]), None, float(near_by[i])) for i in far]

@@ -57,12 +57,13 @@ class Segments(Annotator):
     def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch | None = None) -> Observed:
         assert g is not None
         mirrored = g.patches(seen.squares, mirrored=True)[1] if self.cfg.segments.flips else None
-        masks = self.segmenter.segment(g.patches(seen.squares)[1], mirrored, seen.size).cpu().numpy()
+        features, patches = g.patches(seen.squares)
+        masks = self.segmenter.segment(patches, mirrored, seen.size).cpu().numpy()
         table = np.zeros((self.k, VOID), np.int64)
         for mask, truth in zip(masks, batch.truth, strict=True) if batch else ():
             if truth.mask is not None:
                 table += confusion(mask, truth.mask, self.k, VOID)
-        return Observed({"mask": PackedMasks.of(masks)}, {"confusion": table})
+        return Observed({"mask": PackedMasks.of(masks)}, {"confusion": table}, features)
 
     def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
         return seen.columns

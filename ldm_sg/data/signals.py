@@ -245,4 +245,14 @@ class Signals:
         if missing:
             raise InputError(f"{path}: no {', '.join(sorted(missing))} in it: not the signals of this run")
         count = int(found.pop("count")[0])
-        return cls.from_columns(spec, found, count)
+        signals = cls.from_columns(spec, found, count)
+        k, box = signals.k, signals.box
+        shape = (count, spec.num_labels) if spec.multi_hot else (count,)
+        ids = k is None or (
+            k.shape == shape and (not count or spec.multi_hot or 0 <= k.min() <= k.max() < spec.num_labels)
+        )
+        if count < 1 or not ids or (box is not None and (len(box) != count or not box.isfinite().all())):
+            raise InputError(
+                f"{path}: its signals are not those of {count} images with {spec.num_labels} labels: damaged"
+            )
+        return signals

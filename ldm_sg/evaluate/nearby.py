@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from ldm_sg.annotate.kinds import LoadedAnnotator
 from ldm_sg.data.images import to_float
@@ -11,12 +12,12 @@ from ldm_sg.data.signals import Signals
 from ldm_sg.evaluate.metrics import frechet_distance
 from ldm_sg.pipeline import SelfGuidedPipeline
 
-BATCH = 100
+BATCH = 50
 
 
 def drawn(pipe: SelfGuidedPipeline, asked: Signals) -> Tensor:
     """Samples of signals, uint8 [N, 3, H, W]: the same ones at every call."""
-    parts = torch.arange(len(asked)).split(BATCH)
+    parts = tqdm(torch.arange(len(asked)).split(BATCH), "judging", leave=False)
     return torch.cat(
         [pipe.generate(asked[at], w=pipe.usual_w, first_index=int(at[0]), precision="auto") for at in parts]
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_sg.annotate.kinds import load_annotator
-from ldm_sg.data.images import BadImage, crop_resize_index, decode, decode_index, read_bytes
+from ldm_sg.data.images import MAX_SIDE, BadImage, crop_resize_index, decode, decode_index, read_bytes
 from ldm_sg.data.signals import PackedMasks, Signals
 from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import file_sha256
@@ -84,6 +84,8 @@ class SampleOptions:
             f"interpolate{'-'.join(map(str, self.interpolate))}": self.interpolate,
             "trajectory": self.trajectory,
             f"step-{self.checkpoint}": self.checkpoint is not None,
+            f"{'x'.join(map(str, self.size))}": self.size,
+            f"lora-{Path(self.lora or '').resolve().parent.name}"[:40]: self.lora,
         }
         how = {
             f"w{_joined(self.sweep_w or [self.w])}": True,
@@ -129,7 +131,7 @@ class SampleOptions:
             raise InputError("--like takes the whole signal from the image: leave --cluster, --box and --mask out")
         if self.vary not in (None, *VARY):
             raise InputError(f"--vary {self.vary!r}; {choices(self.vary, VARY)}")
-        if self.size and (len(self.size) != 2 or self.mask):
+        if self.size and (len(self.size) != 2 or self.mask or max(self.size) > MAX_SIDE):
             raise InputError(f"--size takes WIDTHxHEIGHT, for example 320x256, and no --mask; got {self.size}")
         if self.mask and self.cluster:
             raise InputError("--mask says which classes are where: leave --cluster out")

@@ -64,9 +64,11 @@ def check_fits(other: SchedulerMixin, own: SchedulerMixin) -> None:
     else:
         fits = flows
     if not fits:
+        kind = own.config.get("prediction_type")
+        way = "FlowMatchHeunDiscreteScheduler, or UniPCMultistepScheduler with use_flow_sigmas=True, prediction_type='flow_prediction'"
         raise InputError(
             f"pipe.scheduler is a {type(other).__name__} of another noise schedule or prediction than the run's {type(own).__name__} "
-            f"({own.config.get('prediction_type', 'flow')}): make one with X.from_config(pipe.scheduler.config) that can do it"
+            f"({kind or 'flow'}): by .from_config(pipe.scheduler.config) make a {'DDIMScheduler or UniPCMultistepScheduler' if kind else way}"
         )
 
 

@@ -38,9 +38,12 @@ def read_left_out(path: Path, latents: LatentSet) -> Tensor:
     """Indices [M] out of a list of lines {"set": start of the set's hash, "index": i}; InputError where it is none of this set."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        indices = torch.tensor([int(line["index"]) for line in lines], dtype=torch.long)
-        sets = {str(line["set"]) for line in lines}
-    except (OSError, ValueError, KeyError, TypeError) as err:
+        odd = next((line["index"] for line in lines if type(line["index"]) is not int), None)
+        if odd is not None:
+            raise ValueError(f"index {odd!r}")
+        indices = torch.tensor([line["index"] for line in lines], dtype=torch.long)
+        sets = {str(line["set"]) or "none" for line in lines}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, RuntimeError) as err:
         raise InputError(
             f"leave_out={str(path)!r}: not a list that `ldm-sg dedup` wrote: {one_line(err)[:100]}"
         ) from err

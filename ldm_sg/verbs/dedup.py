@@ -23,10 +23,14 @@ def dedup(
     """Writes the list, a JSON line an image, and a picture of the most doubtful ones; returns the list's path."""
     if not 0 < threshold <= 1 or not 0 <= outliers < 1:
         raise InputError(f"threshold={threshold}, outliers={outliers}: a cosine above 0, and a share from 0 to below 1")
+    path = Path(out) if out is not None else Path(annotation) / FILE
+    if path.suffix != ".jsonl" or (path.with_suffix(".png").exists() and not path.is_file()):
+        raise InputError(f"--out {str(path)!r}: give a NAME.jsonl beside which no NAME.png of yours lies")
     latents = LatentSet(annotation)
     features = torch.cat([latents.features(part) for part in torch.arange(len(latents)).split(10_000)])
+    if not features.isfinite().all():
+        raise InputError(f"{latents.folder}/features: NaN or infinity in them: annotate again")
     found = left_out(features.numpy(), threshold, outliers)
-    path = Path(out) if out is not None else latents.folder / FILE
     lines = [
         {
             "index": left.index,

@@ -17,6 +17,7 @@ from ldm_sg.report.card import card
 from ldm_sg.report.grids import best_scale, grid, save
 
 HUB = "hub://"
+PARTS = ("unet", "conditioner", "scheduler", "autoencoder", "signals")
 SHOWN = 32  # samples in the card's grid
 
 
@@ -50,8 +51,12 @@ def export(
 def _check(to: str, name: str | None) -> None:
     if name is None:
         folder = Path(to)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-            raise InputError(f"{to}: not empty, and no pipeline that could be replaced: choose another folder")
+        own = {"README.md", "grid.png", "onnx", "annotator", "model_index.json", "pipeline.py", *PARTS}
+        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in own) if folder.is_dir() else []
+        if foreign or (folder.is_dir() and any(folder.iterdir()) and not (folder / "README.md").is_file()):
+            raise InputError(
+                f"{to}: not empty, and no earlier export ({', '.join(foreign[:3])}): choose another folder"
+            )
         if folder.is_file():
             raise InputError(f"{to} is a file: choose another folder")
         return

@@ -1,5 +1,6 @@
 """finetune: a run -> a run on other, unlabelled images: pack and annotate as the run did, then train on from its weights."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,21 +9,22 @@ import torch
 
 from ldm_sg.annotate.kinds import features_of, load_annotator, load_f
 from ldm_sg.config import AnnotateConfig, ReplayConfig, TrainConfig
-from ldm_sg.configfile import from_mapping, load, to_yaml
+from ldm_sg.configfile import from_mapping, load
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, choices
 from ldm_sg.evaluate import nearby, sources
-from ldm_sg.folder import pipeline_of, read_mapping, write_json, write_text
+from ldm_sg.folder import pipeline_of, read_mapping, write_json
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.report import grids
-from ldm_sg.report.run import write_report
+from ldm_sg.report.run import read_curves, write_report
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.pack import pack
 from ldm_sg.verbs.train import train
 
 CLUSTERS = ("refit", "reuse", "extend")
-IMAGES_A_CLUSTER = 20  # by default
+IMAGES_A_CLUSTER = 40  # by default
+FEWEST = 8  # held-out images by which training may be stopped
 PAIRS = 12  # samples beside the training image nearest to each
 JUDGED = 500  # samples with which it is measured what the base has forgotten
 
@@ -58,14 +60,25 @@ def finetune(
         else run.with_name(f"{run.name}-{Path(images).resolve().stem.strip('*') or 'tuned'}")
     )
     data = out.with_name(out.name + "-data")
+    if bound := [o for o in overrides or [] if o.partition("=")[0] in ("annotation", "out", "init", "lora", "steps")]:
+        raise InputError(f"{bound[0]}: this command decides that: by RUN, IMAGES and its flags")
+    if k is not None and k < 1:
+        raise InputError(f"k={k}: at least 1")
+    if out.exists() and any(out.iterdir()):
+        there = read_mapping(out / "config.yaml").get("init") if (out / "config.yaml").is_file() else None
+        if there != str(run):
+            raise InputError(f"{out} is there already, and not fine-tuned from {run}: choose another --out")
+    annotated = Path(images) if (Path(images) / "manifest.yaml").is_file() else data / "annotation"
+    config = _config(base, run, annotated, out, steps, lora, replay, device)
+    load(TrainConfig, config, overrides)  # refuses what cannot be before anything is packed
     pipe = open_pipeline(run, device)
     annotation = _annotation(pipe, run, images, data, k, clusters, device)
-    config = _config(base, run, annotation, out, steps, lora, replay, device)
-    write_text(data / "train.yaml", to_yaml(config))
-    config = load(TrainConfig, data / "train.yaml", overrides)
-    train(config)
+    if len(LatentSet(annotation)) * config.val_share < FEWEST:
+        config = replace(config, patience=0)
+        print(f"note: too few images to hold some out: all {steps} steps are taken", file=sys.stderr)
+    train(load(TrainConfig, config, overrides))
     _look(open_pipeline(out, device), pipe, base, annotation, out, clusters)
-    print(out / "finetune.json")
+    print((out / "finetune.json").read_text() + str(out / "finetune.json"))
     return out
 
 
@@ -89,6 +102,10 @@ def _annotation(
         shards = f"{data / 'shards'}/*.tar"
         pack(images, data / "shards", size=size, format="png" if size <= 64 else "jpg")
     count = sources.open_images(shards).total
+    if not f.spec.num_labels and (k is not None or clusters != "refit"):
+        raise InputError(f"{run}: its signals, of kind {f.kind}, have no labels: leave --k and --clusters out")
+    if clusters == "extend" and not f.gives_ids:
+        raise InputError(f"clusters=extend: {run} has {f.kind}, to which none can be added; give refit or reuse")
     if clusters != "reuse" and k is None and f.spec.num_labels:
         k = f.k if count is None or not f.gives_ids else max(2, min(f.k, count // IMAGES_A_CLUSTER))
     known = {name: str(folder) if clusters == name else None for name in ("reuse", "extend")}
@@ -120,12 +137,22 @@ def _look(
 ) -> None:
     """finetune.json and nearest.png: what the base has forgotten, and whether the images were learnt by heart."""
     found: dict[str, Any] = {"clusters": clusters, "labels": tuned.spec.num_labels}
+    judged = {int(step): fd for step, fd in read_curves(out / "metrics.csv").get("fd_held_out", [])}
+    if judged:
+        best = min(judged, key=lambda step: judged[step])
+        found |= {
+            "steps": max(judged),
+            "best_step": best,
+            "fd_held_out": judged[best],
+            "fd_held_out_first": judged[min(judged)],
+        }
     latents, g = LatentSet(annotation), load_annotator(annotation / "annotator", tuned.device)
     samples, real, cosine = nearby.nearest(tuned, g, latents, PAIRS)
     found["nearest_cosine"] = float(cosine.mean())
     grids.save(grids.labelled_rows(["sample", "nearest"], [samples, real]), out / "nearest.png")
     old = Path(base.annotation)
     if clusters != "refit" and (old / "manifest.yaml").is_file():
+        print(f"what {base.out} has forgotten: {JUDGED} samples before, {JUDGED} after", file=sys.stderr)
         own = LatentSet(old)
         real = own.features(torch.arange(len(own)))
         asked = pipe.draw(JUDGED)

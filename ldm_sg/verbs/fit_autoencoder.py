@@ -8,7 +8,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_sg.autoencoder import Autoencoder, measure_normalisation, psnr
+from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisation, psnr
 from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.kinds import KINDS, plain_config
 from ldm_sg.config import FitAutoencoderConfig
@@ -24,6 +24,7 @@ from ldm_sg.training.autoencoder_loop import loop
 from ldm_sg.training.checkpoint import read_checkpoint
 
 FREE = ("out", "device", "workers", "log_every", "val_every", "checkpoint_every", "data", "recipe", "licence")
+OF_INIT = "that of init"
 NOISE_SHOWN = 0.2  # std of the noise on normalised latents in `psnr_noisy` and in the pictures
 
 
@@ -50,6 +51,13 @@ def fit_autoencoder(config: FitAutoencoderConfig) -> Path:
         file=sys.stderr,
     )
 
+    before = {}
+    if config.init and held:
+        init = load_autoencoder(config.init).to(device)
+        if not init.normalised:
+            _normalise(init, sources[0].images[:512], config.size)
+        before = validate(init, held, None)
+
     def report() -> None:
         if held:
             picture = out / "samples" / f"step-{fit.steps:06d}.png"
@@ -61,7 +69,12 @@ def fit_autoencoder(config: FitAutoencoderConfig) -> Path:
         print(f"interrupted and saved in {out}; the same command resumes", file=sys.stderr)
         raise KeyboardInterrupt
     autoencoder = export(fit, sources, held, out)
-    print(f"{out}: {autoencoder.manifest['psnr']} dB on held-out images")
+    after = autoencoder.manifest["psnr"]
+    print(f"{out}: {after} dB on held-out images")
+    for name in before.keys() & after.keys():
+        print(f"{name}: {before[name]} dB by {config.init} before, {after[name]} dB now", file=sys.stderr)
+        if after[name] < before[name]:
+            print(f"note: {config.init} itself is better on {name}: more steps, or a smaller lr", file=sys.stderr)
     return out
 
 
@@ -72,6 +85,8 @@ def read_images(config: FitAutoencoderConfig) -> tuple[list[Source], dict[str, T
     for name, urls in shards.items():
         images = _read(name, urls, round(config.size * config.zoom.get(name, 1)), config.workers)
         last = config.holdout.get(name, 0)
+        if not sources and not config.holdout and not config.val_shards:
+            last = min(200, len(images) // 10)  # of the first one, so that somebody knows how good it becomes
         if not 0 <= last < len(images):
             raise InputError(f"holdout.{name}={last}: {urls!r} has {len(images)} images")
         if last:
@@ -107,7 +122,7 @@ def current(fit: Fit, source: Source, out: Path, images: int) -> Autoencoder:
         "kind": fit.kind,
         "source": {"file": "model.safetensors"},
         "sha256": file_sha256(out / "model.safetensors"),
-        "licence": c.licence,
+        "licence": c.licence if c.init is None or c.licence != OF_INIT else manifests.find(c.init)[0].get("licence"),
         "patch": fit.patch if fit.kind == "kl" else None,
         "net": plain_config(fit.net),
         "params": sum(p.numel() for p in fit.net.parameters()),
@@ -115,9 +130,12 @@ def current(fit: Fit, source: Source, out: Path, images: int) -> Autoencoder:
         "recipe": c.recipe,
     }
     autoencoder = Autoencoder(KINDS[fit.kind](manifest, out / "model.safetensors"), manifest).to(fit.device)
-    batches = source.images[:images].split(64)
-    measure_normalisation(autoencoder, (_shrink(to_float(batch), c.size) for batch in batches))
+    _normalise(autoencoder, source.images[:images], c.size)
     return autoencoder
+
+
+def _normalise(autoencoder: Autoencoder, images: Tensor, size: int) -> None:
+    measure_normalisation(autoencoder, (_shrink(to_float(batch), size) for batch in images.split(64)))
 
 
 def _shrink(images: Tensor, size: int) -> Tensor:
@@ -143,7 +161,7 @@ def validate(autoencoder: Autoencoder, held: dict[str, Tensor], picture: Path | 
             scores[label] = round(float(psnr(decoded, to_float(images)).mean()), 2)
             rows.append((label, to_uint8(decoded[:12])))
         rows.insert(-2, (f"{name} images", images[:12]))
-    if picture is not None:
+    if picture is not None and rows:
         save(labelled_rows([label for label, _ in rows], [row for _, row in rows]), picture)
     return scores
 
@@ -153,7 +171,8 @@ def export(fit: Fit, sources: list[Source], held: dict[str, Tensor], out: Path) 
     autoencoder = current(fit, sources[0], out, len(sources[0].images))
     scores = validate(autoencoder, held, out / "reconstructions.png")
     autoencoder.manifest["psnr"] = {name: scores[name] for name in held}
-    autoencoder.manifest["psnr_noisy"] = {"std": NOISE_SHOWN, **{name: scores[f"{name}+noise"] for name in held}}
+    if held:
+        autoencoder.manifest["psnr_noisy"] = {"std": NOISE_SHOWN, **{name: scores[f"{name}+noise"] for name in held}}
     autoencoder.manifest["source"] = {"file": "model.safetensors"}
     manifests.write(autoencoder.manifest, out)
     return autoencoder

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # What may change between two starts of one run without making it another run.
 FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every",
         "keep_every", "logger")  # fmt: skip
+STOPPED = "stopped.json"
 JUDGED = 200  # samples a judgement, with `patience`
 
 
@@ -56,6 +57,7 @@ def train(config: TrainConfig) -> Path:
     if use_compile(config.compile, device):
         network.unet.compile()
     module = DiffusionModule(network, build.objective(config), config)
+    data = LatentData(latents, config, side := build.view_side(config, latents), replay)
     run = Path(config.out)
     claim(run, "config.yaml", to_mapping(config), FREE)
     content = set_hash([latents.hash, file_sha256(config.leave_out)]) if config.leave_out else latents.hash
@@ -65,8 +67,10 @@ def train(config: TrainConfig) -> Path:
         print(f"{run}: already trained for {done:,} steps (asked: {config.steps:,}); raise steps= to go on")
         return run
 
+    if config.patience and (run / STOPPED).is_file():
+        print(f"{run}: stopped early, {(run / STOPPED).read_text().strip()}; patience=0 into another out= goes on")
+        return run
     writer = build.PipelineWriter(config, latents, device)
-    data = LatentData(latents, config, side := build.view_side(config, latents), replay)
     print(
         f"{len(data.train_pool):,} latents of {latents.latent_shape[0]}x{side}x{side} (+{len(data.val_pool):,} held "
         f"out), {latents.spec.num_labels:,} labels; {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters; "
@@ -88,6 +92,8 @@ def train(config: TrainConfig) -> Path:
             raise
         raise InputError(f"{run}: no space left on its disk; make some and give the same command, it resumes") from err
     if module.global_rank == 0:
+        if finished and config.patience and (step := checkpoint_step(run / "checkpoints" / "last.ckpt")) < config.steps:
+            write_json(run / STOPPED, {"step": step})
         write_text(run / "command.txt", f"ldm-sg train {run / 'config.yaml'}\n")
         write_report(run)
     if not finished:
@@ -118,7 +124,7 @@ def _remember_annotation(run: Path, config: TrainConfig, found: str) -> None:
 def _judge(
     config: TrainConfig, writer: "PipelineWriter", latents: "LatentSet", held_out: "Tensor", device: "torch.device"
 ) -> "Callable[[nn.Module], float]":
-    """EMA network -> FD of JUDGED samples to the held-out images."""
+    """EMA network -> FD of samples, twice as many as there are held-out images and at most JUDGED, to those."""
     from ldm_sg.annotate.kinds import load_annotator
     from ldm_sg.evaluate.nearby import distance
 
@@ -131,7 +137,7 @@ def _judge(
     def judge(ema: "nn.Module") -> float:
         pipe = writer.pipeline(ema)
         pipe.unet.eval()
-        return distance(pipe, pipe.draw(JUDGED), g, real)
+        return distance(pipe, pipe.draw(min(JUDGED, 2 * len(real))), g, real)
 
     return judge
 
