@@ -229,9 +229,11 @@ def space_left(path: Path) -> str:
 
 def copy_plain(source: Path, to: Path, without: str = "") -> None:
     """The files of a folder, and of its folders, but those called `without`; InputError for links and pipes: a folder may be
-    somebody's, and what they name another's."""
+    somebody's, and what they name another's. The links of a hub's cache, which lead to its blobs, are files."""
+    home = next((parent.parent.resolve() for parent in source.parents if parent.name == "snapshots"), None)
     for entry in sorted(source.rglob("*")):
-        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+        led_out = entry.is_symlink() and not (home and entry.resolve().is_relative_to(home))
+        if led_out or not (entry.is_file() or entry.is_dir()):
             raise InputError(f"{entry}: a link, or no plain file: it is not copied")
         path = entry.relative_to(source)
         if entry.is_file() and path.parts[0] != without:

@@ -41,6 +41,10 @@ def read_parts(folder: Path, index: dict[str, Any], version: int, options: dict[
             f"{folder}: a pipeline folder of another version of ldm_sg (model_index.json says {index.get('version', 1)}, this one "
             f"reads {version}): train the run on with steps=, or make it anew"
         )
+    if pipe := next(
+        (entry for entry in folder.rglob("*") if entry.exists() and not (entry.is_file() or entry.is_dir())), None
+    ):
+        raise InputError(f"{pipe}: no plain file: the folder is damaged")
     if "dtype" in options:
         options["torch_dtype"] = options.pop("dtype")
     named = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and name[0] != "_"}

@@ -1,6 +1,8 @@
 """Weights out of files that may be anybody's."""
 
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ldm_sg.errors import InputError, one_line
+
+MOST_PICKLED = 64 * 2**20  # bytes of what a torch file holds beside its tensors
 
 
 class _Inert:
@@ -53,5 +57,9 @@ def read_weights(path: Path, inert: bool = False) -> dict[str, Tensor]:
 def _stand_ins(path: Path) -> list[type]:
     """One _Inert under each name in a torch file that torch's own unpickler of weights would refuse; it knows no other way to
     call anything, and still refuses whatever is of `os` or `sys`."""
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        largest = max((entry.file_size for entry in archive.infolist() if entry.filename.endswith(".pkl")), default=0)
+        if largest > MOST_PICKLED:  # a few MB packed may be gigabytes of opcodes, each read in Python
+            raise ValueError(f"its pickle has {largest / 2**20:,.0f} MiB, which no checkpoint needs")
     names = (name.rpartition(".") for name in get_unsafe_globals_in_checkpoint(path))
     return [type(name, (_Inert,), {"__module__": module}) for module, _, name in names]

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,16 @@ def test_the_attention_names_of_older_diffusers_are_read(tmp_path: Path) -> None
         state = {key.replace(f".{new}.", f".{name}."): value for key, value in state.items()}
     save_file(state, path)
     assert torch.equal(load_autoencoder(tmp_path / "net").encode_raw(images), expected)
+
+
+def test_a_pickle_that_swells_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"N" * (65 * 2**20))
+        archive.writestr("archive/version", "3")
+    assert path.stat().st_size < 2**20
+    with pytest.raises(InputError, match="65 MiB"):
+        read_weights(path, inert=True)
 
 
 def test_tiles_are_nearly_the_whole() -> None:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,22 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ldm_sg import build
 from ldm_sg.annotate.clusters import Clusters, kmeans_beside
 from ldm_sg.annotate.kinds import load_f
 from ldm_sg.cli import app
-from ldm_sg.config import AnnotateConfig, AnnotatorConfig, ModelConfig, ObjectiveConfig, ReplayConfig, TrainConfig
+from ldm_sg.config import (
+    AnnotateConfig,
+    AnnotatorConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ReplayConfig,
+    SegmentsConfig,
+    TrainConfig,
+)
 from ldm_sg.configfile import from_mapping
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
@@ -169,9 +178,13 @@ def test_adapters_are_small_load_onto_the_base_and_leave_its_weights(base: Path,
         assert torch.linalg.matrix_rank(change, atol=1e-5) <= 4, name
     shutil.copytree(out / "lora", tmp_path / "bad")
     (tmp_path / "bad" / "pytorch_lora_weights.safetensors").write_bytes(b"no")
-    for folder, word in ((tmp_path / "bad", "does not fit"), (other, "no pytorch_lora_weights")):
+    for run, folder, word in (
+        (base, tmp_path / "bad", "does not fit"),
+        (base, other, "no pytorch_lora_weights"),
+        (out, out / "lora", "another run"),  # its adapters are in these weights already
+    ):
         with pytest.raises(InputError, match=word):
-            open_pipeline(base, "cpu", lora=str(folder))
+            open_pipeline(run, "cpu", lora=str(folder))
 
 
 def test_extended_clusters_keep_the_old_ones_and_replay_their_images(base: Path, other: Path, tmp_path: Path) -> None:
@@ -207,8 +220,6 @@ def test_mixed_sets_give_each_image_its_own_latent_and_label(base: Path) -> None
         f = moved.folder / "annotator" / "centroids.safetensors"
         saved = f.read_bytes()
         try:
-            from safetensors.torch import save_file
-
             save_file({"centroids": load_file(f)["centroids"] + 1}, f)
             build.replay(other, moved)
         finally:
@@ -230,9 +241,52 @@ def test_training_stops_when_held_out_images_say_so(base: Path, tmp_path: Path) 
     train(wanted)  # it stays where it stopped
 
 
+def test_a_run_of_masks_moves_too(base: Path, other: Path, tmp_path: Path) -> None:
+    """Classes of the new photos start from those like them, by their prototypes; k_s has a channel a class."""
+    run = from_mapping(TrainConfig, read_mapping(base / "config.yaml"), "")
+    segments = AnnotatorConfig(kind="segments", k=3, segments=SegmentsConfig(method="patch_kmeans", flips=False))
+    shards = f"{base.parent}/shards/*.tar"
+    cfg = AnnotateConfig(
+        shards=shards, out=str(tmp_path / "set"), autoencoder="patch4", annotator=segments, device="cpu", workers=0
+    )
+    cfg.features.layer = -2
+    masks = train(dataclasses.replace(run, annotation=str(annotate(cfg)), out=str(tmp_path / "masks"), steps=2))
+    out = tmp_path / "tuned"
+    code, output = finetune(masks, other, "--k", 2, "--out", out, "--steps", 4, "workers=0")
+    assert code == 0, output
+    tuned = open_pipeline(out, "cpu")
+    assert tuned.spec.spatial == "mask" and tuned.unet.config.in_channels == 48 + 2
+    f, old = (load_f(p / "pipeline" / "annotator")[0].prototypes() for p in (out, masks))
+    assert f.shape == (2, old.shape[1]) and (f.norm(dim=1) - 1).abs().max() < 1e-4
+    code, output = finetune(masks, other, "--clusters", "extend", "--k", 2, "--out", tmp_path / "more")
+    assert code == 2 and "none can be added" in output
+
+
+def test_folders_that_are_not_whole_or_anothers_are_refused(base: Path, tmp_path: Path) -> None:
+    def edited(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        folder = Path(shutil.copytree(base / "pipeline", tmp_path / name))
+        path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        return folder
+
+    for name, change, word in (
+        ("lacks", lambda t: t.pop("conv_in.weight"), "conv_in"),
+        ("nan", lambda t: t["conv_in.bias"].fill_(float("nan")), "NaN"),
+    ):
+        with pytest.raises(InputError, match=word):
+            open_pipeline(edited(name, change), "cpu")
+    linked = Path(shutil.copytree(base / "pipeline", tmp_path / "linked"))
+    (linked / "annotator" / "mine").symlink_to(tmp_path / "nan")
+    with pytest.raises(InputError, match="a link"):
+        open_pipeline(linked, "cpu").save_pretrained(tmp_path / "copy")
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
+        (("annotation=x",), "annotation"),
         (("--clusters", "old"), "refit"),
         (("--clusters", "reuse", "--k", "3"), "reuse"),
         (("--replay", "0.2"), "extend"),
