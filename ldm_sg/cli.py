@@ -75,6 +75,7 @@ Checkpoint = Annotated[
     str | None,
     typer.Option(help="Step whose EMA weights the run keeps (keep_every=), or best: by fd. Default: its pipeline."),
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and build nothing.")]
 
 
@@ -217,7 +218,7 @@ def sample(
     lora: Annotated[str | None, typer.Option(help="lora/ folder of a run that was fine-tuned from this one.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder; default RUN/samples/SETTINGS.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples of other settings in --out.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Run -> PNGs, grid.png and one JSON line an image."""
     from ldm_sg.sampling.request import SampleOptions, apply_preset
@@ -274,7 +275,7 @@ def evaluate(
     interval: Annotated[str | None, typer.Option(help="As in sample.")] = None,
     checkpoint: Checkpoint = None,
     out: Annotated[str | None, typer.Option(help="JSON file.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Samples against real images -> numbers with everything needed to reproduce them."""
     from ldm_sg.verbs.evaluate import evaluate as judge
@@ -320,7 +321,7 @@ def demo(
     config: Annotated[str, typer.Option(help="demo: clusters; demo_masks: segments.")] = "demo",
     out: Annotated[Path | None, typer.Option(help="Folder of everything the demo makes; default runs/CONFIG.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps; default as in configs/train/demo.yaml.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """The whole main job on the embedded fruit photos, with a report at the end."""
     from ldm_sg.verbs.demo import demo as run
@@ -349,7 +350,7 @@ def finetune(
     lora: Annotated[int, typer.Option(help="Rank of adapters to train in place of all weights; 0 = all weights.")] = 0,
     replay: Annotated[float, typer.Option(help="Share of the run's own images in each batch (reuse, extend).")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Folder of the new run; default RUN-NAME beside RUN.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """A run -> a run on new, unlabelled images."""
     from ldm_sg.verbs.finetune import finetune as tune
@@ -457,7 +458,7 @@ def measure_autoencoder(
     lpips: Annotated[str | None, typer.Option(help="AlexNet's features, safetensors; default torchvision's.")] = None,
     inception: Annotated[str | None, typer.Option(help="Inception's weights, for rFID; as in evaluate.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """How well an autoencoder gives images back (PSNR, SSIM, LPIPS, rFID), and its latents' mean and std."""
     from ldm_sg.verbs.autoencoder import measure

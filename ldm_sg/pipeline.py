@@ -105,13 +105,12 @@ class SelfGuidedPipeline(DiffusionPipeline):
         """Into FOLDER: the adapters of `unet`, which are in this pipeline's weights, and what else the run it started from lacks:
         conditioner, signals and f. `load_lora` adds them to that run's pipeline, whose unet file has the sha256 `base`."""
         from ldm_sg.folder import copy_plain, write_json
-        from ldm_sg.models.lora import save_lora
 
         self.conditioner.save_pretrained(folder / "conditioner")
         copy_plain(self.annotator_folder, folder / "annotator", without="g")
         self._portable_signals().save_pretrained(folder / "signals")
         write_json(folder / BASE, {"unet": base})
-        save_lora(unet, folder)
+        unet.save_lora_adapter(folder)
 
     def load_lora(self, folder: Path) -> None:
         """Makes this pipeline the one that was fine-tuned from it, with what `save_lora` wrote."""

@@ -185,11 +185,11 @@ class LatentSet:
             raise InputError(f"{path}: signals of different shapes in it") from err
         return {"where": where, **found}
 
-    def features(self, indices: Tensor) -> Tensor:
-        """g's image-level features [B, D] float32 of `indices` [B]; InputError where the set was made without g."""
+    def features(self, indices: Tensor | None = None) -> Tensor:
+        """g's image-level features [B, D] float32 of `indices` [B], or of all; InputError where the set was made without g."""
         shards = self.shards
         starts, out = np.searchsorted(shards, np.arange(len(self.paths))), []
-        for i in indices.tolist():
+        for i in range(len(self)) if indices is None else indices.tolist():
             path = self.folder / "features" / f"{self.paths[shards[i]].stem}.npy"
             if path not in self._features:
                 if not path.is_file():

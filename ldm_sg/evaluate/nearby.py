@@ -38,6 +38,5 @@ def nearest(pipe: SelfGuidedPipeline, g: LoadedAnnotator, latents: LatentSet, n:
     """n samples, for each the image of the set that g finds most like it, as the first stage gives it back, and the cosines [n] of
     their features. A network that has learnt its images by heart shows pairs of twins."""
     samples = drawn(pipe, pipe.draw(n))
-    known = torch.cat([latents.features(part) for part in torch.arange(len(latents)).split(10_000)])
-    best = (F.normalize(_features(g, samples), dim=1) @ F.normalize(known, dim=1).T).max(1)
+    best = (F.normalize(_features(g, samples), dim=1) @ F.normalize(latents.features(), dim=1).T).max(1)
     return samples, pipe.decode(latents.latents(best.indices)), best.values

@@ -41,13 +41,8 @@ def merged(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return plain
 
 
-def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """The adapters alone, in diffusers' format, into FOLDER."""
-    unet.save_lora_adapter(folder)
-
-
 def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Adds what `save_lora` wrote to the weights of `unet`, the network that they were trained beside. InputError where they do not
+    """Adds what `save_lora_adapter` of diffusers wrote to the weights of `unet`, the network that they were trained beside. InputError where they do not
     fit it, or are none."""
     _peft()
     if not (folder / LORA_WEIGHT_NAME_SAFE).is_file():

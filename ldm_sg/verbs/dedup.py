@@ -13,7 +13,7 @@ from ldm_sg.errors import InputError
 from ldm_sg.folder import write_text
 from ldm_sg.report import grids
 
-FILE, PICTURE = "leave_out.jsonl", "leave_out.png"
+FILE = "leave_out.jsonl"
 SHOWN = 12  # pairs, and outliers, in the picture
 
 
@@ -27,7 +27,7 @@ def dedup(
     if path.suffix != ".jsonl" or (path.with_suffix(".png").exists() and not path.is_file()):
         raise InputError(f"--out {str(path)!r}: give a NAME.jsonl beside which no NAME.png of yours lies")
     latents = LatentSet(annotation)
-    features = torch.cat([latents.features(part) for part in torch.arange(len(latents)).split(10_000)])
+    features = latents.features()
     if not features.isfinite().all():
         raise InputError(f"{latents.folder}/features: NaN or infinity in them: annotate again")
     found = left_out(features.numpy(), threshold, outliers)

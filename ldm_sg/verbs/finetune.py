@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ldm_sg.annotate.kinds import features_of, load_annotator, load_f
 from ldm_sg.config import AnnotateConfig, ReplayConfig, TrainConfig
 from ldm_sg.configfile import from_mapping, load
@@ -68,11 +66,15 @@ def finetune(
         there = read_mapping(out / "config.yaml").get("init") if (out / "config.yaml").is_file() else None
         if there != str(run):
             raise InputError(f"{out} is there already, and not fine-tuned from {run}: choose another --out")
-    annotated = Path(images) if (Path(images) / "manifest.yaml").is_file() else data / "annotation"
-    config = _config(base, run, annotated, out, steps, lora, replay, device)
+    annotated = (Path(images) / "manifest.yaml").is_file()
+    if annotated and (k is not None or clusters != "refit"):
+        raise InputError(f"{images} is annotated already: k and clusters were chosen then (annotator.reuse=, .extend=)")
+    annotation = Path(images) if annotated else data / "annotation"
+    config = _config(base, run, annotation, out, steps, lora, replay, device)
     load(TrainConfig, config, overrides)  # refuses what cannot be before anything is packed
     pipe = open_pipeline(run, device)
-    annotation = _annotation(pipe, run, images, data, k, clusters, device)
+    if not annotated:
+        _annotate(pipe.source_size, run, images, data, k, clusters, device)
     if len(LatentSet(annotation)) * config.val_share < FEWEST:
         config = replace(config, patience=0)
         print(f"note: too few images to hold some out: all {steps} steps are taken", file=sys.stderr)
@@ -82,17 +84,9 @@ def finetune(
     return out
 
 
-def _annotation(
-    pipe: SelfGuidedPipeline, run: Path, images: str, data: Path, k: int | None, clusters: str, device: str
-) -> Path:
-    """The annotation set of `images`, made by the run's g, f and first stage unless it is one."""
-    if (Path(images) / "manifest.yaml").is_file():
-        if k is not None or clusters != "refit":
-            raise InputError(
-                f"{images} is annotated already: k and clusters were chosen then (annotator.reuse=, .extend=)"
-            )
-        return Path(images)
-    folder, size = run / "pipeline" / "annotator", pipe.source_size
+def _annotate(size: int, run: Path, images: str, data: Path, k: int | None, clusters: str, device: str) -> None:
+    """DATA/annotation, of `images` at `size` pixels, by the run's g, f and first stage."""
+    folder = run / "pipeline" / "annotator"
     f, settings = load_f(folder)
     g = features_of(folder, settings)
     shards = images
@@ -116,7 +110,6 @@ def _annotation(
             features=g, annotator=own, flips=True, device=device,
         )
     )  # fmt: skip
-    return data / "annotation"
 
 
 def _config(
@@ -154,7 +147,7 @@ def _look(
     if clusters != "refit" and (old / "manifest.yaml").is_file():
         print(f"what {base.out} has forgotten: {JUDGED} samples before, {JUDGED} after", file=sys.stderr)
         own = LatentSet(old)
-        real = own.features(torch.arange(len(own)))
+        real = own.features()
         asked = pipe.draw(JUDGED)
         grown: Signals = asked.replace(spec=tuned.spec)
         judge = load_annotator(old / "annotator", tuned.device)
