@@ -24,10 +24,10 @@ HOLD = """
 import os, sys, time
 from ldm_sg.folder import locked
 with locked(sys.argv[1]):
-    if os.fork() == 0:  # a worker that outlives its parent for a while
+    if os.fork() == 0:  # a worker that outlives its parent for a while; it says when it runs, and so holds the lock no more
+        print("held", flush=True)
         time.sleep(20)
         os._exit(0)
-    print("held", flush=True)
     time.sleep(20)
 """
 
