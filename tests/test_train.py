@@ -25,13 +25,14 @@ from ldm_sg import build
 from ldm_sg.config import GuidanceConfig, ObjectiveConfig, TrainConfig
 from ldm_sg.configfile import load, to_yaml
 from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.order import mix_seed, split
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.hardware import busy_share, note_busy_cores, use_compile
 from ldm_sg.pipeline import open_pipeline
 from ldm_sg.sampling.request import SampleOptions, signals
 from ldm_sg.training.callbacks import ema_update
-from ldm_sg.training.data import Steps, mix_seed, split
+from ldm_sg.training.data import Steps
 from ldm_sg.training.diffusion import lr_factor
 from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
@@ -293,12 +294,6 @@ def test_batches_are_a_function_of_the_step() -> None:
         mine = list(Steps([(pool, 8)], 7, 20, 0, rank, 2))
         assert len(mine) == 20 and all(m[2:] == w[2:][rank::2] for m, w in zip(mine, whole, strict=True))
     assert mix_seed(0, 1) != mix_seed(1, 0)
-
-
-def test_split_holds_out_disjoint_samples() -> None:
-    kept, held_out = split(100, 0.02, 0)
-    assert len(held_out) == 2 and sorted([*kept.tolist(), *held_out.tolist()]) == list(range(100))
-    assert len(split(100, 0.0, 0)[1]) == 0
 
 
 def test_ema_warms_up_and_then_decays() -> None:

@@ -42,27 +42,6 @@ def set_hash(shard_hashes: Iterable[str]) -> str:
     return hashlib.sha256("".join(shard_hashes).encode()).hexdigest()
 
 
-def step_indices(seed: int, step: int, batch_size: int, n: int) -> Tensor:
-    """Dataset indices [batch_size] of global training step `step` (from 0): a pure function.
-
-    An endless stream of permutations of 0..n-1, one an epoch, made of (seed, epoch) alone, is cut in batches; a batch
-    may span epochs. Within an epoch every index comes once."""
-    assert n > 0 and batch_size > 0 and step >= 0
-    parts, start, end = [], step * batch_size, (step + 1) * batch_size
-    while start < end:
-        epoch, offset = divmod(start, n)
-        part = _permutation(seed, epoch, n)[offset : offset + end - start]
-        parts.append(part)
-        start += len(part)
-    return torch.cat(parts)
-
-
-@functools.lru_cache(maxsize=2)  # steps of one epoch follow each other
-def _permutation(seed: int, epoch: int, n: int) -> Tensor:
-    mixed = np.random.SeedSequence([seed & (2**64 - 1), epoch]).generate_state(1, np.uint64)[0]
-    return torch.randperm(n, generator=torch.Generator().manual_seed(int(mixed >> np.uint64(1))))
-
-
 class LatentSet:
     """An annotation set. Indices count its samples in the order of the shards.
 

@@ -10,28 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_sg.config import TrainConfig
-from ldm_sg.data.latents import LatentSet, step_indices
+from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.order import Kept, mix_seed, split, step_indices
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.guidance.spatial import Crops
-
-
-def mix_seed(*parts: int) -> int:
-    """One 63-bit seed of several numbers (splitmix64), so that neighbouring steps are unrelated streams."""
-    state = 0
-    for part in parts:
-        state = (state ^ (part & (2**64 - 1))) + 0x9E3779B97F4A7C15 & (2**64 - 1)
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
-        state ^= state >> 31
-    return state >> 1
-
-
-def split(n: int, val_share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of training and held-out samples; at least one of each."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(mix_seed(seed, n)))
-    held_out = min(max(1, round(n * val_share)), n - 1) if val_share else 0
-    return order[held_out:].sort().values, order[:held_out].sort().values
 
 
 def read_left_out(path: Path, latents: LatentSet) -> Tensor:
@@ -61,7 +44,14 @@ class Steps(Sampler[list[int]]):
     those of this rank, `parts` a step, one after the other. pools: (dataset indices, how many of them a step) each."""
 
     def __init__(
-        self, pools: list[tuple[Tensor, int]], seed: int, total: int, first: int, rank: int, world: int, parts: int = 1
+        self,
+        pools: list[tuple[Tensor | Kept, int]],
+        seed: int,
+        total: int,
+        first: int,
+        rank: int,
+        world: int,
+        parts: int = 1,
     ) -> None:
         self.pools, self.seed, self.total, self.first = pools, seed, total, first
         self.rank, self.world, self.parts = rank, world, parts
@@ -132,11 +122,12 @@ class LatentData(pl.LightningDataModule):
     def __init__(self, latents: LatentSet, config: TrainConfig, side: int, replay: LatentSet | None = None) -> None:
         super().__init__()
         self.latents, self.config, self.side, self.replay = latents, config, side, replay
-        pools = split(len(latents), config.val_share, config.seed)
+        self.train_pool: Tensor | Kept
+        self.train_pool, self.val_pool = split(len(latents), config.val_share, config.seed)
         if config.leave_out:
-            gone = read_left_out(Path(config.leave_out), latents)
-            pools = tuple(pool[~torch.isin(pool, gone)] for pool in pools)
-        self.train_pool, self.val_pool = pools
+            gone, every = read_left_out(Path(config.leave_out), latents), torch.arange(len(self.train_pool))
+            pools = self.train_pool[every], self.val_pool
+            self.train_pool, self.val_pool = (pool[~torch.isin(pool, gone)] for pool in pools)
         if not len(self.train_pool):
             raise InputError(f"leave_out={config.leave_out!r}: leaves no image to learn from")
         self.first_step = 0  # set before fit when resuming
@@ -157,7 +148,7 @@ class LatentData(pl.LightningDataModule):
         assert self.trainer is not None
         cfg, rank, world = self.config, self.trainer.global_rank, self.trainer.world_size
         again = round(cfg.replay.share * cfg.batch_size) if self.replay else 0
-        pools = [(self.train_pool, cfg.batch_size - again)]
+        pools: list[tuple[Tensor | Kept, int]] = [(self.train_pool, cfg.batch_size - again)]
         if self.replay:
             pools.append((len(self.latents) + torch.arange(len(self.replay)), again))
         steps = Steps(pools, cfg.seed, cfg.steps, self.first_step, rank, world, cfg.accumulate)

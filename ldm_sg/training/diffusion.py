@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm_sg.config import TrainConfig
+from ldm_sg.data.order import mix_seed
 from ldm_sg.guidance.compose import Denoiser
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.objective import Objective
-from ldm_sg.training.data import mix_seed
 
 TRAIN, VAL = 1, 2  # streams of randomness
 
