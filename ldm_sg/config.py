@@ -123,9 +123,15 @@ class AnnotateConfig:
     max_skipped: float = 0.01  # share of images that may be unreadable before the command fails
     allow_damaged: bool = False  # go on with what is whole of shards that are damaged or cut off
     device: str = "auto"
+    executor: str = "local"  # or ray
+    processes: int = 0  # at once; 0 = one a GPU (Ray: of the cluster's), or one
+    address: str | None = None  # of a Ray cluster, ray://HOST:PORT; null = $RAY_ADDRESS, or one of this machine alone
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be, before anything heavy is imported."""
+        _need("executor", self.executor, self.executor in ("local", "ray"), "local or ray")
+        _need("processes", self.processes, self.processes >= 0, "0 (one a GPU, or one) or more")
+        _need("address", self.address, not self.address or self.executor == "ray", "belongs to executor=ray")
         for name in ("k", "niter", "restarts", "sample", "k_patches", "neighbours"):
             value = getattr(self.annotator, name)
             _need(f"annotator.{name}", value, value >= 1, "at least 1")
