@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import json
+import math
 import os
 import pickle
 import shutil
@@ -33,7 +34,7 @@ from ldm_sg.pipeline import open_pipeline
 from ldm_sg.sampling.request import SampleOptions, signals
 from ldm_sg.training.callbacks import ema_update
 from ldm_sg.training.data import Steps
-from ldm_sg.training.diffusion import lr_factor
+from ldm_sg.training.diffusion import DiffusionModule, lr_factor
 from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 
@@ -486,3 +487,49 @@ def test_a_killed_rank_is_one_line(colours: Path, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in err
     assert "another of its 2 processes has ended" in err.splitlines()[-1], err
+
+
+def test_a_step_without_a_finite_gradient_is_no_step(colours: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Weights, moments and their count stay; the same on the way that GPUs take (a fused optimizer that is told)."""
+    real, made = DiffusionModule._loss, DiffusionModule.configure_optimizers
+
+    def spoilt(self, denoiser, x0, *rest):
+        loss = real(self, denoiser, x0, *rest)
+        return loss * torch.nan if torch.is_grad_enabled() and self.trainer.global_step in bad else loss
+
+    def fused(self):
+        found = made(self)
+        for group in found["optimizer"].param_groups:
+            group["fused"] = True
+        found["optimizer"].defaults["fused"] = found["optimizer"]._step_supports_amp_scaling = True
+        return found
+
+    monkeypatch.setattr(DiffusionModule, "_loss", spoilt)
+    bad = range(3, 6)
+    one = train(config(colours, tmp_path / "one", ema=0.0))
+    lines = [json.loads(line) for line in (one / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4, 5] and lines[0]["gradient_norm"] == "nan"
+    assert "3 steps up to 5 skipped" in capsys.readouterr().err
+    monkeypatch.setattr(DiffusionModule, "configure_optimizers", fused)
+    other = train(config(colours, tmp_path / "other", ema=0.0))
+    for run in (one, other):
+        state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+        assert {int(own["step"]) for own in state.values()} == {12 - 3}
+    for (name, mine), its in zip(weights(one).items(), weights(other).values(), strict=True):
+        assert mine.isfinite().all() and torch.allclose(mine, its, atol=2e-3), name
+
+
+def test_twenty_bad_steps_in_a_row_end_the_run(colours: Path, tmp_path: Path, monkeypatch) -> None:
+    real = DiffusionModule._loss
+    monkeypatch.setattr(DiffusionModule, "_loss", lambda self, *a: real(self, *a) * (math.inf if spoilt else 1))
+    spoilt = False
+    train(config(colours, tmp_path / "run", steps=4))
+    before = weights(tmp_path / "run")
+    spoilt = True
+    with pytest.raises(InputError, match=r"20 steps in a row up to step 23 gave a gradient that is not finite"):
+        train(config(colours, tmp_path / "run", steps=40))
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) or after[name].isfinite().all() for name in before)
+    spoilt = False
+    train(config(colours, tmp_path / "run", steps=40))
+    assert (tmp_path / "run" / "pipeline").is_dir()

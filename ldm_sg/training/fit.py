@@ -12,7 +12,17 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.training.callbacks import EMA, Hooked, Hooks, MetricsFile, Progress, SaveLast, StopCleanly, StopEarly
+from ldm_sg.training.callbacks import (
+    EMA,
+    Finite,
+    Hooked,
+    Hooks,
+    MetricsFile,
+    Progress,
+    SaveLast,
+    StopCleanly,
+    StopEarly,
+)
 from ldm_sg.training.checkpoint import read_checkpoint
 from ldm_sg.training.data import LatentData
 from ldm_sg.training.diffusion import DiffusionModule
@@ -44,7 +54,7 @@ def fit(
     metrics = MetricsFile(run / "metrics.csv", config)
     # order matters: EMA averages before anything reads it, and metrics come before a checkpoint ends the step
     early = StopEarly(config, ema, hooks, saver, metrics)
-    callbacks = [ema, metrics, Hooked(hooks, config.sample_every, ema), early, saver, stopper]
+    callbacks = [Finite(run), ema, metrics, Hooked(hooks, config.sample_every, ema), early, saver, stopper]
     _quiet()
     validate = len(data.val_pool) > 0 and config.val_every > 0
     trainer = pl.Trainer(
