@@ -121,13 +121,14 @@ def test_killed_run_resumes_exactly(number: int, colours: Path, tmp_path: Path) 
     assert steps == sorted(set(steps)) and steps[-1] == 60
 
 
-def test_two_processes_train_what_one_does(whole: Path, colours: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]])
+def test_two_processes_train_what_one_does(launcher: list[str], whole: Path, colours: Path, tmp_path: Path) -> None:
     """DDP over gloo: the same stream of batches and noise, so the same weights up to the order of sums."""
-    wanted = config(colours, tmp_path / "run", devices=2)
+    wanted = config(colours, tmp_path / "run", devices=1 if launcher else 2)
     (tmp_path / "c.yaml").write_text(to_yaml(wanted))
     script = tmp_path / "go.py"
     script.write_text("import sys\nfrom ldm_sg.cli import main\nif __name__ == '__main__':\n    main()\n")
-    command = [sys.executable, str(script), "train", str(tmp_path / "c.yaml")]
+    command = [sys.executable, *launcher, str(script), "train", str(tmp_path / "c.yaml")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
