@@ -47,13 +47,13 @@ class Clusters(Annotator):
         self.index.add(centroids.numpy())
 
     def fit(self, study: Study) -> None:
-        """In memory where annotator.sample allows it, bit by bit as ever; else in passes over all files, from the centroids that
-        a sample in memory gives."""
+        """In memory where annotator.sample allows it; else in passes over all files, from the centroids that a sample in memory
+        gives."""
         cfg, images = self.cfg, sum(study.counts)
         stream = cfg.fit == "stream" or (cfg.fit == "auto" and images > cfg.sample and self.known is None)
-        why = f"annotator.fit={cfg.fit}, annotator.sample={cfg.sample:,}" + ", annotator.extend" * bool(cfg.extend)
         part = "" if images <= cfg.sample else f"a sample of {cfg.sample:,} of "
         how = "passes over the files of all" if stream else f"in memory, {part}all"
+        why = f"annotator.fit={cfg.fit}, annotator.sample={cfg.sample:,}" + ", annotator.extend" * bool(cfg.extend)
         print(f"note: k-means {how} {images:,} images ({why})", file=sys.stderr)
 
         def sample() -> np.ndarray:
@@ -62,14 +62,12 @@ class Clusters(Annotator):
         if not stream:
             self.fit_features(sample())
             return
-        settings = {"niter": cfg.niter, "nredo": cfg.restarts, "seed": cfg.seed}
-        of = json.dumps({"k": self.k, "sample": cfg.sample, "images": images, **settings})
         centroids, inertia = lloyd(
             [stage.features for stage, count in zip(study.stages, study.counts) if count],
-            lambda: kmeans(normalise(sample()), self.k, "images", **settings),
+            lambda: kmeans(normalise(sample()), self.k, "images of annotator.sample", **self._settings),
             cfg.niter,
             Path(study.config.out) / "work" / CENTROIDS,
-            of,
+            json.dumps({"k": self.k, "sample": cfg.sample, "images": images, **self._settings}),
             pick_device(study.config.device),
         )
         self._take(centroids)
@@ -90,10 +88,13 @@ class Clusters(Annotator):
             self._take(torch.cat([self.known, torch.from_numpy(added)]))
             self.k = len(self.centroids)
         else:
-            settings = {"niter": self.cfg.niter, "nredo": self.cfg.restarts, "seed": self.cfg.seed}
-            self._take(kmeans(points, self.k, "images", **settings))
+            self._take(kmeans(points, self.k, "images", **self._settings))
         self._fitted("sample", len(points), self.cfg.niter, float(self.index.search(points, 1)[0].mean()))
         return self
+
+    @property
+    def _settings(self) -> dict[str, int]:
+        return {"niter": self.cfg.niter, "nredo": self.cfg.restarts, "seed": self.cfg.seed}
 
     def _fitted(self, fit: str, images: int, passes: int, inertia: float) -> None:
         self.fitted = {"fit": fit, "images": images, "passes": passes, "inertia": round(inertia, 6)}
