@@ -3,6 +3,7 @@ the clusters (`sums_of`, a plain function that may run anywhere) and adds them u
 computes them nor a kill between two passes changes a bit of the result."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from ldm_sg.annotate.stage import not_finite
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import write_bytes
 
-SCORES = 2**22  # of rows with centroids that are held at once
+BLOCK = 8192  # rows that are read at once
+SCORES = 2**19  # of rows with centroids that are computed at once on a CPU: what a core's own cache holds
 TOLERANCE = 1e-4  # a pass that changes the inertia by a smaller share of it is the last one
 SPLIT = 1 / 1024  # share by which the halves of a cluster that is split move apart, as in faiss
 
@@ -53,25 +55,36 @@ def normalise(features: np.ndarray | Tensor) -> np.ndarray:
 def sums_of(file: Path, centroids: Tensor, device: torch.device | str = "cpu") -> Sums:
     """The map step: one .npy file of features [n, D], normalised here, and all centroids [K, D]. Holds one block of rows, their
     scores and K x D sums, whatever n; the product runs on `device`. InputError naming file and row for one that is not finite."""
-    k, dim = centroids.shape
-    there = centroids.to(device)
-    bias = -there.square().sum(1) / 2
-    total, block, n, start = Sums(np.zeros((k, dim)), np.zeros(k, np.int64), 0.0), max(256, SCORES // k), 1, 0
-    while start < n:
-        rows = np.load(file, mmap_mode="r", allow_pickle=False)  # anew: pages of a long file do not stay mapped
-        n, points = len(rows), normalise(torch.from_numpy(np.array(rows[start : start + block])))
-        x = torch.from_numpy(points).to(device)
-        scores = torch.addmm(bias, x, there.T)  # x.c - |c|^2 / 2: largest = nearest
-        # numpy's argmax is ten times as fast as torch's on a CPU
-        ids = scores.numpy().argmax(1) if scores.device.type == "cpu" else scores.argmax(1).cpu().numpy()
-        best = scores.gather(1, torch.from_numpy(ids).to(device)[:, None])[:, 0].cpu().numpy()
-        if np.isnan(best).any():
-            raise not_finite(file, start + int(np.isnan(best).argmax()))
+    k, there, rows = len(centroids), centroids.to(device), np.load(file, mmap_mode="r", allow_pickle=False)
+    bias, (n, dim) = -there.square().sum(1) / 2, rows.shape
+    total = Sums(np.zeros((k, dim)), np.zeros(k, np.int64), 0.0)
+    scores = torch.empty(tile(k) if there.device.type == "cpu" else BLOCK, k, device=device)
+    for start in range(0, n, BLOCK):  # read, not mapped: pages of a long file would stay in memory
+        part = np.fromfile(file, rows.dtype, BLOCK * dim, offset=rows.offset + start * rows.strides[0])
+        points = normalise(torch.from_numpy(part.reshape(-1, dim)))
+        square = float(np.vdot(points, points))
+        if math.isnan(square):
+            raise not_finite(file, start + int(np.isnan(points).any(1).argmax()))
+        tiles = torch.from_numpy(points).to(device).split(len(scores))
+        ids = np.concatenate([_nearest(x, there, bias, scores[: len(x)]) for x in tiles])
         one_hot = csr_array((np.ones(len(ids)), ids, np.arange(len(ids) + 1)), shape=(len(ids), k))
-        inertia = float(x.square().sum()) - 2 * float(best.sum(dtype=np.float64))
-        total += Sums(one_hot.T @ points, np.bincount(ids, minlength=k), max(0.0, inertia))
-        start += block
+        total += Sums(one_hot.T @ points, np.bincount(ids, minlength=k), square)
+    # sum |x - c|^2 = sum |x|^2 + sum (c - 2x).c
+    c = centroids.double().cpu().numpy()
+    total.inertia += float(np.vdot(total.counts[:, None] * c - 2 * total.points, c))
     return total
+
+
+def tile(k: int) -> int:
+    """Rows whose scores with k centroids are computed at once on a CPU."""
+    return min(BLOCK, max(64, SCORES // k))
+
+
+def _nearest(x: Tensor, centroids: Tensor, bias: Tensor, scores: Tensor) -> np.ndarray:
+    """Rows [n, D] -> ids [n] of the nearest centroids, whose score x.c - |c|^2 / 2 is the largest; `scores` [n, K] is room."""
+    torch.addmm(bias, x, centroids.T, out=scores)
+    on_cpu = scores.device.type == "cpu"  # there numpy's argmax is ten times as fast as torch's
+    return scores.numpy().argmax(1) if on_cpu else scores.argmax(1).cpu().numpy()
 
 
 def means(total: Sums) -> Tensor:
