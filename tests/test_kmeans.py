@@ -189,6 +189,10 @@ def test_annotate_streams_what_a_sample_does_not_hold_and_says_so(tmp_path, caps
     assert note == "note: k-means in memory, a sample of 7 of all 18 images (annotator.fit=sample, annotator.sample=7)"
     assert torch.equal(annotator(tmp_path / "sample").centroids, start) and said["images"] == 7
 
+    said, _, note = annotated(tmp_path, "more", capsys, sample=7, extend=str(tmp_path / "memory"))
+    assert note.endswith("a sample of 7 of all 18 images (annotator.fit=auto, annotator.sample=7, annotator.extend)")
+    assert torch.equal(annotator(tmp_path / "more").centroids[:3], annotator(tmp_path / "memory").centroids)
+
 
 def annotator(out: Path) -> Annotator:
     return load_f(out / "annotator")[0]

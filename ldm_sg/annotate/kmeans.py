@@ -69,9 +69,8 @@ def sums_of(file: Path, centroids: Tensor, device: torch.device | str = "cpu") -
         ids = np.concatenate([_nearest(x, there, bias, scores[: len(x)]) for x in tiles])
         one_hot = csr_array((np.ones(len(ids)), ids, np.arange(len(ids) + 1)), shape=(len(ids), k))
         total += Sums(one_hot.T @ points, np.bincount(ids, minlength=k), square)
-    # sum |x - c|^2 = sum |x|^2 + sum (c - 2x).c
-    c = centroids.double().cpu().numpy()
-    total.inertia += float(np.vdot(total.counts[:, None] * c - 2 * total.points, c))
+    c = centroids.double().cpu().numpy()  # sum |x - c|^2 = sum |x|^2 + sum (c - 2x).c
+    total.inertia = max(0.0, total.inertia + float(np.vdot(total.counts[:, None] * c - 2 * total.points, c)))
     return total
 
 
