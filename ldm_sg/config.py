@@ -81,6 +81,7 @@ class AnnotatorConfig:
     restarts: int = 1  # of k-means, the best is kept: worth it on a few thousand images, slow and needless on a million
     seed: int = 0
     sample: int = 1_000_000  # at most this many features are held in memory to fit f
+    fit: str = "auto"  # k-means: sample (in memory), stream (passes over all files), auto: sample where it holds all
     shuffle: float = 0.0  # share of the ids that is shuffled among images (the paper's Figure 3)
     keys_layer: int = -1  # boxes: the ViT block whose keys LOST reads, counted as features.layer is
     keys_flips: bool = False  # boxes: average the keys with the mirrored image's: steadier boxes for twice the time
@@ -98,7 +99,7 @@ _ANY = ("clusters", "boxes", "segments", "oracle", "random", "features", "centro
 _KMEANS = ("clusters", "boxes", "centroids")
 READ_BY = {  # which kinds of annotator read a setting
     **dict.fromkeys(("kind", "seed", "shuffle", "reuse"), _ANY),  # shuffle says itself where it has nothing to shuffle
-    **dict.fromkeys(("niter", "restarts"), _KMEANS),
+    **dict.fromkeys(("niter", "restarts", "fit"), _KMEANS),
     **dict.fromkeys(("keys_layer", "keys_flips", "k_patches", "centre", "centre_place"), ("boxes",)),
     "k": (*_KMEANS, "segments", "random"),
     "sample": (*_KMEANS, "neighbours"),
@@ -135,6 +136,9 @@ class AnnotateConfig:
         for name in ("k", "niter", "restarts", "sample", "k_patches", "neighbours"):
             value = getattr(self.annotator, name)
             _need(f"annotator.{name}", value, value >= 1, "at least 1")
+        fit, extend = self.annotator.fit, self.annotator.extend
+        _need("annotator.fit", fit, fit in ("auto", "sample", "stream"), "auto, sample or stream")
+        _need("annotator.fit", fit, fit != "stream" or not extend, "auto or sample with annotator.extend")
         seed = self.annotator.seed
         _need("annotator.seed", seed, 0 <= seed < 2**31, "from 0 to 2147483647")
         place = self.annotator.centre_place
