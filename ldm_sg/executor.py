@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -90,6 +91,32 @@ def run(
     if settings.executor == "ray":
         return _on_ray(make, tasks, settings, device, on_wait)
     return _in_processes(make, tasks, devices(settings, device), on_wait)
+
+
+def alone(settings: Settings, device: "torch.device") -> bool:
+    """Whether this process does everything itself."""
+    return settings.executor == "local" and len(devices(settings, device)) == 1
+
+
+def in_order(make: Make, tasks: Sequence[Task], settings: Settings, device: "torch.device") -> Iterator[Any]:
+    """Results in the order of the tasks, of which none may be lost; in this process where it is alone."""
+    if alone(settings, device):
+        yield from map(make(str(device)), tasks)
+        return
+    found: dict[int, Any] = {}
+    numbered = run(partial(_numbered, make), list(enumerate(tasks)), settings, device)
+    for place, task in enumerate(tasks):
+        while place not in found:
+            (number, _), found_now = next(numbered)
+            found[number] = found_now
+        if isinstance(result := found.pop(place), Lost):
+            raise InputError(f"{str(task)[:200]}: {result.why}; give the same command again")
+        yield result
+
+
+def _numbered(make: Make, device: str) -> Callable[[tuple[int, Task]], Result]:
+    work = make(device)
+    return lambda task: work(task[1])
 
 
 def _in_processes(

@@ -18,7 +18,7 @@ from workers import make
 
 from ldm_sg import executor
 from ldm_sg.annotate.run import annotate_shards
-from ldm_sg.config import AnnotateConfig
+from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
 from ldm_sg.executor import Lost, Part, read_part
@@ -52,6 +52,16 @@ def test_tasks_of_a_worker_that_dies_come_back_and_another_takes_its_place(kind:
     assert os.getpid() not in pids and len(pids) <= 3 and {found[task][2] for task in "abcd"} == {"cpu"}
     again = dict(executor.run(partial(make, tmp_path), ["dies"], settings(kind, 1), CPU))
     assert again["dies"][0] == "dies"
+
+
+def test_results_in_order(kind: str, tmp_path: Path) -> None:
+    found = executor.in_order(partial(make, tmp_path), list("abcdefgh"), settings(kind, 2), CPU)
+    assert [task for task, _, _ in found] == list("abcdefgh")
+    with pytest.raises(InputError, match=r"bug: ZeroDivisionError.*give the same command again"):
+        list(executor.in_order(partial(make, tmp_path), ["a", "bug"], settings(kind, 2), CPU))
+    (tmp_path / "died").touch()
+    here = executor.in_order(partial(make, tmp_path), ["a", "dies"], settings("local", 1), CPU)
+    assert [pid for _, pid, _ in here] == [os.getpid()] * 2
 
 
 def test_bad_input_ends_everything(kind: str, tmp_path: Path) -> None:
@@ -109,6 +119,17 @@ def test_two_processes_make_the_same_set_though_one_is_killed(source: tuple, tmp
     threading.Thread(target=kill_one).start()
     out = annotate_shards(config(tmp_path, shards, out=str(tmp_path / "two"), processes=2))
     assert contents(out) == alone and not (out / "failed.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_k_means_in_passes_is_the_same_by_any_number_of_processes(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "source", 4, 6)
+    streamed = AnnotatorConfig(kind="clusters", k=3, fit="stream", sample=12)
+    sets = [
+        contents(annotate_shards(config(tmp_path, shards, out=str(tmp_path / f"{n}"), annotator=streamed, processes=n)))
+        for n in (1, 2)
+    ]
+    assert sets[0] == sets[1] and b"fit: stream" in sets[0]["manifest.yaml"]
 
 
 def test_three_parts_make_the_same_set(source: tuple, tmp_path: Path) -> None:

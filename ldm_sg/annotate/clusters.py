@@ -5,6 +5,8 @@ code assigns un-normalised ones, which moves about 5% of the ids."""
 
 import json
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torchmetrics.functional.clustering.adjusted_rand_score import _adjusted_rand_score_compute
-from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_score_compute
 
+from ldm_sg import executor
 from ldm_sg.annotate.annotator import Annotator, Study
-from ldm_sg.annotate.kmeans import lloyd, normalise
+from ldm_sg.annotate.kmeans import Sums, lloyd, normalise
 from ldm_sg.annotate.stage import Observed, sample_features
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.signals import Columns
@@ -62,13 +63,19 @@ class Clusters(Annotator):
         if not stream:
             self.fit_features(sample())
             return
+        settings, device = study.config, pick_device(study.config.device)
+
+        def run(step: Callable[..., Sums], files: Sequence[Path]) -> Iterable[Sums]:
+            return executor.in_order(partial(_on, step), files, settings, device)
+
         centroids, inertia = lloyd(
             [stage.features for stage, count in zip(study.stages, study.counts) if count],
             lambda: kmeans(normalise(sample()), self.k, "images of annotator.sample", **self._settings),
             cfg.niter,
             Path(study.config.out) / "work" / CENTROIDS,
             json.dumps({"k": self.k, "sample": cfg.sample, "images": images, **self._settings}),
-            pick_device(study.config.device),
+            device,
+            run,
         )
         self._take(centroids)
         self._fitted("stream", images, len(inertia), inertia[-1])
@@ -128,6 +135,10 @@ class Clusters(Annotator):
         self._take(load_file(path)["centroids"])
 
 
+def _on(step: Callable[..., Sums], device: str) -> Callable[[Path], Sums]:
+    return partial(step, device=device)
+
+
 def check_enough(points: np.ndarray, k: int, what: str) -> None:
     if k > len(points):
         raise InputError(
@@ -179,16 +190,20 @@ def contingency(a: np.ndarray, b: np.ndarray, shape: tuple[int, int]) -> np.ndar
 
 
 # torchmetrics' figures of a table in float64: its public functions want the labels of every image, and its ARI overflows
-# int64 from about 70,000 images on.
+# int64 from about 70,000 images on. Imported late: torchmetrics takes seconds, in each worker.
 
 
 def nmi(table: np.ndarray) -> float:
     """Normalised mutual information of the two labellings of a contingency table, with the arithmetic mean of their
     entropies below (scikit-learn's default)."""
+    from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_score_compute
+
     mean = (entropy(table.sum(1)) + entropy(table.sum(0))) / 2
     return max(0.0, float(_mutual_info_score_compute(torch.from_numpy(table).double())) / mean) if mean > 0 else 1.0
 
 
 def ari(table: np.ndarray) -> float:
     """Adjusted Rand index (Hubert and Arabie, 1985): 1 = the same partition, about 0 = as by chance."""
+    from torchmetrics.functional.clustering.adjusted_rand_score import _adjusted_rand_score_compute
+
     return float(_adjusted_rand_score_compute(torch.from_numpy(table).double()))

@@ -3,7 +3,6 @@ is fitted on the features and the annotated shards are written; the manifest com
 
 import json
 import shutil
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -124,7 +123,7 @@ def pass_over(opened: Opened, mine: list[int], failures: Path) -> None:
     processes = len(executor.devices(cfg, device))
     for attempt in range(TRIES):
         todo, lost = sorted(lost) if attempt else mine, {}
-        if todo and processes == 1 and cfg.executor == "local":
+        if todo and executor.alone(cfg, device):
             damaged |= opened(todo)
             continue
         each = 1 if attempt else min(MOST_SHARDS, max(1, len(todo) // (4 * processes)))
@@ -245,17 +244,9 @@ def write_shards(opened: Opened, annotator: Annotator, summary: Summary) -> tupl
         (stage.index, None if ids is None else ids[end - source["images"] : end])
         for stage, source, end in zip(all_stages, summary.sources, ends)
     ]
-    parts: list[Any] = [None] * len(all_stages)
-    processes = len(executor.devices(cfg, device))
     make = partial(Writing, opened.out, cfg.flips, summary.classes)
-    found: Iterable[tuple[Any, Any]] = executor.run(make, tasks, cfg, device)
-    if processes == 1 and cfg.executor == "local":
-        found = zip(tasks, map(make("cpu"), tasks))
-    for task, part in tqdm(found, desc="write", unit=" shards", total=len(tasks)):
-        if isinstance(part, executor.Lost):
-            raise InputError(f"{all_stages[task[0]].tar}: {part.why}; give the same command again")
-        parts[task[0]] = part
-    counts, tables, files = zip(*parts)
+    bar = tqdm(executor.in_order(make, tasks, cfg, device), desc="write", unit=" shards", total=len(tasks))
+    counts, tables, files = zip(*bar)
     return (sum(counts), sum(tables)), [
         entry | {"images": source["images"]} for entry, source in zip(files, summary.sources)
     ]
