@@ -1,7 +1,7 @@
 """Configs: one dataclass a verb, with what its values may be. Nothing here builds anything (that is `build`)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -154,9 +154,10 @@ class AnnotateConfig:
         does not read; `layers`: the mappings that made this config. What lies below an exchanged kind was for another one."""
         given = [layer.get("annotator") or {} for layer in layers]
         start = max((i for i, layer in enumerate(given) if "kind" in layer), default=0)
+        usual = asdict(AnnotatorConfig())  # all of which `--dry-run` prints
         for key, value in ((key, value) for layer in given[start:] for key, value in layer.items()):
             readers = READ_BY[key]
-            if self.annotator.kind in _ANY and self.annotator.kind not in readers:
+            if value != usual[key] and self.annotator.kind in _ANY and self.annotator.kind not in readers:
                 raise InputError(
                     f"annotator.{key}={value}: annotator.kind={self.annotator.kind} does not read it; {', '.join(readers)} "
                     f"{'does' if len(readers) == 1 else 'do'}"
