@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +21,7 @@ from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Columns
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.weights import read_finite
 
 MEAN = "mean_key.safetensors"
 CENTRED = 512  # images whose keys the mean is taken over
@@ -113,7 +114,7 @@ class Boxes(Clusters):
 
     def restore(self, folder: Path) -> None:
         super().restore(folder)
-        self.mean = load_file(folder / MEAN)["key"]
+        self.mean = read_finite(folder / MEAN, {"key": (None, None, None)})["key"]
 
     @property
     def spec(self) -> GuidanceSpec:

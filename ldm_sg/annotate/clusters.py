@@ -10,7 +10,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.clustering.adjusted_rand_score import _adjusted_rand_score_compute
@@ -23,6 +23,7 @@ from ldm_sg.data.signals import Columns
 from ldm_sg.errors import InputError
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.weights import read_finite
 
 CENTROIDS = "centroids.safetensors"
 FAISS_COMFORTABLE = 39  # images a cluster under which faiss itself warns that the centroids are poorly determined
@@ -89,10 +90,7 @@ class Clusters(Annotator):
         write_bytes(folder / CENTROIDS, save({"centroids": self.centroids.contiguous()}))
 
     def restore(self, folder: Path) -> None:
-        path = folder / CENTROIDS
-        if not path.is_file():
-            raise InputError(f"{path} not found: the annotator is not complete; run annotate again")
-        self._take(load_file(path)["centroids"])
+        self._take(read_finite(folder / CENTROIDS, {"centroids": (self.k, self.dim)})["centroids"])
 
 
 def check_enough(points: np.ndarray, k: int, what: str) -> None:

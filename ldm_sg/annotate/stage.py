@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
+from ldm_sg.data.latents import read_features
 from ldm_sg.data.signals import Columns, concatenated, npy, to_arrays, to_columns
 from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError
@@ -66,7 +67,7 @@ class Stage:
 
     def read_features(self) -> np.ndarray:
         """float16 [n, D], memory-mapped."""
-        return np.load(self.features, mmap_mode="r", allow_pickle=False)
+        return read_features(self.features, len(self.read_meta().keys))
 
     def read_observed(self) -> Observed:
         """What f observed of the shard's images."""
