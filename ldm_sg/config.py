@@ -30,7 +30,7 @@ class FeaturesConfig:
 SEGMENT_METHODS = ("stego", "patch_kmeans")
 KINDS = ("eps", "v", "x0", "flow")  # what a network predicts
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-TIMESTEPS = (2, 100_000)  # of a schedule, at least and at most: it is held in memory
+MOST_TIMESTEPS = 100_000  # of a schedule, which is held in memory
 
 
 @dataclass
@@ -157,13 +157,13 @@ class AnnotateConfig:
         if reused is not None and (path := annotator_folder(str(self.annotator.reuse)) / "annotator.yaml").is_file():
             there = read_mapping(path, {"config": dict, "state": dict})
             own = flat(there["config"] | {"k": there["state"].get("k")})
-            own |= {
-                key: getattr(self.annotator, key) for key in ("kind", "reuse", "extend")
-            }  # `make_annotator` looks at them
-            for key, value in flat(OmegaConf.to_container(OmegaConf.merge(*given[reused:]))).items():
-                same = own.get(key, value) == value
+            for key, value in flat(OmegaConf.to_container(OmegaConf.merge(*given[reused:]))).items():  # type: ignore[arg-type]
+                right = key in ("kind", "reuse", "extend") or own.get(key, value) == value
                 _need(
-                    f"annotator.{key}", value, same, f"{self.annotator.reuse}, reused, has {own.get(key)}: leave it out"
+                    f"annotator.{key}",
+                    value,
+                    right,
+                    f"leave it out: {self.annotator.reuse}, reused, has {own.get(key)}",
                 )
 
 
@@ -414,8 +414,8 @@ def model_config(model: Any) -> ModelConfig:
 
 def check_timesteps(name: str, value: Any) -> None:
     """InputError where a schedule cannot have so many times; `name` says where they are asked for."""
-    least, most = TIMESTEPS
-    _need(name, value, type(value) is int and least <= value <= most, f"a whole number from {least} to {most:,}")
+    right = type(value) is int and 2 <= value <= MOST_TIMESTEPS
+    _need(name, value, right, f"a whole number from 2 to {MOST_TIMESTEPS:,}")
 
 
 def _need(name: str, value: Any, right: bool, what: str) -> None:

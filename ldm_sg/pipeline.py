@@ -134,7 +134,8 @@ class SelfGuidedPipeline(DiffusionPipeline):
         safe, parts = {"low_cpu_mem_usage": False, "use_safetensors": True}, {}
         for name in ("conditioner", "signals"):
             if not (folder / name).is_dir():
-                raise InputError(f"lora {str(folder)!r}: no {name}/ there: the folder is not complete")
+                way = "give the lora/ folder of a run that was fine-tuned with lora="
+                raise InputError(f"lora {str(folder)!r}: no {name}/ there; {way}")
             parts[name] = type(getattr(self, name)).from_pretrained(folder / name, **safe)
         check_whole(parts["conditioner"], folder / "conditioner")
         load_lora(self.unet, folder)
@@ -283,13 +284,10 @@ class SelfGuidedPipeline(DiffusionPipeline):
         asked = cluster if cluster is None or isinstance(cluster, Iterable) else [cluster]
         ids = None if asked is None else [k for k in asked for _ in range(num_images_per_prompt)]
         n = num_images_per_prompt if ids is None else len(ids)
-        if n < 1 or (isinstance(generator, list) and len(generator) != n):
-            said = (
-                f"generator: {len(generator)} of them"
-                if n > 0 and isinstance(generator, list)
-                else f"cluster={cluster}"
-            )
-            raise InputError(f"{said} for {n} images: give one, or one an image")
+        if n < 1:
+            raise InputError(f"cluster={cluster}, num_images_per_prompt={num_images_per_prompt}: that is no image")
+        if isinstance(generator, list) and len(generator) != n:
+            raise InputError(f"generator: {len(generator)} of them for {n} images: give one, or one an image")
         with self._sized(width, height):
             shape = (n, *self.latent_shape)
             noise = randn_tensor(shape, generator) if latents is None else latents

@@ -61,8 +61,8 @@ def check_finite(state: Mapping[str, Tensor], where: str | Path) -> None:
         raise InputError(f"{where}: {broken} holds NaN or infinity: it is damaged, or its training diverged")
 
 
-def read_finite(path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, Tensor]:
-    """A safetensors file's tensors, all finite and float32, those of `shapes` among them; None there stands for any size above 0.
+def read_finite(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """A safetensors file's tensors, all finite and float32, those of `shapes` among them; 0 there stands for any size above it.
     InputError for any other file."""
     try:
         state = load_file(path)
@@ -72,9 +72,9 @@ def read_finite(path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dic
         if name not in state:
             raise InputError(f"{path}: no {name} in it: the file is damaged")
         there = state[name].shape
-        fits = len(there) == len(shape) and all(n and want in (n, None) for n, want in zip(there, shape, strict=True))
+        fits = len(there) == len(shape) and all(n and want in (0, n) for n, want in zip(there, shape, strict=True))
         if not fits or not state[name].is_floating_point():
-            said = " x ".join("any" if want is None else str(want) for want in shape)
+            said = " x ".join(str(want or "any") for want in shape)
             raise InputError(f"{path}: {name} is {state[name].dtype} {list(there)}; floating point {said} is expected")
     check_finite(state, path)
     return {name: value.float() for name, value in state.items()}

@@ -64,7 +64,7 @@ class Annotator(ABC):
 
     def __init__(self, cfg: AnnotatorConfig):
         self.cfg, self.k = cfg, cfg.k
-        self.dim: int | None = None  # width of g's features, where it is known: of an f that was saved
+        self.dim = 0  # width of g's features, where it is known
         self.known: Tensor | None = None  # prototypes of labels that it must keep, with annotator.extend
 
     def prepare(self, study: Study) -> None:

@@ -9,7 +9,6 @@ from safetensors.numpy import save
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.clusters import Clusters, normalise
 from ldm_sg.annotate.stage import Observed, sample_features
-from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.signals import Columns
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
@@ -46,10 +45,6 @@ class Features(Annotator):
 
     kind = "features"
     gives_ids = False
-
-    def __init__(self, cfg: AnnotatorConfig):
-        super().__init__(cfg)
-        self.dim: int = 0
 
     def fit(self, study: Study) -> None:
         assert study.extractor is not None
@@ -109,4 +104,4 @@ class Neighbours(Features):
         write_bytes(folder / BANK, save({"features": self.bank.astype(np.float16)}))
 
     def restore(self, folder: Path) -> None:
-        self.bank = read_finite(folder / BANK, {"features": (None, self.dim)})["features"].numpy()
+        self.bank = read_finite(folder / BANK, {"features": (0, self.dim)})["features"].numpy()

@@ -114,7 +114,7 @@ class Boxes(Clusters):
 
     def restore(self, folder: Path) -> None:
         super().restore(folder)
-        self.mean = read_finite(folder / MEAN, {"key": (None, None, None)})["key"]
+        self.mean = read_finite(folder / MEAN, {"key": (0, 0, 0)})["key"]
 
     @property
     def spec(self) -> GuidanceSpec:

@@ -104,10 +104,10 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
         raise InputError(f"{folder}: no annotator.yaml there; give the annotator/ folder of an annotation set or a run")
     settings = read_mapping(path, {"kind": str, "state": dict, "config": dict, "features": (dict, type(None))})
     annotator = _unfitted(from_mapping(AnnotatorConfig, settings["config"], str(path)))
-    declared, annotator.dim = annotator.state(), (settings["features"] or {}).get("dim")
+    declared, annotator.dim = annotator.state(), (settings["features"] or {}).get("dim", 0)
     for name, value in settings["state"].items():
         wrong = name not in declared or type(value) is not type(declared[name]) or value < 0
-        if wrong or (name == "dim" and annotator.dim not in (None, value)):
+        if wrong or (name == "dim" and annotator.dim not in (0, value)):
             raise InputError(
                 f"{path}: state: {name}={value!r:.60}: not what annotator.kind={annotator.kind} keeps there"
             )

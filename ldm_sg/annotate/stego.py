@@ -105,15 +105,16 @@ class Segmenter:
     def restore(self, folder: Path) -> "Segmenter":
         """What `save` wrote."""
         path = folder / WEIGHTS
-        tensors = read_finite(path, {"centroids": (self.k, None)})
+        tensors = read_finite(path, {"centroids": (self.k, 0)})
         self.centroids, self.prototypes = tensors.pop("centroids"), tensors.pop("prototypes", None)
         if self.prototypes is not None and (self.prototypes.ndim != 2 or len(self.prototypes) != self.k):
             raise InputError(f"{path}: prototypes is {list(self.prototypes.shape)}, of {self.k} classes: damaged")
         if tensors:
             try:
-                dim = tensors["head.linear.weight"].shape[1]
-                self.head = Head(dim, self.centroids.shape[1]).requires_grad_(False)
-                self.head.load_state_dict({name.removeprefix("head."): value for name, value in tensors.items()})
+                with torch.device("meta"):  # of a size that the file itself has
+                    self.head = Head(tensors["head.linear.weight"].shape[1], self.centroids.shape[1])
+                own = {name.removeprefix("head."): value for name, value in tensors.items()}
+                self.head.requires_grad_(False).load_state_dict(own, assign=True)
             except (KeyError, IndexError, RuntimeError) as err:
                 raise InputError(f"{path}: its head is damaged: {one_line(err)[:200]}") from err
         return self

@@ -61,7 +61,7 @@ class Autoencoder(ModelMixin):
 
     def normalise(self, mean: list[float], std: list[float]) -> None:
         """Set the raw latents' mean and std per channel."""
-        finite = all(type(value) in (int, float) and abs(value) < float("inf") for value in (*mean, *std))
+        finite = all(isinstance(value, int | float) and abs(value) < float("inf") for value in (*mean, *std))
         if len(mean) != self.channels or len(std) != self.channels or not finite or min(std) <= 0:
             raise InputError(
                 f"autoencoder {self.name!r}: latent_mean and latent_std must have {self.channels} finite values, std > 0"

@@ -50,22 +50,15 @@ def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     """Adds what `save_lora_adapter` of diffusers wrote to the weights of `unet`, the network that they were trained beside. InputError where they do not
     fit it, or are none."""
     _peft()
-    path = folder / LORA_WEIGHT_NAME_SAFE
-    if not path.is_file():
-        raise InputError(
-            f"lora {str(folder)!r}: no {LORA_WEIGHT_NAME_SAFE} there; give the lora/ folder of a run that was fine-tuned with lora="
-        )
-    shapes: dict[str, tuple[int | None, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in _adapted(unet).items():
         wide, *rest = layer.weight.shape
-        shapes |= {f"{name}.lora_A.weight": (None, *rest), f"{name}.lora_B.weight": (wide, None, *[1] * len(rest[1:]))}
+        shapes |= {f"{name}.lora_A.weight": (0, *rest), f"{name}.lora_B.weight": (wide, 0, *[1] * len(rest[1:]))}
     try:
-        found = read_finite(path, shapes)  # all is looked at before the network is touched
-        if (
-            len({tensor.shape[".lora_B." in name] for name, tensor in found.items()}) != 1
-            or found.keys() != shapes.keys()
-        ):
-            raise InputError(f"{path}: adapters of one rank, beside each layer and nothing else, are expected")
+        found = read_finite(folder / LORA_WEIGHT_NAME_SAFE, shapes)  # all is looked at before the network is touched
+        ranks = {tensor.shape[".lora_B." in name] for name, tensor in found.items()}
+        if len(ranks) != 1 or found.keys() != shapes.keys():
+            raise InputError("adapters of one rank, beside each layer and nothing else, are expected")
         unet.load_lora_adapter(str(folder), prefix=None, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True)
     except Exception as err:  # peft and safetensors raise what they like at files that do not fit
         raise InputError(f"lora {str(folder)!r} does not fit this run's network: {one_line(err)[:200]}") from err

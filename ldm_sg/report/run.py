@@ -30,10 +30,10 @@ METRICS = {  # key in a JSON -> what a reader sees
 SHORT = {"fd": "FD ↓", "kid": "KID ↓", "is": "IS ↑", "consistency": "Consist. ↑", "consistency_top3": "Top 3 ↑"}
 SHARES = ("consistency", "consistency_top3", "layout_agreement", "layout_miou", "layout_iou")  # shown as percentages
 VARIANTS = ("untrained", "real", "chance", "shuffled")
-LABELS = {  # how those of a fine-tuned run were made -> in words
-    "refit": "refit: new ones of its own images",
-    "reuse": "reuse: the base run's",
-    "extend": "extend: the base run's and new ones",
+LABELS = {
+    "refit": "new ones (refit)",
+    "reuse": "the base run's (reuse)",
+    "extend": "the base run's and new ones (extend)",
 }
 MAIN = {  # the picture that says most -> heading, sentence
     "clusters.png": ("Clusters", "Each row is one cluster: real members on the left, samples on the right."),
@@ -117,12 +117,8 @@ def _finetuned(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     found = _read(run / "finetune.json")
     figures, made = _numbers(found), str(found.get("clusters", ""))
     facts = {"fine-tuned from": Path(str(config.get("init"))).name, "its labels": LABELS.get(made, made)}
-    if {"fd_held_out_first", "fd_held_out", "best_step"} <= figures.keys():
-        facts["FD to held-out images"] = (
-            "{fd_held_out_first:.4g} when first judged, {fd_held_out:.4g} at best, step {best_step:,.0f}".format(
-                **figures
-            )
-        )
+    if {"fd_held_out_first", "fd_held_out"} <= figures.keys():
+        facts["FD to held-out images"] = "{fd_held_out_first:.4g} at first, {fd_held_out:.4g} at best".format(**figures)
     if "nearest_cosine" in figures:
         facts["nearest training image"] = "cosine {nearest_cosine:.3f} to a sample, on average".format(**figures)
     return facts if found else {}

@@ -86,15 +86,13 @@ def _load_alexnet(alexnet: nn.Module, state: dict[str, Tensor], source: str) -> 
     convs = {name: m for part in alexnet.children() for name, m in part.named_children() if isinstance(m, nn.Conv2d)}
     state = {key.removeprefix("features."): value.float() for key, value in state.items()}
     for name, conv in convs.items():
-        own = {part: state.get(f"{name}.{part}") for part in ("weight", "bias")}
-        for part, value in own.items():
-            if value is None or value.shape != getattr(conv, part).shape:
-                found = "no tensor" if value is None else f"a {list(value.shape)}"
-                raise InputError(
-                    f"lpips_weights={source}: {found} {name}.{part}: expected torchvision's AlexNet features"
-                )
-        check_finite(own, source)
-        conv.load_state_dict(own)
+        try:
+            conv.load_state_dict({part: state[f"{name}.{part}"] for part in ("weight", "bias")})
+        except (KeyError, RuntimeError) as err:
+            raise InputError(
+                f"lpips_weights={source}: its {name}.weight, .bias are not those of AlexNet's features"
+            ) from err
+    check_finite(alexnet.state_dict(), source)
 
 
 def add_noise(z: Tensor, strength: float, generator: torch.Generator) -> Tensor:

@@ -25,6 +25,7 @@ from ldm_sg.training.autoencoder import enlarge, perceptual_distance
 
 SHOWN = 8  # images of the picture
 LEAST = 16  # pixels of an image: SSIM's window is 11
+FIGURES = {"metrics": dict, "latent_mean": list, "autoencoder": str, "data": str, "size": int}
 USUAL = {"model", "last", Path(WEIGHTS).stem, "ae"}  # names of files that say nothing
 
 
@@ -128,12 +129,10 @@ def _refuse_foreign(out: Path, picture: Path | None, asked: dict[str, Any], over
     known: dict[str, Any] = {}
     if out.exists():
         try:
-            known = read_mapping(
-                out, {"metrics": dict, "latent_mean": list, "autoencoder": str, "data": str, "size": int}
-            )
+            known = read_mapping(out, FIGURES)
         except InputError as err:
             raise InputError(
-                f"--out {str(out)!r} is there, and holds no figures of this command: choose another"
+                f"--out {str(out)!r}: there, and holds no figures of this command: choose another"
             ) from err
         if not overwrite and any(known[key] != value for key, value in asked.items()):
             was = f"{known['autoencoder']}, {known['data']} at {known['size']} px"

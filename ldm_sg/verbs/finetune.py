@@ -27,7 +27,7 @@ DERIVED = (
     "val_every",
     "sample_every",
     "checkpoint_every",
-)  # which follow from the steps asked for at first
+)  # from the steps that were asked for at first
 IMAGES_A_CLUSTER = 40  # by default
 FEWEST = 8  # held-out images by which training may be stopped
 PAIRS = 12  # samples beside the training image nearest to each
