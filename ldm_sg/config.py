@@ -158,13 +158,9 @@ class AnnotateConfig:
             there = read_mapping(path, {"config": dict, "state": dict})
             own = flat(there["config"] | {"k": there["state"].get("k")})
             for key, value in flat(OmegaConf.to_container(OmegaConf.merge(*given[reused:]))).items():  # type: ignore[arg-type]
-                right = key in ("kind", "reuse", "extend") or own.get(key, value) == value
-                _need(
-                    f"annotator.{key}",
-                    value,
-                    right,
-                    f"leave it out: {self.annotator.reuse}, reused, has {own.get(key)}",
-                )
+                same = key in ("kind", "reuse", "extend") or own.get(key, value) == value
+                said = f"leave it out: {self.annotator.reuse}, reused, has {own.get(key)}"
+                _need(f"annotator.{key}", value, same, said)
 
 
 @dataclass

@@ -112,7 +112,10 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
                 f"{path}: state: {name}={value!r:.60}: not what annotator.kind={annotator.kind} keeps there"
             )
         setattr(annotator, name, value)
-    annotator.restore(folder)
+    try:
+        annotator.restore(folder)
+    except InputError as err:
+        raise InputError(f"{err}; annotate again") from err
     return annotator, settings
 
 

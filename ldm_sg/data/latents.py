@@ -227,9 +227,7 @@ def read_features(path: Path, rows: int, dim: int | None = None) -> np.ndarray:
         raise InputError(f"{path} is damaged: {one_line(err)[:200]}: annotate again") from err
     wanted = (rows, dim or found.shape[-1]) if found.ndim else ()
     if found.shape != wanted or not np.issubdtype(found.dtype, np.floating):
-        raise InputError(
-            f"{path}: {found.dtype} {found.shape}, where {rows} rows of features are expected: annotate again"
-        )
+        raise InputError(f"{path}: {found.dtype} {found.shape}, not features of {rows} images: annotate again")
     return found
 
 

@@ -30,11 +30,7 @@ METRICS = {  # key in a JSON -> what a reader sees
 SHORT = {"fd": "FD ↓", "kid": "KID ↓", "is": "IS ↑", "consistency": "Consist. ↑", "consistency_top3": "Top 3 ↑"}
 SHARES = ("consistency", "consistency_top3", "layout_agreement", "layout_miou", "layout_iou")  # shown as percentages
 VARIANTS = ("untrained", "real", "chance", "shuffled")
-LABELS = {
-    "refit": "new ones (refit)",
-    "reuse": "the base run's (reuse)",
-    "extend": "the base run's and new ones (extend)",
-}
+LABELS = {"refit": "new ones (refit)", "reuse": "its base's (reuse)", "extend": "its base's and new ones (extend)"}
 MAIN = {  # the picture that says most -> heading, sentence
     "clusters.png": ("Clusters", "Each row is one cluster: real members on the left, samples on the right."),
     "layouts.png": ("Layouts", "Each row is one layout: a real image, its signal, and samples that are to follow it."),

@@ -131,9 +131,7 @@ def _refuse_foreign(out: Path, picture: Path | None, asked: dict[str, Any], over
         try:
             known = read_mapping(out, FIGURES)
         except InputError as err:
-            raise InputError(
-                f"--out {str(out)!r}: there, and holds no figures of this command: choose another"
-            ) from err
+            raise InputError(f"--out {str(out)!r} holds no figures of this command: choose another") from err
         if not overwrite and any(known[key] != value for key, value in asked.items()):
             was = f"{known['autoencoder']}, {known['data']} at {known['size']} px"
             raise InputError(f"--out {str(out)!r} holds figures of {was}: choose another, or add --overwrite")

@@ -21,13 +21,7 @@ from ldm_sg.verbs.pack import pack
 from ldm_sg.verbs.train import train
 
 CLUSTERS = ("refit", "reuse", "extend")
-DERIVED = (
-    "warmup",
-    "ema",
-    "val_every",
-    "sample_every",
-    "checkpoint_every",
-)  # from the steps that were asked for at first
+DERIVED = ("warmup", "ema", "val_every", "sample_every", "checkpoint_every")  # from the steps asked for at first
 IMAGES_A_CLUSTER = 40  # by default
 FEWEST = 8  # held-out images by which training may be stopped
 PAIRS = 12  # samples beside the training image nearest to each
