@@ -3,8 +3,7 @@
 import json
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,21 +77,16 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def resize(self, width: int, height: int) -> None:
         """Makes images of this size in pixels from now on. The network has learnt one size: far from it objects are repeated or cut,
         and masks and boxes are stretched. InputError for sides that it cannot halve as often as it does."""
-        step = self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if any(type(side) is not int or not step <= side <= MAX_SIDE or side % step for side in (width, height)):
-            raise InputError(f"size {width}x{height}: this run makes multiples of {step} pixels, up to {MAX_SIDE:,}")
-        self.cells = height // self.autoencoder.factor, width // self.autoencoder.factor
+        self.cells = self._cells(width, height)
 
-    @contextmanager
-    def _sized(self, width: int | None, height: int | None) -> Iterator[None]:
-        """`resize`, of the sides that are given, as long as the block lasts."""
-        before, (rows, columns) = self.cells, (cells * self.autoencoder.factor for cells in self.latent_shape[1:])
-        try:
-            if (width, height) != (None, None):
-                self.resize(columns if width is None else width, rows if height is None else height)
-            yield
-        finally:
-            self.cells = before
+    def _cells(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """(h, w) of the latents of images of this size; of sides that are None, as it makes them."""
+        factor, own = self.autoencoder.factor, self.latent_shape[1:]
+        step = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        rows, columns = (n * factor if side is None else side for side, n in zip((height, width), own))
+        if any(type(side) is not int or side % step or not 0 < side <= MAX_SIDE for side in (rows, columns)):
+            raise InputError(f"size {columns}x{rows}: this run makes multiples of {step} pixels, up to {MAX_SIDE:,}")
+        return rows // factor, columns // factor
 
     def save_pretrained(self, save_directory: str | Path, refer: bool = False, **kwargs: Any) -> None:
         """The folder, whole: also what loads it where ldm_sg is not installed. `refer`: a large first stage stays where it is,
@@ -288,14 +282,14 @@ class SelfGuidedPipeline(DiffusionPipeline):
             raise InputError(f"cluster={cluster}, num_images_per_prompt={num_images_per_prompt}: that is no image")
         if isinstance(generator, list) and len(generator) != n:
             raise InputError(f"generator: {len(generator)} of them for {n} images: give one, or one an image")
-        with self._sized(width, height):
-            shape = (n, *self.latent_shape)
-            noise = randn_tensor(shape, generator) if latents is None else latents
-            if noise.shape != shape:
-                raise InputError(f"latents: {tuple(noise.shape)}, but {n} images of this run need {shape}")
-            first = generator[0] if isinstance(generator, list) else generator
-            seed = int(torch.randint(2**31, (), generator=first, device=first.device if first else None))
-            guidance = self.guidance(self.draw(n, seed, clusters=ids))
+        cells = self._cells(width, height)
+        shape = (n, self.latent_shape[0], *cells)
+        noise = randn_tensor(shape, generator) if latents is None else latents
+        if noise.shape != shape:
+            raise InputError(f"latents: {tuple(noise.shape)}, but {n} images of this run need {shape}")
+        first = generator[0] if isinstance(generator, list) else generator
+        seed = int(torch.randint(2**31, (), generator=first, device=first.device if first else None))
+        guidance = self.draw(n, seed, clusters=ids).guidance(cells)
         w = self.usual_w if guidance_scale is None else guidance_scale
         with self.progress_bar(total=num_inference_steps) as bar:
 

@@ -19,6 +19,7 @@ from ldm_sg.annotate.stage import Observed
 from ldm_sg.annotate.views import Views
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Columns
+from ldm_sg.errors import InputError
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.weights import read_finite
@@ -74,6 +75,10 @@ class Boxes(Clusters):
         boxes, found, features = torch.empty(count, 4), torch.empty(count, dtype=torch.bool), None
         for places, images in seen.by_shape(g.patch):
             features, keys = self._read(g, images)
+            if len(self.mean) != keys.shape[1]:
+                raise InputError(
+                    f"{MEAN}: a key of {len(self.mean)} channels, where g has {keys.shape[1]}: annotate again"
+                )
             mean = on_grid(self.mean.to(keys.device)[None], keys.shape[2:])
             some, found_there = lost(keys - mean, self.cfg.k_patches)
             grid: float | Tensor = g.grid

@@ -107,14 +107,15 @@ class Segmenter:
         path = folder / WEIGHTS
         tensors = read_finite(path, {"centroids": (self.k, 0)})
         self.centroids, self.prototypes = tensors.pop("centroids"), tensors.pop("prototypes", None)
-        if self.prototypes is not None and (self.prototypes.ndim != 2 or len(self.prototypes) != self.k):
-            raise InputError(f"{path}: prototypes is {list(self.prototypes.shape)}, of {self.k} classes: damaged")
-        if tensors:
-            try:
-                with torch.device("meta"):  # of a size that the file itself has
-                    self.head = Head(tensors["head.linear.weight"].shape[1], self.centroids.shape[1])
+        try:
+            with torch.device("meta"):  # of a size that the file itself has
+                self.head = Head(tensors["head.linear.weight"].shape[1], self.centroids.shape[1]) if tensors else None
+            if self.head is not None:
                 own = {name.removeprefix("head."): value for name, value in tensors.items()}
                 self.head.requires_grad_(False).load_state_dict(own, assign=True)
-            except (KeyError, IndexError, RuntimeError) as err:
-                raise InputError(f"{path}: its head is damaged: {one_line(err)[:200]}") from err
+        except (KeyError, IndexError, RuntimeError) as err:
+            raise InputError(f"{path}: its head is damaged: {one_line(err)[:200]}") from err
+        dim = self.centroids.shape[1] if self.head is None else self.head.linear.in_channels
+        if self.prototypes is not None and self.prototypes.shape != (self.k, dim):
+            raise InputError(f"{path}: prototypes is {list(self.prototypes.shape)}; {self.k} x {dim} is expected")
         return self

@@ -43,7 +43,7 @@ def show() -> None:
         weights = folder / source["file"] if isinstance(source, dict) and "file" in source else None
         where = f"hub {source['hub']}" if isinstance(source, dict) and "hub" in source else "here"
         where = "its weights are yours to bring (see its note)" if weights and not weights.is_file() else where
-        print(f"{known['name']:<18}{known['kind']:<9}{latent:<8}{known.get('licence', '')!s:<26.25}{where}")
+        print(f"{known['name']!s:<18}{known['kind']:<9}{latent:<8}{known.get('licence', '')!s:<26.25}{where}")
 
 
 def import_checkpoint(file: Path, config: Path | None = None, out: Path | None = None) -> Path:
@@ -91,7 +91,7 @@ def measure(
     """What `name` gives back of up to `n` images of `data`, spread over it, cropped to `size` pixels (default: the first
     image's, down to a multiple of the factor). Prints a table, writes and returns the figures; `out`: default
     NAME-measured.json. `lpips`, `inception`: files of weights; what has none at hand is left out, and said so.
-    `overwrite`: figures of another autoencoder, size or data in `out` are replaced too; other files never are."""
+    `overwrite`: other figures than of these images by this autoencoder in `out` are replaced too; other files never are."""
     if n < 2 or batch_size < 1:
         raise InputError(f"-n {n} --batch-size {batch_size}: at least 2 images, and 1 at once")
     on = pick_device(device)
@@ -101,7 +101,7 @@ def measure(
     if not LEAST <= size <= MAX_SIDE:
         raise InputError(f"--size {size}: from {LEAST} to {MAX_SIDE:,} pixels")
     out = out or Path(f"{autoencoder.name}-measured.json")
-    asked = {"autoencoder": autoencoder.name, "data": data, "size": size}
+    asked = {"autoencoder": autoencoder.name, "data": data, "size": size, "n": n}
     _refuse_foreign(out, picture, asked, overwrite)
     batch_size = min(batch_size, MAX_SIDE**2 // size**2)  # as many pixels as one image may have
     networks, missing = _networks(lpips, inception, on)
@@ -132,7 +132,7 @@ def _refuse_foreign(out: Path, picture: Path | None, asked: dict[str, Any], over
             known = read_mapping(out, FIGURES)
         except InputError as err:
             raise InputError(f"--out {str(out)!r} holds no figures of this command: choose another") from err
-        if not overwrite and any(known[key] != value for key, value in asked.items()):
+        if not overwrite and any(known.get(key) != value for key, value in asked.items()):
             was = f"{known['autoencoder']}, {known['data']} at {known['size']} px"
             raise InputError(f"--out {str(out)!r} holds figures of {was}: choose another, or add --overwrite")
     if picture is not None and picture.exists() and known.get("picture") != str(picture):
