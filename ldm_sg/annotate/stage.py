@@ -65,16 +65,17 @@ class Stage:
         meta = read_mapping(self.meta, kinds)
         return ShardMeta(**{f.name: meta[f.name] for f in fields(ShardMeta) if f.name in meta})
 
-    def read_features(self) -> np.ndarray:
-        """float16 [n, D], memory-mapped."""
-        return read_features(self.features, len(self.read_meta().keys))
+    def read_features(self, rows: int | None = None) -> np.ndarray:
+        """float16 [n, D], memory-mapped; InputError where n is not `rows`."""
+        return read_features(self.features, rows)
 
     def read_observed(self) -> Observed:
         """What f observed of the shard's images."""
         with np.load(self.observed, allow_pickle=False) as arrays:
             columns = to_columns({n: arrays[n] for n in arrays.files if "/" not in n})
             totals = {n.removeprefix("total/"): arrays[n] for n in arrays.files if n.startswith("total/")}
-        return Observed(columns, totals, self.read_features() if self.features.is_file() else None)
+        rows = len(self.read_meta().keys) if self.features.is_file() else 0
+        return Observed(columns, totals, self.read_features(rows) if rows else None)
 
     def read_latents(self, which: str, meta: ShardMeta) -> np.ndarray:
         """float16 [n, C, h, w], memory-mapped."""
@@ -172,7 +173,7 @@ def sample_features(all_stages: list[Stage], counts: list[int], limit: int, seed
         first, last = np.searchsorted(chosen, [start, end])
         if first == last:
             continue
-        features = stage.read_features()
+        features = stage.read_features(end - start)
         if out is None:
             out = np.empty((len(chosen), features.shape[1]), np.float32)
         out[first:last] = features[chosen[first:last] - start]

@@ -219,15 +219,17 @@ class LatentSet:
             os.close(file)
 
 
-def read_features(path: Path, rows: int, dim: int | None = None) -> np.ndarray:
-    """g's features of a shard's `rows` images, floating point [rows, dim], memory-mapped; InputError for any other file."""
+def read_features(path: Path, rows: int | None = None, dim: int | None = None) -> np.ndarray:
+    """g's features of a shard's images, floating point [rows, dim] (None = any), memory-mapped; InputError for any other file."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as err:  # numpy raises what it likes at a header; objects cannot be mapped, nor what is cut off
         raise InputError(f"{path} is damaged: {one_line(err)[:200]}: annotate again") from err
-    wanted = (rows, dim or found.shape[-1]) if found.ndim else ()
-    if found.shape != wanted or not np.issubdtype(found.dtype, np.floating):
-        raise InputError(f"{path}: {found.dtype} {found.shape}, not features of {rows} images: annotate again")
+    fits = found.ndim == 2 and all(want in (None, n) for want, n in zip((rows, dim), found.shape))
+    if not fits or not np.issubdtype(found.dtype, np.floating):
+        raise InputError(
+            f"{path}: {found.dtype} {found.shape}, not features of {rows or 'some'} images: annotate again"
+        )
     return found
 
 
