@@ -112,7 +112,7 @@ def _finetuned(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """What finetune.json says, in words; nothing of a run that was not moved from another one."""
     found = _read(run / "finetune.json")
     figures, made = _numbers(found), str(found.get("clusters", ""))
-    facts = {"fine-tuned from": Path(str(config.get("init"))).name, "its labels": LABELS.get(made, made)}
+    facts = {"fine-tuned from": Path(str(config.get("init") or "")).name, "its labels": LABELS.get(made, made)}
     if {"fd_held_out_first", "fd_held_out"} <= figures.keys():
         facts["FD to held-out images"] = "{fd_held_out_first:.4g} at first, {fd_held_out:.4g} at best".format(**figures)
     if "nearest_cosine" in figures:
