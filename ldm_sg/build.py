@@ -15,12 +15,12 @@ from ldm_sg.autoencoder.manifest import find as find_stage
 from ldm_sg.config import TrainConfig, model_config
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
-from ldm_sg.folder import file_sha256, pipeline_of, whole
+from ldm_sg.folder import WEIGHTS, file_sha256, pipeline_of, whole
 from ldm_sg.models.lora import add_lora, merged, train_only
 from ldm_sg.models.transfer import likeness, transfer
 from ldm_sg.models.unet import GuidedUNet, make_unet
 from ldm_sg.objective import Objective
-from ldm_sg.pipeline import WEIGHTS, SelfGuidedPipeline, open_pipeline
+from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.sampling.schedules import noise_scheduler, objective_of
 
 

@@ -478,12 +478,14 @@ def measure_autoencoder(
     lpips: Annotated[str | None, typer.Option(help="AlexNet's features, safetensors; default torchvision's.")] = None,
     inception: Annotated[str | None, typer.Option(help="Inception's weights, for rFID; as in evaluate.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other figures in --out.")] = False,
     device: Device = "auto",
 ) -> None:
     """How well an autoencoder gives images back (PSNR, SSIM, LPIPS, rFID), and its latents' mean and std."""
     from ldm_sg.verbs.autoencoder import measure
 
-    measure(name, data, n, size, picture, out, lpips=lpips, inception=inception, batch_size=batch_size, device=device)
+    measure(name, data, n, size, picture, out, lpips=lpips, inception=inception, batch_size=batch_size, device=device,
+        overwrite=overwrite)  # fmt: skip
 
 
 def _numbers(flag: str, text: str | None, kind: type) -> list:

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm_sg.configfile import ROOT, check_keys, load
 from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import annotator_folder, flat, read_mapping
 
 
 @dataclass
@@ -29,6 +30,7 @@ class FeaturesConfig:
 SEGMENT_METHODS = ("stego", "patch_kmeans")
 KINDS = ("eps", "v", "x0", "flow")  # what a network predicts
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+MOST_TIMESTEPS = 100_000  # of a schedule, which is held in memory
 
 
 @dataclass
@@ -162,6 +164,14 @@ class AnnotateConfig:
                     f"annotator.{key}={value}: annotator.kind={self.annotator.kind} does not read it; {', '.join(readers)} "
                     f"{'does' if len(readers) == 1 else 'do'}"
                 )
+        reused = max((i for i, layer in enumerate(given) if layer.get("reuse")), default=None)
+        if reused is not None and (path := annotator_folder(str(self.annotator.reuse)) / "annotator.yaml").is_file():
+            there = read_mapping(path, {"config": dict, "state": dict})
+            own = flat(there["config"] | {"k": there["state"].get("k")})
+            for key, value in flat(OmegaConf.to_container(OmegaConf.merge(*given[reused:]))).items():  # type: ignore[arg-type]
+                same = key in ("kind", "reuse", "extend") or own.get(key, value) == value
+                said = f"leave it out: {self.annotator.reuse}, reused, has {own.get(key)}"
+                _need(f"annotator.{key}", value, same, said)
 
 
 @dataclass
@@ -242,7 +252,7 @@ class ObjectiveConfig:
         gamma = self.min_snr
         _need("objective.min_snr", gamma, gamma is None or 0 < gamma < math.inf, "null, or above 0")
         _need("objective.min_snr", gamma, gamma is None or self.kind != "flow", "flow has no min-SNR weighting; null")
-        _need("objective.timesteps", self.timesteps, self.timesteps >= 2, "at least 2")
+        check_timesteps("objective.timesteps", self.timesteps)
         betas = (self.beta_start, self.beta_end)
         _need("objective.beta_start, beta_end", betas, 0 < betas[0] <= betas[1] < 1, "0 < beta_start <= beta_end < 1")
         _need("objective.shift", self.shift, 0 < self.shift < math.inf, "a finite number above 0")
@@ -325,7 +335,9 @@ class TrainConfig:
         _need("patience", self.patience, not self.patience or self.val_every * self.val_share > 0, "needs held-out images: "
               "val_every and val_share above 0")  # fmt: skip
         self.objective.check()
-        model_config(self.model)
+        model = model_config(self.model)
+        widest = model.channels * max(model.multipliers, default=1)
+        _need("lora", self.lora, self.lora <= widest, f"at most {widest}, the width of the network's widest level")
 
 
 @dataclass
@@ -405,6 +417,12 @@ def model_config(model: Any) -> ModelConfig:
         return OmegaConf.to_object(OmegaConf.merge(merged, layer))  # type: ignore[return-value]
     except OmegaConfBaseException as err:
         raise InputError(f"model: {str(err).splitlines()[0]}") from err
+
+
+def check_timesteps(name: str, value: Any) -> None:
+    """InputError where a schedule cannot have so many times; `name` says where they are asked for."""
+    right = type(value) is int and 2 <= value <= MOST_TIMESTEPS
+    _need(name, value, right, f"a whole number from 2 to {MOST_TIMESTEPS:,}")
 
 
 def _need(name: str, value: Any, right: bool, what: str) -> None:

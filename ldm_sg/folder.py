@@ -25,6 +25,7 @@ from ldm_sg.errors import InputError, one_line
 LOCK = ".lock"
 HOST = socket.gethostname()
 FORGOTTEN = 24 * 3600  # seconds after which a temporary of another machine is a dead one's
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a part in diffusers' format: the name that it downloads
 Result = TypeVar("Result")
 _held: dict[Path, IO[str]] = {}  # locks of this process, by their files
 # a worker must not outlive us with one
@@ -279,6 +280,13 @@ def copy_plain(source: Path, to: Path, without: str = "") -> None:
 def pipeline_of(run: str | Path) -> Path | None:
     """The pipeline folder of a run, or `run` where it is one itself; None where there is none."""
     return next((p for p in (Path(run) / "pipeline", Path(run)) if (p / "model_index.json").is_file()), None)
+
+
+def annotator_folder(source: str | Path) -> Path:
+    """The annotator/ of an annotation set, a run or a pipeline, or that folder itself."""
+    return next(
+        (p for p in (Path(source) / sub for sub in ("annotator", "pipeline/annotator")) if p.is_dir()), Path(source)
+    )
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,8 +1,9 @@
 """SelfGuidedPipeline: everything that sampling needs, in one folder of diffusers' format."""
 
 import json
+import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from ldm_sg.data.images import MAX_SIDE
 from ldm_sg.errors import InputError, choices, one_line
-from ldm_sg.folder import file_sha256, pipeline_of, read_mapping
+from ldm_sg.folder import WEIGHTS, file_sha256, pipeline_of, read_mapping
 from ldm_sg.guidance.compose import Denoiser, Strategy, cfg
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.hardware import pick_device, use_bf16
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 VERSION = 2  # of the folder
-BASE, WEIGHTS = "base.json", "diffusion_pytorch_model.safetensors"
+BASE = "base.json"
 MOST_SIGNALS = 20_000  # masks or features that a pipeline folder carries
 LEARNT_WITH = ("DDPMScheduler", "FlowMatchEulerDiscreteScheduler")  # what `sampling.schedules` makes
 
@@ -75,10 +77,16 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def resize(self, width: int, height: int) -> None:
         """Makes images of this size in pixels from now on. The network has learnt one size: far from it objects are repeated or cut,
         and masks and boxes are stretched. InputError for sides that it cannot halve as often as it does."""
-        step = self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if min(width, height) < step or width % step or height % step:
-            raise InputError(f"size {width}x{height}: this run makes multiples of {step} pixels")
-        self.cells = height // self.autoencoder.factor, width // self.autoencoder.factor
+        self.cells = self._cells(width, height)
+
+    def _cells(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """(h, w) of the latents of images of this size; of sides that are None, as it makes them."""
+        factor, own = self.autoencoder.factor, self.latent_shape[1:]
+        step = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        rows, columns = (n * factor if side is None else side for side, n in zip((height, width), own))
+        if any(type(side) is not int or side % step or not 0 < side <= MAX_SIDE for side in (rows, columns)):
+            raise InputError(f"size {columns}x{rows}: this run makes multiples of {step} pixels, up to {MAX_SIDE:,}")
+        return rows // factor, columns // factor
 
     def save_pretrained(self, save_directory: str | Path, refer: bool = False, **kwargs: Any) -> None:
         """The folder, whole: also what loads it where ldm_sg is not installed. `refer`: a large first stage stays where it is,
@@ -115,12 +123,16 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def load_lora(self, folder: Path) -> None:
         """Makes this pipeline the one that was fine-tuned from it, with what `save_lora` wrote."""
         from ldm_sg.models.lora import load_lora
+        from ldm_sg.parts import check_whole
 
+        safe, parts = {"low_cpu_mem_usage": False, "use_safetensors": True}, {}
+        for name in ("conditioner", "signals"):
+            if not (folder / name).is_dir():
+                way = "give the lora/ folder of a run that was fine-tuned with lora="
+                raise InputError(f"lora {str(folder)!r}: no {name}/ there; {way}")
+            parts[name] = type(getattr(self, name)).from_pretrained(folder / name, **safe)
+        check_whole(parts["conditioner"], folder / "conditioner")
         load_lora(self.unet, folder)
-        parts = {
-            name: type(getattr(self, name)).from_pretrained(folder / name, low_cpu_mem_usage=False)
-            for name in ("conditioner", "signals")
-        }
         self.register_modules(**parts)
         self.conditioner.to(self.device, self.unet.dtype)
         self.spec, self._members, self.annotator_folder = self.signals.spec, {}, folder / "annotator"
@@ -185,6 +197,10 @@ class SelfGuidedPipeline(DiffusionPipeline):
         """Which training signals have `label`; InputError where the run has no such label, or no image has it."""
         if not self.spec.num_labels:
             raise InputError(f"cluster {label}: this run was trained without clusters; it accepts {self.accepts()}")
+        try:
+            label = operator.index(None if isinstance(label, bool) else label)
+        except TypeError as err:
+            raise InputError(f"cluster {label!r}: a whole number is needed") from err
         if not 0 <= label < self.spec.num_labels:
             raise InputError(f"cluster {label}: this run has clusters 0 to {self.spec.num_labels - 1}")
         if label not in self._members:
@@ -242,12 +258,15 @@ class SelfGuidedPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """As diffusers' pipelines are called: `num_images_per_prompt` images of each cluster; without clusters, of signals drawn from
         the training distribution.
 
         guidance_scale: w of Eq. 4, None = `usual_w` (2). generator: one stream for all images, or one an image, as `generators`
         gives them. latents: unit noise [B, C, h, w]. output_type: pil, np [B, H, W, 3] or pt [B, 3, H, W] in [0, 1], latent.
+        height, width: in pixels, of this call's images alone; as in `resize`.
         callback_on_step_end(pipe, step, time, {"latents": x}) may return other latents. The solver is DPM-Solver++(2M) of
         ldm_sg, or whatever scheduler was put in the place of the run's."""
         if output_type not in OUTPUTS:
@@ -256,17 +275,21 @@ class SelfGuidedPipeline(DiffusionPipeline):
             raise InputError(
                 f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs}: there are latents"
             )
-        asked = [cluster] if isinstance(cluster, int) else cluster
+        asked = cluster if cluster is None or isinstance(cluster, Iterable) else [cluster]
         ids = None if asked is None else [k for k in asked for _ in range(num_images_per_prompt)]
-        shape = (num_images_per_prompt if ids is None else len(ids), *self.latent_shape)
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise InputError(f"generator: {len(generator)} of them for {shape[0]} images: give one, or one an image")
+        n = num_images_per_prompt if ids is None else len(ids)
+        if n < 1:
+            raise InputError(f"cluster={cluster}, num_images_per_prompt={num_images_per_prompt}: that is no image")
+        if isinstance(generator, list) and len(generator) != n:
+            raise InputError(f"generator: {len(generator)} of them for {n} images: give one, or one an image")
+        cells = self._cells(width, height)
+        shape = (n, self.latent_shape[0], *cells)
         noise = randn_tensor(shape, generator) if latents is None else latents
         if noise.shape != shape:
-            raise InputError(f"latents: {tuple(noise.shape)}, but {shape[0]} images of this run need {shape}")
+            raise InputError(f"latents: {tuple(noise.shape)}, but {n} images of this run need {shape}")
         first = generator[0] if isinstance(generator, list) else generator
         seed = int(torch.randint(2**31, (), generator=first, device=first.device if first else None))
-        guidance = self.guidance(self.draw(shape[0], seed, clusters=ids))
+        guidance = self.draw(n, seed, clusters=ids).guidance(cells)
         w = self.usual_w if guidance_scale is None else guidance_scale
         with self.progress_bar(total=num_inference_steps) as bar:
 
@@ -373,17 +396,13 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def _pixels(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents.to(self._execution_device, self.autoencoder.dtype)).float()
 
-    def enable_vae_tiling(self, on: bool = True) -> None:
-        """Large images are decoded in tiles, which takes less memory; InputError where the first stage has no such thing."""
-        net = getattr(self.autoencoder.codec, "net", None)
-        if not hasattr(net, "enable_tiling"):
-            raise InputError(
-                f"enable_vae_tiling: the first stage {self.autoencoder.name!r} ({self.autoencoder.kind}) has no tiles"
-            )
-        (net.enable_tiling if on else net.disable_tiling)()
+    def enable_vae_tiling(self, tile: int = 512) -> None:
+        """Images with a side longer than `tile` pixels are decoded in overlapping tiles of that side, which takes less memory."""
+        self.autoencoder.set_tile(tile)
 
     def disable_vae_tiling(self) -> None:
-        self.enable_vae_tiling(False)
+        """The first stage's own tiles again."""
+        self.autoencoder.set_tile()
 
 
 def open_pipeline(

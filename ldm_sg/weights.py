@@ -54,6 +54,32 @@ def read_weights(path: Path, inert: bool = False) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
+def check_finite(state: Mapping[str, Tensor], where: str | Path) -> None:
+    """InputError naming the first of the tensors that holds NaN or infinity; `where`: the file or folder they are of."""
+    broken = next((name for name, value in state.items() if not value.isfinite().all()), None)
+    if broken:
+        raise InputError(f"{where}: {broken} holds NaN or infinity: it is damaged, or its training diverged")
+
+
+def read_finite(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """A safetensors file's tensors, all finite and float32, those of `shapes` among them; 0 there stands for any size above it.
+    InputError for any other file."""
+    try:
+        state = load_file(path)
+    except Exception as err:  # of the disk or of its header
+        raise InputError(f"{path} is damaged or not complete: {one_line(err)[:200]}") from err
+    for name, shape in shapes.items():
+        if name not in state:
+            raise InputError(f"{path}: no {name} in it: the file is damaged")
+        there = state[name].shape
+        fits = len(there) == len(shape) and all(n and want in (0, n) for n, want in zip(there, shape, strict=True))
+        if not fits or not state[name].is_floating_point():
+            said = " x ".join(str(want or "any") for want in shape)
+            raise InputError(f"{path}: {name} is {state[name].dtype} {list(there)}; floating point {said} is expected")
+    check_finite(state, path)
+    return {name: value.float() for name, value in state.items()}
+
+
 def _stand_ins(path: Path) -> list[type]:
     """One _Inert under each name in a torch file that torch's own unpickler of weights would refuse; it knows no other way to
     call anything, and still refuses whatever is of `os` or `sys`."""

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -174,6 +175,7 @@ def test_wrong_checkpoints_are_named_in_one_line_and_leave_nothing(tmp_path: Pat
     save_file({k: v for k, v in state.items() if k != "decoder.conv_in.weight"}, "half.safetensors")
     save_file({k: v for k, v in state.items() if k != "decoder.mid.block_1.norm1.weight"}, "hole.safetensors")
     save_file({"a": torch.ones(1)}, "other.safetensors")
+    save_file({**state, "decoder.conv_out.bias": torch.tensor([0, torch.inf, 0])}, "inf.safetensors")
     Path("text.ckpt").write_text("hello")
     write_yaml(Path("z.yaml"), {**KL, "z_channels": 8})
     write_yaml(Path("vq.yaml"), VQ, n_embed=16)
@@ -186,6 +188,7 @@ def test_wrong_checkpoints_are_named_in_one_line_and_leave_nothing(tmp_path: Pat
         "flat.yaml: no ddconfig": ["kl.safetensors", "--config", "flat.yaml"],
         "half.safetensors: no tensor decoder.conv_in.weight": ["half.safetensors"],
         "hole.safetensors: the weights do not fit": ["hole.safetensors"],
+        "inf.safetensors: decoder.conv_out.bias holds NaN or infinity": ["inf.safetensors"],
         "other.safetensors: no tensor encoder.conv_in.weight": ["other.safetensors"],
         "text.ckpt: not a safetensors file": ["text.ckpt"],
         "nowhere.ckpt: no such file": ["nowhere.ckpt"],
@@ -340,8 +343,30 @@ def test_measure_says_what_comes_back(tmp_path: Path, monkeypatch: pytest.Monkey
     exact = measure("patch2", str(folder), n=4, out=tmp_path / "b.json")
     assert exact["metrics"] == {"psnr": 100.0, "ssim": 1.0} and exact["images"] == 4
     assert run("measure", "demo-f8c16", "--data", folder, "--size", 20)[0] == 2
-    assert "at least 16 pixels" in run("measure", "demo-f8c16", "--data", folder, "--size", 8)[1]
-    assert "no such file" in run("measure", "demo-f8c16", "--data", folder, "--inception", "nowhere.pth")[1]
+    own, other = Path("p.png").read_bytes(), Path("mine.json")
+    other.write_text('{"precious": 1}')
+    save_file({"features.0.weight": torch.ones(3), "features.0.bias": torch.ones(3)}, "lpips.safetensors")
+    for flags, message in (
+        (("--size", 8), "--size 8: from 16 to 8,192 pixels"),
+        (("--size", 0), "--size 0: from 16"),
+        (("--size", 100_000), "--size 100000: from 16"),
+        (("--batch-size", -3), "--batch-size -3: at least"),
+        (("--inception", "nowhere.pth"), "no such file"),
+        (("--lpips", other), "mine.json: not a safetensors file"),
+        (("--lpips", "lpips.safetensors"), "lpips_weights=lpips.safetensors: its 0.weight"),
+        (("--out", other, "--overwrite"), "mine.json' holds no figures"),
+        (("--size", 16), "holds figures of demo-f8c16, .* at 32 px: choose another, or add --overwrite"),
+        (("--picture", other), "--picture 'mine.json' is there, and not of the figures in demo-f8c16-measured.json"),
+        (("--picture", "p.png", "--out", "new.json"), "--picture 'p.png' is there"),
+    ):
+        code, output = run("measure", "demo-f8c16", "--data", folder, *flags)
+        assert code == 2 and output.count("\n") == 1 and re.search(message, output), output
+    assert (
+        other.read_text() == '{"precious": 1}' and Path("p.png").read_bytes() == own and not Path("new.json").exists()
+    )
+    again = ("measure", "demo-f8c16", "--data", folder, "--picture", "p.png")
+    assert run(*again)[0] == run(*again, "--size", 16, "--overwrite")[0] == 0  # its own
+    assert json.loads(Path("demo-f8c16-measured.json").read_text())["size"] == 16
 
 
 @pytest.mark.skipif(not (SHARED / "weights/lpips_alex").is_dir(), reason="needs ../shared/weights")
@@ -353,8 +378,13 @@ def test_measure_with_all_judges(tmp_path: Path) -> None:
     assert list(found) == ["psnr", "ssim", "lpips", "rfid"] and found["lpips"] > 1e-3 and found["rfid"] > 1
 
 
-def test_list_shows_every_manifest() -> None:
+@pytest.mark.parametrize("damage", ["kind: [", "kind: kl\nsource: {file: 3}", "knd: kl"])
+def test_list_shows_every_manifest(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("autoencoders/broken").mkdir(parents=True)
+    Path("autoencoders/broken/manifest.yaml").write_text(damage)
     code, output = run("list")
+    assert re.search("\nbroken .*manifest.yaml.*(damaged|source|kind)", output), output
     lines = {line.split()[0]: line for line in output.splitlines()}
     assert code == 0 and "f8 c16" in lines["demo-f8c16"] and lines["demo-f8c16"].endswith("here")
     assert "hub REPA-E/e2e-sdvae-hf" in lines["e2e-sdvae"] and "yours to bring" in lines["vq-f4"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from ldm_sg.annotate import dedup as module
 from ldm_sg.annotate.dedup import left_out
+from ldm_sg.annotate.stage import Stage, sample_features
 from ldm_sg.cli import app
 from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import from_mapping
@@ -34,6 +36,27 @@ def test_planted_twins_and_an_outlier_are_found(exact: int, monkeypatch: pytest.
     assert [(left.index, left.kept) for left in found] == [(1, 0), (2, 0), (300, 0), (399, None)]
     assert all(left.cosine > 0.99 for left in found[:3]) and found[3].cosine < 0
     assert left_out(points[3:300], 0.99, 0.0) == []  # nothing is a twin of itself
+
+
+@pytest.mark.parametrize("damage", ["objects", "cut off", "fewer", "flat", "whole numbers", "nan", "empty"])
+def test_damaged_features_are_one_line(damage: str, base: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = Path(
+        shutil.copytree(from_mapping(TrainConfig, read_mapping(base / "config.yaml"), "").annotation, tmp_path / "set")
+    )
+    path = folder / "features" / "000000.npy"
+    whole, data = np.load(path), path.read_bytes()
+    bad = {"objects": whole.astype(object), "fewer": whole[:-1], "flat": whole[:, 0], "whole numbers": whole.astype(np.int64),
+           "nan": whole * np.float16("nan")}  # fmt: skip
+    if damage in bad:
+        np.save(path, bad[damage], allow_pickle=True)
+    else:
+        path.write_bytes(data[: len(data) // 2] if damage == "cut off" else b"")
+    result = CliRunner().invoke(app, ["dedup", str(folder), "--out", str(tmp_path / "l.jsonl")])
+    assert result.exit_code == 2 and result.output.count("\n") == 1 and "features" in result.output, result.output
+    assert "annotate again" in result.output and not (tmp_path / "l.jsonl").exists()
+    if damage != "nan":
+        with pytest.raises(InputError, match="annotate again"):
+            sample_features([Stage(folder, 0)], [len(whole)], 10, 0)
 
 
 def test_what_the_list_names_is_not_learnt_from(base: Path, tmp_path: Path) -> None:  # noqa: F811

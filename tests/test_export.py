@@ -29,6 +29,14 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     judged = {"metrics": {"inception": {"fd": 12.5}}, "judges": {"inception": {"guide": False}}, "samples": 500,
               "reference_images": 64, "sampling": {"w": 2.0, "steps": 25, "scheduler": "dpmpp_2m"}, "source": str(folder)}  # fmt: skip
     (folder / "evaluations" / "a.json").write_text(json.dumps(judged))
+    tuned = {
+        "clusters": "extend",
+        "fd_held_out_first": 0.5,
+        "fd_held_out": 0.25,
+        "best_step": 40,
+        "nearest_cosine": 0.9,
+    }
+    (folder / "finetune.json").write_text(json.dumps(tuned))
     return folder
 
 
@@ -42,7 +50,9 @@ def test_an_export_is_the_run_with_a_card(run: Path, tmp_path: Path) -> None:
     assert code == 0 and output.endswith(f"{tmp_path / 'out'}\n"), output
     card = (tmp_path / "out" / "README.md").read_text()
     for said in ("library_name: diffusers", "trust_remote_code=True", "cluster=[0] * 8", "| w = 2, 25 dpmpp_2m | inception | 500 / 64 | 12.5 |",
-                 "| first stage | patch2 (patch) |", "guided by 4 clusters", "| images | 64 |", "| latent | 12 × 8 × 8 |"):  # fmt: skip
+                 "| first stage | patch2 (patch) |", "guided by 4 clusters", "| images | 64 |", "| latent | 12 × 8 × 8 |",
+                 "| its labels | its base's and new ones (extend) |", "| FD to held-out images | 0.5 at first, 0.25 at best |",
+                 "| nearest training image | cosine 0.900 to a sample, on average |"):  # fmt: skip
         assert said in card, said
     assert "ONNX" not in card and Image.open(tmp_path / "out" / "grid.png").width > 100
     own, exported = open_pipeline(run, "cpu"), open_pipeline(tmp_path / "out", "cpu")

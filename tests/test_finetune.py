@@ -36,6 +36,7 @@ from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.models.transfer import likeness, transfer
 from ldm_sg.models.unet import make_unet
 from ldm_sg.pipeline import open_pipeline
+from ldm_sg.report.run import run_facts
 from ldm_sg.training.data import LatentBatches, Mixed
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.pack import pack
@@ -160,6 +161,17 @@ def test_a_folder_of_photos_becomes_a_run_and_the_command_resumes(base: Path, ot
     assert (pixels[0] - pixels[1]).abs().max() > 60  # the two colours are told apart
     code, output = finetune(*flags)
     assert code == 0 and "already trained" in output
+    before = read_mapping(out / "config.yaml")
+    code, output = finetune(*[60 if flag == 40 else flag for flag in flags])
+    assert code == 0 and "resuming at step 40" in output, output
+    assert read_mapping(out / "config.yaml") == before | {"steps": 60}
+    said = json.loads((out / "finetune.json").read_text())
+    assert said["steps"] > 40
+    facts = run_facts(out)
+    assert (facts["fine-tuned from"], facts["its labels"]) == ("run", "new ones (refit)")
+    assert f"{said['fd_held_out']:.4g} at best" in facts["FD to held-out images"]
+    assert f"{said['nearest_cosine']:.3f}" in facts["nearest training image"]
+    assert "fine-tuned from" not in run_facts(base)
 
 
 def test_adapters_are_small_load_onto_the_base_and_leave_its_weights(base: Path, other: Path, tmp_path: Path) -> None:
@@ -180,11 +192,31 @@ def test_adapters_are_small_load_onto_the_base_and_leave_its_weights(base: Path,
     (tmp_path / "bad" / "pytorch_lora_weights.safetensors").write_bytes(b"no")
     for run, folder, word in (
         (base, tmp_path / "bad", "does not fit"),
-        (base, other, "no pytorch_lora_weights"),
+        (base, other, "give the lora/ folder of a run"),
         (out, out / "lora", "another run"),  # its adapters are in these weights already
     ):
         with pytest.raises(InputError, match=word):
             open_pipeline(run, "cpu", lora=str(folder))
+    file, pipe = tmp_path / "bad" / "pytorch_lora_weights.safetensors", open_pipeline(base, "cpu")
+    good, first = load_file(out / "lora" / file.name), "conv_in.lora_A.weight"
+    untouched = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    for tensors, word in (
+        ({name: value for name, value in good.items() if name != first}, f"no {first} in it"),
+        (good | {first: torch.full_like(good[first], torch.nan)}, f"{first} holds NaN"),
+        (good | {first: good[first][:, :3].contiguous()}, f"{first} is torch.float32 .* any x 48 x 3 x 3 is expected"),
+        (good | {first: good[first][:2]}, "adapters of one rank"),
+        (good | {"other.lora_A.weight": torch.ones(4, 4)}, "nothing else"),
+        (None, "conditioner"),
+    ):
+        if tensors is None:
+            save_file(good, file)
+            shutil.rmtree(tmp_path / "bad" / "conditioner")
+        else:
+            save_file(tensors, file)
+        with pytest.raises(InputError, match=word):
+            pipe.load_lora(tmp_path / "bad")
+    now = pipe.unet.state_dict()
+    assert now.keys() == untouched.keys() and all(torch.equal(now[name], value) for name, value in untouched.items())
 
 
 def test_extended_clusters_keep_the_old_ones_and_replay_their_images(base: Path, other: Path, tmp_path: Path) -> None:
@@ -291,6 +323,7 @@ def test_folders_that_are_not_whole_or_anothers_are_refused(base: Path, tmp_path
         (("--clusters", "reuse", "--k", "3"), "reuse"),
         (("--replay", "0.2"), "extend"),
         (("--lora", "-1"), "lora"),
+        (("--lora", "100000"), "lora=100000: at most 32"),
         (("only=[nothing]",), "nothing"),
         (("--k", "999"), "999"),
     ],

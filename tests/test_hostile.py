@@ -13,13 +13,19 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import photo
+from safetensors.torch import load_file, save_file
 from test_annotate import annotate, annotate_shards, config, make_shards
 
-from ldm_sg.annotate.kinds import load_f
+from ldm_sg.annotate.clusters import Clusters
+from ldm_sg.annotate.kinds import KINDS, load_f, save_annotator
+from ldm_sg.annotate.stego_head import Head
 from ldm_sg.annotate.stream import Passing, ahead
+from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data import images, shards, tars
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.pool import decoder_pool
@@ -321,10 +327,67 @@ def test_an_annotators_state_sets_only_what_it_declares(finished, tmp_path):
     _, out = finished
     folder = shutil.copytree(out / "annotator", tmp_path / "annotator")
     settings = yaml.safe_load((folder / "annotator.yaml").read_text())
-    for state in ({"k": 3, "annotate": 1}, {"k": "3"}, {"k": [3]}, {"__class__": 1}):
+    for state in ({"k": 3, "annotate": 1}, {"k": -3}, {"k": "3"}, {"k": [3]}, {"__class__": 1}):
         (folder / "annotator.yaml").write_text(yaml.safe_dump(settings | {"state": state}))
         with pytest.raises(InputError, match=r"not what annotator\.kind=clusters keeps there"):
             load_f(folder)
+
+
+def damaged_f(kind: str, folder: Path) -> Path:
+    """An annotator/ of 4 clusters or classes in 6 dimensions."""
+    made = KINDS[kind](AnnotatorConfig(kind=kind, k=4))
+    if isinstance(made, Clusters):
+        made._take(torch.rand(4, 6))
+    if kind == "boxes":
+        made.mean = torch.rand(6, 2, 2)
+    if kind == "centroids":
+        made.clusters = Clusters(made.cfg)
+        made.clusters._take(torch.rand(4, 6))
+    if kind == "neighbours":
+        made.bank = np.random.default_rng(0).random((5, 6), np.float32)
+    if kind in ("centroids", "neighbours"):
+        made.k, made.dim = 0, 6
+    if kind == "segments":
+        made.segmenter.centroids, made.segmenter.head = torch.rand(4, 3), Head(6, 3)
+        made.segmenter.prototypes = torch.rand(4, 6)
+    save_annotator(folder, made, None)
+    settings = yaml.safe_load((folder / "annotator.yaml").read_text())
+    (folder / "annotator.yaml").write_text(yaml.safe_dump(settings | {"features": {"dim": 6}}))
+    load_f(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "name"),
+    [
+        ("clusters", "centroids", "centroids"),
+        ("boxes", "centroids", "centroids"),
+        ("boxes", "mean_key", "key"),
+        ("centroids", "centroids", "centroids"),
+        ("neighbours", "bank", "features"),
+        ("segments", "segments", "centroids"),
+        ("segments", "segments", "prototypes"),
+        ("segments", "segments", "head.linear.weight"),
+    ],
+)
+def test_a_damaged_f_is_one_line(kind: str, file: str, name: str, tmp_path: Path) -> None:
+    path = damaged_f(kind, tmp_path / "annotator") / f"{file}.safetensors"
+    tensors, data = load_file(path), path.read_bytes()
+    value = tensors.pop(name)
+    changes = {"NaN": value * torch.nan, "flat": value[..., 0], "empty": value[:0]}
+    changes |= {"wider": torch.cat([value, value[:, :1]], 1)} if name != "key" else {}
+    changes |= {} if name.startswith(("head", "prototypes")) else {"whole": value.long(), "missing": None}
+    for what, changed in changes.items():
+        if what == "wider" and (name == "prototypes" or what == name):
+            continue
+        save_file(tensors if changed is None else tensors | {name: changed.contiguous()}, path)
+        with pytest.raises(InputError) as said:
+            load_f(tmp_path / "annotator")
+        assert path.name in str(said.value) and str(said.value).endswith("; annotate again"), what
+    for cut in (b"", data[: len(data) // 2]):
+        path.write_bytes(cut)
+        with pytest.raises(InputError, match="damaged or not complete"):
+            load_f(tmp_path / "annotator")
 
 
 def test_pack_tells_what_it_enlarged(tmp_path, capsys):

@@ -20,6 +20,7 @@ from ldm_sg import hub as hubs
 from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import ObjectiveConfig, model_config
 from ldm_sg.errors import InputError
+from ldm_sg.folder import WEIGHTS
 from ldm_sg.models.unet import make_unet
 from ldm_sg.parts import OURS
 from ldm_sg.pipeline import OUTPUTS, SelfGuidedPipeline, open_pipeline
@@ -184,6 +185,14 @@ def test_the_callback_sees_every_step_and_may_change_it(foreign: bool, pipe: Sel
 def test_wrong_calls_are_told(pipe: SelfGuidedPipeline) -> None:
     for call, message in (
         ({"cluster": 9}, "clusters 0 to 3"),
+        *(
+            ({"cluster": k}, "a whole number is needed")
+            for k in ("a", 1.5, True, [None], [1, 2.0], torch.tensor([0.5]))
+        ),
+        ({"cluster": []}, r"cluster=\[\], .*: that is no image"),
+        ({"cluster": 1, "height": 18}, "size 16x18: this run makes multiples of 4 pixels"),
+        ({"cluster": 1, "width": 10**6}, "up to 8,192"),
+        ({"cluster": 1, "width": "32"}, "size 32x16: this run"),
         ({"cluster": 1, "output_type": "pill"}, "did you mean 'pil'"),
         ({"cluster": [1, 2], "generator": pipe.generators(3)}, "3 of them for 2 images"),
         ({"cluster": 1, "latents": torch.zeros(1, 3, 8, 8)}, r"latents: \(1, 3, 8, 8\), but 1 images"),
@@ -191,8 +200,19 @@ def test_wrong_calls_are_told(pipe: SelfGuidedPipeline) -> None:
     ):
         with pytest.raises(InputError, match=message):
             pipe(**call)
-    with pytest.raises(InputError, match=r"enable_vae_tiling: the first stage 'patch2' \(patch\) has no tiles"):
-        pipe.enable_vae_tiling()
+    with pytest.raises(InputError, match="tile: 4; a whole number from 8 pixels"):
+        pipe.enable_vae_tiling(4)
+    assert pipe.cells is None  # what was asked for in vain does not stay
+
+
+def test_a_call_may_ask_for_another_size(pipe: SelfGuidedPipeline) -> None:
+    call = {"cluster": np.array([1, 3]), "num_inference_steps": 2, "output_type": "pt"}
+    before, given = (pipe(**call, generator=pipe.generators(2)).images for _ in range(2))
+    wide = pipe(**call, width=32, generator=pipe.generators(2)).images
+    assert wide.shape == (2, 3, 16, 32) and pipe.latent_shape == (12, 8, 8) and torch.equal(before, given)
+    pipe.resize(32, 16)
+    assert torch.equal(pipe(**call, generator=pipe.generators(2)).images, wide)
+    assert pipe(**call, width=16, height=20).images.shape == (2, 3, 20, 16) and pipe.latent_shape == (12, 8, 16)
 
 
 def test_half_precision(pipe: SelfGuidedPipeline) -> None:
@@ -227,10 +247,15 @@ def test_a_network_as_first_stage_is_a_part_with_weights(run: Path, tmp_path: Pa
     assert load_autoencoder(tmp_path / "whole" / "autoencoder").factor == 8
     again.enable_model_cpu_offload(device="cpu")
     assert len(again(cluster=[1, 2], num_inference_steps=2).images) == 2 and hasattr(again.autoencoder, "_hf_hook")
-    again.enable_vae_tiling()
-    assert again.autoencoder.codec.net.use_tiling
+    latents, stage = torch.randn(1, 16, 8, 8), again.autoencoder
+    whole, seen, decode = autoencoder.decode(latents), [], stage.codec.decode
+    stage.codec.decode = lambda z: (seen.append(tuple(z.shape[-2:])), decode(z))[1]
+    again.enable_vae_tiling(40)  # pixels, rounded down to whole cells of an overlap
+    tiled = stage.decode(latents)
+    assert set(seen) == {(4, 4)} and len(seen) > 1 and not getattr(stage.codec.net, "use_tiling", False)
     again.disable_vae_tiling()
-    assert not again.autoencoder.codec.net.use_tiling
+    assert stage.tile == autoencoder.tile and torch.equal(stage.decode(latents), whole)
+    assert not torch.equal(tiled, whole) and (tiled - whole).abs().mean() < 0.5 * whole.std()
 
 
 def test_folders_of_other_versions_are_refused_and_no_code_is_run(run: Path, tmp_path: Path) -> None:
@@ -245,6 +270,42 @@ def test_folders_of_other_versions_are_refused_and_no_code_is_run(run: Path, tmp
     (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "version"}))
     with pytest.raises(InputError, match=r"of another version of ldm_sg \(model_index.json says 1, this one reads 2\)"):
         open_pipeline(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"unet": ["diffusers", "StableDiffusionPipeline"]},
+            "its unet is a StableDiffusionPipeline of diffusers, which",
+        ),
+        ({"unet": ["diffusers"]}, "its unet is a .*which ldm_sg does not know"),
+        ({"../other": ["diffusers", "AutoencoderKL"]}, r"a part '\.\./other'; choose one of"),
+        ({"vae": ["diffusers", "AutoencoderKL"]}, "a part 'vae'"),
+        ({"": ["diffusers", "AutoencoderKL"]}, "a part ''"),
+        ("signals", "signals: no such folder"),
+        (10**9, r"scheduler_config\.json: num_train_timesteps=1000000000: a whole number from 2 to 100,000"),
+        ("many", "num_train_timesteps=many"),
+    ],
+)
+def test_parts_that_are_none_are_refused_before_diffusers_asks_the_hub(
+    change: object, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(run / "pipeline", tmp_path / "pipeline"))
+    file = folder / ("model_index.json" if isinstance(change, dict) else "scheduler/scheduler_config.json")
+    if change == "signals":
+        shutil.rmtree(folder / "signals")
+    else:
+        more = change if isinstance(change, dict) else {"num_train_timesteps": change}
+        file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    monkeypatch.setattr("diffusers.utils.hub_utils.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match=message):
+        open_pipeline(folder, "cpu")
+
+
+def test_weights_go_by_diffusers_own_name() -> None:
+    assert WEIGHTS == diffusers.utils.SAFETENSORS_WEIGHTS_NAME
 
 
 def test_the_hub_gets_what_is_asked(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

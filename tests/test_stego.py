@@ -189,7 +189,7 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
         Segmenter(37, replace(QUICK, method="patch_kmeans"), 0).fit(patches[:1], features[:1], tmp_path, "cpu")
     with pytest.raises(InputError, match="too few"):
         Segmenter(3, QUICK, 0).fit(patches[:1], features[:1], tmp_path, "cpu")
-    with pytest.raises(InputError, match="run annotate again"):
+    with pytest.raises(InputError, match="damaged or not complete"):
         Segmenter(3, QUICK, 0).restore(tmp_path)
 
 

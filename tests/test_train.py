@@ -276,6 +276,8 @@ def test_pickled_checkpoint_with_code_is_never_run(colours: Path, tmp_path: Path
         ({"model": {**TINY, "attention": [8]}}, "no level has"),
         ({"model": {**TINY, "heads": 5}}, "does not divide"),
         ({"objective": ObjectiveConfig(kind="epss")}, "did you mean 'eps'"),
+        ({"objective": ObjectiveConfig(timesteps=10**9)}, "from 2 to 100,000"),
+        ({"init": ".", "lora": 100_000}, "lora=100000: at most 32"),
         ({"precision": "fp8"}, "precision='fp8'"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"annotation": "nowhere"}, "not an annotation set"),

@@ -270,3 +270,22 @@ def test_settings_of_another_kind_are_refused(given: list[str], message: str) ->
 
 def test_what_a_config_gave_to_another_kind_is_let_go() -> None:
     assert load(AnnotateConfig, "configs/annotate/demo.yaml", ["annotator.kind=random"]).annotator.restarts == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["annotator.k=7"], "annotator.k=7: leave it out: .*, reused, has 4"),
+        (["annotator.niter=3"], "annotator.niter=3"),
+        (["annotator.shuffle=0.5"], "annotator.shuffle=0.5"),
+        (["annotator.k=4", "annotator.seed=0"], None),  # what it has anyway
+    ],
+)
+def test_settings_beside_a_reused_f_are_not_ignored(given: list[str], message: str | None, colours: Path) -> None:
+    """What the config below gave was for an f of its own."""
+    asked = ("configs/annotate/demo.yaml", [f"annotator.reuse={colours}", *given])
+    if message is None:
+        assert load(AnnotateConfig, *asked).annotator.reuse == str(colours)
+    else:
+        with pytest.raises(InputError, match=message):
+            load(AnnotateConfig, *asked)

@@ -65,6 +65,7 @@ class Annotator(ABC):
     def __init__(self, cfg: AnnotatorConfig):
         self.cfg, self.k = cfg, cfg.k
         self.fitted: dict[str, Any] = {}  # how k-means found the centroids, where it did: fit, images, passes, inertia
+        self.dim = 0  # width of g's features, where it is known
         self.known: Tensor | None = None  # prototypes of labels that it must keep, with annotator.extend
 
     def prepare(self, study: Study) -> None:

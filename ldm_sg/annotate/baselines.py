@@ -5,7 +5,7 @@ from typing import Any
 
 import faiss
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.clusters import Clusters, normalise
@@ -13,6 +13,7 @@ from ldm_sg.annotate.stage import Observed, sample_features
 from ldm_sg.data.signals import Columns
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.weights import read_finite
 
 BANK = "bank.safetensors"
 
@@ -45,7 +46,6 @@ class Features(Annotator):
 
     kind = "features"
     gives_ids = False
-    dim = 0
 
     def fit(self, study: Study) -> None:
         assert study.extractor is not None
@@ -81,6 +81,7 @@ class Centroids(Features):
 
     def restore(self, folder: Path) -> None:
         self.clusters = Clusters(self.cfg)
+        self.clusters.dim = self.dim
         self.clusters.restore(folder)
 
 
@@ -105,4 +106,4 @@ class Neighbours(Features):
         write_bytes(folder / BANK, save({"features": self.bank.astype(np.float16)}))
 
     def restore(self, folder: Path) -> None:
-        self.bank = load_file(folder / BANK)["features"].astype(np.float32)
+        self.bank = read_finite(folder / BANK, {"features": (0, self.dim)})["features"].numpy()

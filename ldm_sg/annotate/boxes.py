@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,8 +19,10 @@ from ldm_sg.annotate.stage import Observed
 from ldm_sg.annotate.views import Views
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Columns
+from ldm_sg.errors import InputError
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.weights import read_finite
 
 MEAN = "mean_key.safetensors"
 CENTRED = 512  # images whose keys the mean is taken over
@@ -73,6 +75,10 @@ class Boxes(Clusters):
         boxes, found, features = torch.empty(count, 4), torch.empty(count, dtype=torch.bool), None
         for places, images in seen.by_shape(g.patch):
             features, keys = self._read(g, images)
+            if len(self.mean) != keys.shape[1]:
+                raise InputError(
+                    f"{MEAN}: a key of {len(self.mean)} channels, where g has {keys.shape[1]}: annotate again"
+                )
             mean = on_grid(self.mean.to(keys.device)[None], keys.shape[2:])
             some, found_there = lost(keys - mean, self.cfg.k_patches)
             grid: float | Tensor = g.grid
@@ -113,7 +119,7 @@ class Boxes(Clusters):
 
     def restore(self, folder: Path) -> None:
         super().restore(folder)
-        self.mean = load_file(folder / MEAN)["key"]
+        self.mean = read_finite(folder / MEAN, {"key": (0, 0, 0)})["key"]
 
     @property
     def spec(self) -> GuidanceSpec:

@@ -13,7 +13,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ldm_sg import executor
@@ -26,6 +26,7 @@ from ldm_sg.errors import InputError
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.hardware import pick_device
+from ldm_sg.weights import read_finite
 
 CENTROIDS = "centroids.safetensors"
 FAISS_COMFORTABLE = 39  # images a cluster under which faiss itself warns that the centroids are poorly determined
@@ -129,10 +130,7 @@ class Clusters(Annotator):
         write_bytes(folder / CENTROIDS, save({"centroids": self.centroids.contiguous()}))
 
     def restore(self, folder: Path) -> None:
-        path = folder / CENTROIDS
-        if not path.is_file():
-            raise InputError(f"{path} not found: the annotator is not complete; run annotate again")
-        self._take(load_file(path)["centroids"])
+        self._take(read_finite(folder / CENTROIDS, {"centroids": (self.k, self.dim)})["centroids"])
 
 
 def _on(step: Callable[..., Sums], device: str) -> Callable[[Path], Sums]:

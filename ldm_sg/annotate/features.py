@@ -26,7 +26,7 @@ from ldm_sg.errors import InputError, choices, one_line
 from ldm_sg.folder import file_sha256
 from ldm_sg.hardware import use_bf16
 from ldm_sg.hub import hub
-from ldm_sg.weights import read_weights
+from ldm_sg.weights import check_finite, read_weights
 
 EXTRACTORS = ASSETS / "extractors"
 POOLS = ("auto", "cls", "mean")
@@ -341,6 +341,7 @@ def _load_state(tower: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
         tower.load_state_dict(dict(state))
     except RuntimeError as err:
         raise InputError(f"{path}: does not fit the model: {one_line(err)[:200]}") from err
+    check_finite(state, path)
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm_sg.annotate.annotator import Annotator
@@ -26,8 +25,8 @@ from ldm_sg.configfile import from_mapping
 from ldm_sg.data.images import show, to_float
 from ldm_sg.data.latents import set_hash
 from ldm_sg.data.signals import Signals
-from ldm_sg.errors import InputError, choices, one_line
-from ldm_sg.folder import file_sha256, read_mapping, whole, write_text
+from ldm_sg.errors import InputError, choices
+from ldm_sg.folder import annotator_folder, file_sha256, read_mapping, whole, write_text
 
 KINDS: dict[str, type[Annotator]] = {
     f.kind: f for f in (Clusters, Boxes, Segments, Oracle, Random, Features, Centroids, Neighbours)
@@ -55,13 +54,6 @@ def _unfitted(cfg: AnnotatorConfig) -> Annotator:
     if cfg.kind not in KINDS:
         raise InputError(f"annotator.kind={cfg.kind!r}; {choices(cfg.kind, KINDS)}")
     return KINDS[cfg.kind](cfg)
-
-
-def annotator_folder(source: str | Path) -> Path:
-    """The annotator/ of an annotation set, a run or a pipeline, or that folder itself."""
-    return next(
-        (p for p in (Path(source) / sub for sub in ("annotator", "pipeline/annotator")) if p.is_dir()), Path(source)
-    )
 
 
 @dataclass
@@ -112,17 +104,18 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
         raise InputError(f"{folder}: no annotator.yaml there; give the annotator/ folder of an annotation set or a run")
     settings = read_mapping(path, {"kind": str, "state": dict, "config": dict, "features": (dict, type(None))})
     annotator = _unfitted(from_mapping(AnnotatorConfig, settings["config"], str(path)))
-    declared = annotator.state()
+    declared, annotator.dim = annotator.state(), (settings["features"] or {}).get("dim", 0)
     for name, value in settings["state"].items():
-        if name not in declared or type(value) is not type(declared[name]):
+        wrong = name not in declared or type(value) is not type(declared[name]) or value < 0
+        if wrong or (name == "dim" and annotator.dim not in (0, value)):
             raise InputError(
                 f"{path}: state: {name}={value!r:.60}: not what annotator.kind={annotator.kind} keeps there"
             )
         setattr(annotator, name, value)
     try:
         annotator.restore(folder)
-    except (OSError, SafetensorError) as err:
-        raise InputError(f"{folder} is damaged or not complete: {one_line(err)}") from err
+    except InputError as err:
+        raise InputError(f"{err}; annotate again") from err
     return annotator, settings
 
 

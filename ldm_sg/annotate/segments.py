@@ -87,6 +87,7 @@ class Segments(Annotator):
         self.segmenter.save(folder)
 
     def restore(self, folder: Path) -> None:
+        self.segmenter.k = self.k
         self.segmenter.restore(folder)
 
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
+from ldm_sg.data.latents import read_features
 from ldm_sg.data.signals import Columns, concatenated, npy, to_arrays, to_columns
 from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError
@@ -64,16 +65,17 @@ class Stage:
         meta = read_mapping(self.meta, kinds)
         return ShardMeta(**{f.name: meta[f.name] for f in fields(ShardMeta) if f.name in meta})
 
-    def read_features(self) -> np.ndarray:
-        """float16 [n, D], memory-mapped."""
-        return np.load(self.features, mmap_mode="r", allow_pickle=False)
+    def read_features(self, rows: int | None = None) -> np.ndarray:
+        """float16 [n, D], memory-mapped; InputError where n is not `rows`."""
+        return read_features(self.features, rows)
 
     def read_observed(self) -> Observed:
         """What f observed of the shard's images."""
         with np.load(self.observed, allow_pickle=False) as arrays:
             columns = to_columns({n: arrays[n] for n in arrays.files if "/" not in n})
             totals = {n.removeprefix("total/"): arrays[n] for n in arrays.files if n.startswith("total/")}
-        return Observed(columns, totals, self.read_features() if self.features.is_file() else None)
+        rows = len(self.read_meta().keys) if self.features.is_file() else 0
+        return Observed(columns, totals, self.read_features(rows) if rows else None)
 
     def read_latents(self, which: str, meta: ShardMeta) -> np.ndarray:
         """float16 [n, C, h, w], memory-mapped."""
@@ -177,7 +179,7 @@ def sample_features(all_stages: list[Stage], counts: list[int], limit: int, seed
         first, last = np.searchsorted(chosen, [start, end])
         if first == last:
             continue
-        features = stage.read_features()
+        features = stage.read_features(end - start)
         if out is None:
             out = np.empty((len(chosen), features.shape[1]), np.float32)
         out[first:last] = features[chosen[first:last] - start]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,9 +14,10 @@ from ldm_sg.annotate.clusters import kmeans, normalise
 from ldm_sg.annotate.stego_head import Head, fit_head, subset
 from ldm_sg.annotate.stego_official import official
 from ldm_sg.config import SegmentsConfig
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.spatial import VOID
+from ldm_sg.weights import read_finite
 
 WEIGHTS = "segments.safetensors"
 PROBE = 200_000  # about this many patches at most for k-means
@@ -103,12 +104,18 @@ class Segmenter:
 
     def restore(self, folder: Path) -> "Segmenter":
         """What `save` wrote."""
-        if not self.fitted(folder):
-            raise InputError(f"{folder / WEIGHTS} not found: the annotator is not complete; run annotate again")
-        tensors = load_file(folder / WEIGHTS)
+        path = folder / WEIGHTS
+        tensors = read_finite(path, {"centroids": (self.k, 0)})
         self.centroids, self.prototypes = tensors.pop("centroids"), tensors.pop("prototypes", None)
-        if tensors:
-            width, dim = tensors["head.linear.weight"].shape[:2]
-            self.head = Head(dim, width).requires_grad_(False)
-            self.head.load_state_dict({name.removeprefix("head."): value for name, value in tensors.items()})
+        try:
+            with torch.device("meta"):  # of a size that the file itself has
+                self.head = Head(tensors["head.linear.weight"].shape[1], self.centroids.shape[1]) if tensors else None
+            if self.head is not None:
+                own = {name.removeprefix("head."): value for name, value in tensors.items()}
+                self.head.requires_grad_(False).load_state_dict(own, assign=True)
+        except (KeyError, IndexError, RuntimeError) as err:
+            raise InputError(f"{path}: its head is damaged: {one_line(err)[:200]}") from err
+        dim = self.centroids.shape[1] if self.head is None else self.head.linear.in_channels
+        if self.prototypes is not None and self.prototypes.shape != (self.k, dim):
+            raise InputError(f"{path}: prototypes is {list(self.prototypes.shape)}; {self.k} x {dim} is expected")
         return self

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.kinds import KINDS, Codec
 from ldm_sg.errors import InputError, choices
-from ldm_sg.folder import file_sha256, write_bytes
+from ldm_sg.folder import WEIGHTS, file_sha256, write_bytes
 
 __all__ = ["Autoencoder", "load_autoencoder", "load_preview", "measure_normalisation", "measure_round_trip"]
 
@@ -33,12 +33,7 @@ class Autoencoder(ModelMixin):
         self.name: str = manifest["name"]
         self.kind: str = manifest["kind"]
         self.channels, self.factor = codec.channels, codec.factor
-        tile, least = manifest.get("tile", int(PIXELS**0.5)), OVERLAP * codec.factor
-        if type(tile) is not int or tile < least:
-            raise InputError(
-                f"autoencoder {self.name!r}: the manifest says tile: {tile}; a whole number from {least} pixels"
-            )
-        self.tile = tile // least * least
+        self.set_tile()
         for key in ("channels", "factor"):
             if self.manifest.setdefault(key, getattr(codec, key)) != getattr(codec, key):
                 raise InputError(
@@ -50,6 +45,15 @@ class Autoencoder(ModelMixin):
         if self.normalised:
             self.normalise(manifest["latent_mean"], manifest["latent_std"])
 
+    def set_tile(self, pixels: int | None = None) -> None:
+        """Side from which on images pass in tiles of it; None = what the manifest says, or 1024."""
+        tile = self.manifest.get("tile", int(PIXELS**0.5)) if pixels is None else pixels
+        least = OVERLAP * self.factor
+        if type(tile) is not int or tile < least:
+            said = "the manifest says tile" if pixels is None else "tile"
+            raise InputError(f"autoencoder {self.name!r}: {said}: {tile}; a whole number from {least} pixels")
+        self.tile = tile // least * least
+
     @property
     def normalised(self) -> bool:
         """Whether the latents' mean and std are known."""
@@ -57,9 +61,10 @@ class Autoencoder(ModelMixin):
 
     def normalise(self, mean: list[float], std: list[float]) -> None:
         """Set the raw latents' mean and std per channel."""
-        if len(mean) != self.channels or len(std) != self.channels or min(std) <= 0:
+        finite = all(isinstance(value, int | float) and abs(value) < float("inf") for value in (*mean, *std))
+        if len(mean) != self.channels or len(std) != self.channels or not finite or min(std) <= 0:
             raise InputError(
-                f"autoencoder {self.name!r}: latent_mean and latent_std must have {self.channels} values, std > 0"
+                f"autoencoder {self.name!r}: latent_mean and latent_std must have {self.channels} finite values, std > 0"
             )
         self.mean.copy_(torch.tensor(mean))
         self.std.copy_(torch.tensor(std))
@@ -117,7 +122,7 @@ class Autoencoder(ModelMixin):
     def save(self, folder: str | Path, part: bool = False, whole: bool = False) -> None:
         """Write manifest.yaml, complete, and the weights where they take at most 16 MiB; `load_autoencoder(folder)` reads
         it back. Larger weights stay where they are and are referred to, but with `whole`. `part`: by diffusers' file names."""
-        folder, name = Path(folder), "diffusion_pytorch_model.safetensors" if part else "model.safetensors"
+        folder, name = Path(folder), WEIGHTS if part else "model.safetensors"
         manifest, state = dict(self.manifest), self.weights()
         if state and (whole or sum(t.numel() * t.element_size() for t in state.values()) <= SMALL):
             write_bytes(folder / name, save(state))

@@ -17,7 +17,7 @@ from ldm_sg.autoencoder.compvis import to_diffusers
 from ldm_sg.autoencoder.manifest import WAY_OUT
 from ldm_sg.errors import InputError
 from ldm_sg.hub import hub
-from ldm_sg.weights import read_weights
+from ldm_sg.weights import check_finite, read_weights
 
 Manifest = dict[str, Any]
 
@@ -152,6 +152,7 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: Path) -> bool:
     except RuntimeError as err:
         lines = [line.strip() for line in str(err).splitlines()]
         raise InputError(f"{path}: the weights do not fit the network: {' '.join(lines[1:3])[:300]}") from err
+    check_finite(state, path)
     return all(v.dtype == torch.float16 for v in state.values())
 
 

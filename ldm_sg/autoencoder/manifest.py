@@ -8,7 +8,7 @@ from huggingface_hub import hf_hub_download
 
 from ldm_sg.configfile import ROOT
 from ldm_sg.errors import InputError, choices
-from ldm_sg.folder import file_sha256, read_mapping, write_json, write_text
+from ldm_sg.folder import WEIGHTS, file_sha256, read_mapping, write_json, write_text
 from ldm_sg.hub import hub
 
 KEYS = {
@@ -37,10 +37,7 @@ KEYS = {
 }
 HUB = "hub://"
 LEAST = 24  # dB
-WAY_OUT = (
-    "bring that repository here and give its folder, the one with config.json and "
-    "diffusion_pytorch_model.safetensors: autoencoder=PATH"
-)
+WAY_OUT = f"bring that repository here and give its folder, the one with config.json and {WEIGHTS}: autoencoder=PATH"
 DIFFUSERS_KINDS = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "VQModel": "vqmodel"}
 
 
@@ -76,6 +73,8 @@ def read(path: Path) -> dict[str, Any]:
     for key in manifest:
         if key not in KEYS:
             raise InputError(f"{path}: unknown key {key!r}; {choices(key, KEYS)}")
+    if isinstance(source := manifest.get("source"), dict) and not all(isinstance(v, str) for v in source.values()):
+        raise InputError(f"{path}: source: {source}: {KEYS['source']}")
     return {"name": path.parent.name, **manifest}
 
 
@@ -131,7 +130,7 @@ def weights_file(manifest: dict[str, Any], folder: Path) -> Path | None:
         path = (folder / source["file"]).resolve()
         manifest["source"] = {"file": str(path)}  # so that a copy of the manifest elsewhere still finds it
     elif isinstance(source, dict) and "folder" in source:
-        path = folder / source["folder"] / "diffusion_pytorch_model.safetensors"
+        path = folder / source["folder"] / WEIGHTS
     else:
         return None
     if not path.is_file():

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ldm_sg.data.photos import images_at
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.data.signals import Columns, Signals, columns, concatenated, extension, stacked, to_arrays, to_columns
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import file_sha256, read_mapping, whole, write_json
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.guidance.spatial import Crops
@@ -175,9 +175,13 @@ class LatentSet:
                     raise InputError(
                         f"{path} not found: this set was annotated without g, or its features were removed"
                     )
-                self._features[path] = np.load(path, mmap_mode="r")
+                rows = int(np.searchsorted(shards, shards[i], "right") - starts[shards[i]])
+                self._features[path] = read_features(path, rows, (self.manifest.get("features") or {}).get("dim"))
             out.append(self._features[path][i - starts[shards[i]]])
-        return torch.from_numpy(np.stack(out).astype(np.float32))
+        found = torch.from_numpy(np.stack(out).astype(np.float32))
+        if not found.isfinite().all():
+            raise InputError(f"{self.folder}/features: NaN or infinity in them: annotate again")
+        return found
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
@@ -192,6 +196,20 @@ class LatentSet:
     def __del__(self) -> None:
         for file in self.__dict__.get("_files", {}).values():
             os.close(file)
+
+
+def read_features(path: Path, rows: int | None = None, dim: int | None = None) -> np.ndarray:
+    """g's features of a shard's images, floating point [rows, dim] (None = any), memory-mapped; InputError for any other file."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as err:  # numpy raises what it likes at a header; objects cannot be mapped, nor what is cut off
+        raise InputError(f"{path} is damaged: {one_line(err)[:200]}: annotate again") from err
+    fits = found.ndim == 2 and all(want in (None, n) for want, n in zip((rows, dim), found.shape))
+    if not fits or not np.issubdtype(found.dtype, np.floating):
+        raise InputError(
+            f"{path}: {found.dtype} {found.shape}, not features of {rows or 'some'} images: annotate again"
+        )
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

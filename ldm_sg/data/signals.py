@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from ldm_sg.errors import InputError
+from ldm_sg.folder import WEIGHTS
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.guidance.spatial import Crops, box_coverage, concept_ids, mask_coverage, present
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # the name that diffusers downloads
 Sample = dict[str, np.ndarray]  # one image's signals: those of `columns(spec)`
 Columns = dict[str, Any]  # those of N images: arrays [N, ...], and PackedMasks for `mask`
 

@@ -14,7 +14,7 @@ from ldm_sg.data.images import to_uint8
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import file_sha256
 from ldm_sg.hub import downloadable
-from ldm_sg.weights import read_weights
+from ldm_sg.weights import check_finite, read_weights
 
 MARK = "Mixed_7c.branch_pool.conv.weight"  # a key that only this network has
 SIDE = (299, 299)
@@ -78,6 +78,7 @@ def load_inception(file: str | Path | None = None, resize: str = "tf") -> Incept
     state = read_weights(path)
     if MARK not in state:
         raise InputError(f"{path}: not the weights of torch-fidelity's InceptionV3: {MARK} is missing")
+    check_finite(state, path)
     try:
         return Inception(state, file_sha256(path), resize)
     except RuntimeError as err:  # load_state_dict's: keys or shapes that do not fit

@@ -10,14 +10,19 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import nn
 
 from ldm_sg.errors import InputError, one_line
+from ldm_sg.weights import read_finite
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
     """Adapters of `rank` beside every linear layer and convolution of `unet`, whose own weights rest from now on. They begin
     without effect."""
-    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     unet.requires_grad_(False)
-    unet.add_adapter(_peft().LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+    unet.add_adapter(_peft().LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_adapted(unet))))
+
+
+def _adapted(unet: UNet2DConditionModel) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that get adapters, by name."""
+    return {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
 def train_only(unet: UNet2DConditionModel, names: Sequence[str]) -> None:
@@ -45,11 +50,15 @@ def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     """Adds what `save_lora_adapter` of diffusers wrote to the weights of `unet`, the network that they were trained beside. InputError where they do not
     fit it, or are none."""
     _peft()
-    if not (folder / LORA_WEIGHT_NAME_SAFE).is_file():
-        raise InputError(
-            f"lora {str(folder)!r}: no {LORA_WEIGHT_NAME_SAFE} there; give the lora/ folder of a run that was fine-tuned with lora="
-        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in _adapted(unet).items():
+        wide, *rest = layer.weight.shape
+        shapes |= {f"{name}.lora_A.weight": (0, *rest), f"{name}.lora_B.weight": (wide, 0, *[1] * len(rest[1:]))}
     try:
+        found = read_finite(folder / LORA_WEIGHT_NAME_SAFE, shapes)  # all is looked at before the network is touched
+        ranks = {tensor.shape[".lora_B." in name] for name, tensor in found.items()}
+        if len(ranks) != 1 or found.keys() != shapes.keys():
+            raise InputError("adapters of one rank, beside each layer and nothing else, are expected")
         unet.load_lora_adapter(str(folder), prefix=None, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True)
     except Exception as err:  # peft and safetensors raise what they like at files that do not fit
         raise InputError(f"lora {str(folder)!r} does not fit this run's network: {one_line(err)[:200]}") from err

@@ -30,6 +30,7 @@ METRICS = {  # key in a JSON -> what a reader sees
 SHORT = {"fd": "FD ↓", "kid": "KID ↓", "is": "IS ↑", "consistency": "Consist. ↑", "consistency_top3": "Top 3 ↑"}
 SHARES = ("consistency", "consistency_top3", "layout_agreement", "layout_miou", "layout_iou")  # shown as percentages
 VARIANTS = ("untrained", "real", "chance", "shuffled")
+LABELS = {"refit": "new ones (refit)", "reuse": "its base's (reuse)", "extend": "its base's and new ones (extend)"}
 MAIN = {  # the picture that says most -> heading, sentence
     "clusters.png": ("Clusters", "Each row is one cluster: real members on the left, samples on the right."),
     "layouts.png": ("Layouts", "Each row is one layout: a real image, its signal, and samples that are to follow it."),
@@ -104,7 +105,19 @@ def run_facts(run: Path) -> dict[str, str]:
     manifest = _read(annotation / "manifest.yaml") if annotation else {}
     folders = dict.fromkeys(Path(str(entry.get("url"))).parent.name for entry in manifest.get("source") or [])
     curves, timings = read_curves(run / "metrics.csv"), _numbers(_read(run / "timings.json"))
-    return {"data": ", ".join(folders)} | _facts(config, manifest, curves, timings)
+    return {"data": ", ".join(folders)} | _facts(config, manifest, curves, timings) | _finetuned(run, config)
+
+
+def _finetuned(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """What finetune.json says, in words; nothing of a run that was not moved from another one."""
+    found = _read(run / "finetune.json")
+    figures, made = _numbers(found), str(found.get("clusters", ""))
+    facts = {"fine-tuned from": Path(str(config.get("init") or "")).name, "its labels": LABELS.get(made, made)}
+    if {"fd_held_out_first", "fd_held_out"} <= figures.keys():
+        facts["FD to held-out images"] = "{fd_held_out_first:.4g} at first, {fd_held_out:.4g} at best".format(**figures)
+    if "nearest_cosine" in figures:
+        facts["nearest training image"] = "cosine {nearest_cosine:.3f} to a sample, on average".format(**figures)
+    return facts if found else {}
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
-from safetensors.torch import load_file
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights
@@ -23,6 +22,7 @@ from ldm_sg.autoencoder.kinds import KL, Tiny
 from ldm_sg.config import FitAutoencoderConfig
 from ldm_sg.errors import InputError
 from ldm_sg.hub import downloadable
+from ldm_sg.weights import check_finite, read_weights
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def perceptual_distance(weights: str | None) -> nn.Module:
     if weights is not None:
         if not Path(weights).is_file():
             raise InputError(f"lpips_weights={weights!r}: no such file")
-        _load_alexnet(net.net, load_file(weights), weights)
+        _load_alexnet(net.net, read_weights(Path(weights)), weights)
     return net.eval().requires_grad_(False)
 
 
@@ -86,11 +86,13 @@ def _load_alexnet(alexnet: nn.Module, state: dict[str, Tensor], source: str) -> 
     convs = {name: m for part in alexnet.children() for name, m in part.named_children() if isinstance(m, nn.Conv2d)}
     state = {key.removeprefix("features."): value.float() for key, value in state.items()}
     for name, conv in convs.items():
-        if f"{name}.weight" not in state:
+        try:
+            conv.load_state_dict({part: state[f"{name}.{part}"] for part in ("weight", "bias")})
+        except (KeyError, RuntimeError) as err:
             raise InputError(
-                f"lpips_weights={source}: no tensor {name}.weight: expected torchvision's AlexNet features"
-            )
-        conv.load_state_dict({"weight": state[f"{name}.weight"], "bias": state[f"{name}.bias"]})
+                f"lpips_weights={source}: its {name}.weight, .bias are not those of AlexNet's features"
+            ) from err
+    check_finite(alexnet.state_dict(), source)
 
 
 def add_noise(z: Tensor, strength: float, generator: torch.Generator) -> Tensor:

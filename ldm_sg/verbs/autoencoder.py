@@ -13,19 +13,20 @@ from ldm_sg.autoencoder import Autoencoder, load_autoencoder, moments, psnr
 from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.compvis import convert
 from ldm_sg.configfile import ROOT
-from ldm_sg.data.images import to_float, to_uint8
+from ldm_sg.data.images import MAX_SIDE, to_float, to_uint8
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
 from ldm_sg.evaluate.inception import load_inception
 from ldm_sg.evaluate.metrics import frechet_distance
-from ldm_sg.folder import file_sha256, whole, write_json
+from ldm_sg.folder import WEIGHTS, file_sha256, read_mapping, whole, write_json
 from ldm_sg.hardware import pick_device
 from ldm_sg.report import grids
 from ldm_sg.training.autoencoder import enlarge, perceptual_distance
 
 SHOWN = 8  # images of the picture
 LEAST = 16  # pixels of an image: SSIM's window is 11
-USUAL = {"model", "last", "diffusion_pytorch_model", "ae"}  # names of files that say nothing
+FIGURES = {"metrics": dict, "latent_mean": list, "autoencoder": str, "data": str, "size": int}
+USUAL = {"model", "last", Path(WEIGHTS).stem, "ae"}  # names of files that say nothing
 
 
 def show() -> None:
@@ -33,12 +34,16 @@ def show() -> None:
     found = {path.parent.resolve(): path for top in (ROOT, Path()) for path in top.glob("autoencoders/*/manifest.yaml")}
     print(f"{'name':<18}{'kind':<9}{'latent':<8}{'licence':<26}where")
     for folder, path in sorted(found.items()):
-        known = manifests.read(path)
+        try:
+            known = manifests.read(path)
+        except InputError as err:
+            print(f"{folder.name:<18}{err}")
+            continue
         latent, source = f"f{known.get('factor')} c{known.get('channels')}", known.get("source")
         weights = folder / source["file"] if isinstance(source, dict) and "file" in source else None
         where = f"hub {source['hub']}" if isinstance(source, dict) and "hub" in source else "here"
         where = "its weights are yours to bring (see its note)" if weights and not weights.is_file() else where
-        print(f"{known['name']:<18}{known['kind']:<9}{latent:<8}{known.get('licence', '')!s:<26.25}{where}")
+        print(f"{known['name']!s:<18}{known['kind']:<9}{latent:<8}{known.get('licence', '')!s:<26.25}{where}")
 
 
 def import_checkpoint(file: Path, config: Path | None = None, out: Path | None = None) -> Path:
@@ -81,15 +86,24 @@ def measure(
     inception: str | None = None,
     batch_size: int = 16,
     device: str = "auto",
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """What `name` gives back of up to `n` images of `data`, spread over it, cropped to `size` pixels (default: the first
     image's, down to a multiple of the factor). Prints a table, writes and returns the figures; `out`: default
-    NAME-measured.json. `lpips`, `inception`: files of weights; what has none at hand is left out, and said so."""
+    NAME-measured.json. `lpips`, `inception`: files of weights; what has none at hand is left out, and said so.
+    `overwrite`: other figures than of these images by this autoencoder in `out` are replaced too; other files never are."""
+    if n < 2 or batch_size < 1:
+        raise InputError(f"-n {n} --batch-size {batch_size}: at least 2 images, and 1 at once")
     on = pick_device(device)
     autoencoder, images = load_autoencoder(name).to(on), sources.open_images(data)
-    size = size or sources.first_size(images) // autoencoder.factor * autoencoder.factor
-    if size < LEAST or n < 2:
-        raise InputError(f"--size {size} -n {n}: at least {LEAST} pixels and 2 images")
+    if size is None:
+        size = min(sources.first_size(images), MAX_SIDE) // autoencoder.factor * autoencoder.factor
+    if not LEAST <= size <= MAX_SIDE:
+        raise InputError(f"--size {size}: from {LEAST} to {MAX_SIDE:,} pixels")
+    out = out or Path(f"{autoencoder.name}-measured.json")
+    asked = {"autoencoder": autoencoder.name, "data": data, "size": size, "n": n}
+    _refuse_foreign(out, picture, asked, overwrite)
+    batch_size = min(batch_size, MAX_SIDE**2 // size**2)  # as many pixels as one image may have
     networks, missing = _networks(lpips, inception, on)
     found = _Figures(autoencoder, networks)
     skipped: list[str] = []
@@ -99,16 +113,30 @@ def measure(
     if normal is None:
         raise InputError(f"--data {data!r}: no readable image" + (f"; the first: {skipped[0]}" if skipped else ""))
     mean, std = ([round(value, 6) for value in values] for values in normal)
-    result = {"autoencoder": autoencoder.name, "sha256": autoencoder.manifest.get("sha256"), "data": data, "size": size,
-              "images": bar.n, "skipped": len(skipped), "metrics": found.metrics(), "not_measured": missing,
+    result = {**asked, "sha256": autoencoder.manifest.get("sha256"), "picture": str(picture or ""), "images": bar.n,
+              "skipped": len(skipped), "metrics": found.metrics(), "not_measured": missing,
               "latent_mean": mean, "latent_std": std}  # fmt: skip
-    out = out or Path(f"{autoencoder.name}-measured.json")
     write_json(out, result)
     if picture is not None:
         grids.save(grids.labelled_rows(["original", autoencoder.name], found.shown(), scale=1), picture)
     _print(result)
     print(f"-> {out}" + (f", {picture}" if picture else ""))
     return result
+
+
+def _refuse_foreign(out: Path, picture: Path | None, asked: dict[str, Any], overwrite: bool) -> None:
+    """InputError where `measure` would write over what it did not write, or without `overwrite` over other figures than `asked`."""
+    known: dict[str, Any] = {}
+    if out.exists():
+        try:
+            known = read_mapping(out, FIGURES)
+        except InputError as err:
+            raise InputError(f"--out {str(out)!r} holds no figures of this command: choose another") from err
+        if not overwrite and any(known.get(key) != value for key, value in asked.items()):
+            was = f"{known['autoencoder']}, {known['data']} at {known['size']} px"
+            raise InputError(f"--out {str(out)!r} holds figures of {was}: choose another, or add --overwrite")
+    if picture is not None and picture.exists() and known.get("picture") != str(picture):
+        raise InputError(f"--picture {str(picture)!r} is there, and not of the figures in {out}: choose another")
 
 
 def _networks(lpips: str | None, inception: str | None, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:

@@ -27,10 +27,7 @@ def dedup(
     if path.suffix != ".jsonl" or (path.with_suffix(".png").exists() and not path.is_file()):
         raise InputError(f"--out {str(path)!r}: give a NAME.jsonl beside which no NAME.png of yours lies")
     latents = LatentSet(annotation)
-    features = latents.features()
-    if not features.isfinite().all():
-        raise InputError(f"{latents.folder}/features: NaN or infinity in them: annotate again")
-    found = left_out(features.numpy(), threshold, outliers)
+    found = left_out(latents.features().numpy(), threshold, outliers)
     lines = [
         {
             "index": left.index,

@@ -12,12 +12,12 @@ from huggingface_hub import constants
 from ldm_sg.errors import InputError
 from ldm_sg.folder import read_mapping, whole, write_text
 from ldm_sg.hub import answers, upload
+from ldm_sg.parts import PARTS
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.report.card import card
 from ldm_sg.report.grids import best_scale, grid, save
 
 HUB = "hub://"
-PARTS = ("unet", "conditioner", "scheduler", "autoencoder", "signals")
 SHOWN = 32  # samples in the card's grid
 
 

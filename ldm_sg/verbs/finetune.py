@@ -22,6 +22,7 @@ from ldm_sg.verbs.pack import pack
 from ldm_sg.verbs.train import train
 
 CLUSTERS = ("refit", "reuse", "extend")
+DERIVED = ("warmup", "ema", "val_every", "sample_every", "checkpoint_every")  # from the steps asked for at first
 IMAGES_A_CLUSTER = 40  # by default
 FEWEST = 8  # held-out images by which training may be stopped
 PAIRS = 12  # samples beside the training image nearest to each
@@ -42,7 +43,8 @@ def finetune(
 ) -> Path:
     """`images`: a photo folder, shards, or an annotation set made with the run's g and first stage. `clusters`: refit (k new ones,
     each starts from old ones like it), reuse (the run's own) or extend (the run's own and k more). `overrides`: of the
-    training config. Data lies in OUT-data, as with the demo. Returns the new run; the same command resumes."""
+    training config. Data lies in OUT-data, as with the demo. Returns the new run; the same command resumes, and with more steps
+    goes on, with the DERIVED settings of the start."""
     run = Path(run)
     if clusters not in CLUSTERS:
         raise InputError(f"clusters={clusters!r}; {choices(clusters, CLUSTERS)}")
@@ -63,15 +65,19 @@ def finetune(
         raise InputError(f"{bound[0]}: this command decides that: by RUN, IMAGES and its flags")
     if k is not None and k < 1:
         raise InputError(f"k={k}: at least 1")
+    begun: TrainConfig | None = None
     if out.exists() and any(out.iterdir()):
-        there = read_mapping(out / "config.yaml").get("init") if (out / "config.yaml").is_file() else None
-        if there != str(run):
+        if (path := out / "config.yaml").is_file():
+            begun = from_mapping(TrainConfig, read_mapping(path), str(path))
+        if begun is None or begun.init != str(run):
             raise InputError(f"{out} is there already, and not fine-tuned from {run}: choose another --out")
     annotated = (Path(images) / "manifest.yaml").is_file()
     if annotated and (k is not None or clusters != "refit"):
         raise InputError(f"{images} is annotated already: k and clusters were chosen then (annotator.reuse=, .extend=)")
     annotation = Path(images) if annotated else data / "annotation"
     config = _config(base, run, annotation, out, steps, lora, replay, device)
+    if begun:
+        config = replace(config, **{name: getattr(begun, name) for name in DERIVED})
     load(TrainConfig, config, overrides)  # refuses what cannot be before anything is packed
     pipe = open_pipeline(run, device)
     if not annotated:
@@ -80,7 +86,7 @@ def finetune(
         config = replace(config, patience=0)
         print(f"note: too few images to hold some out: all {steps} steps are taken", file=sys.stderr)
     train(load(TrainConfig, config, overrides))
-    _look(open_pipeline(out, device), pipe, base, annotation, out, clusters)
+    _look(open_pipeline(out, device), pipe, base, annotation, out, "annotated before" if annotated else clusters)
     print((out / "finetune.json").read_text() + str(out / "finetune.json"))
     return out
 
@@ -143,7 +149,7 @@ def _look(
     found["nearest_cosine"] = float(cosine.mean())
     grids.save(grids.labelled_rows(["sample", "nearest"], [samples, real]), out / "nearest.png")
     old = Path(base.annotation)
-    if clusters != "refit" and (old / "manifest.yaml").is_file():
+    if clusters in ("reuse", "extend") and (old / "manifest.yaml").is_file():
         print(f"what {base.out} has forgotten: {JUDGED} samples before, {JUDGED} after", file=sys.stderr)
         own = LatentSet(old)
         real = own.features()
