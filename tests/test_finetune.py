@@ -262,7 +262,7 @@ def test_training_stops_when_held_out_images_say_so(base: Path, tmp_path: Path) 
     """At a learning rate that ruins the network the first judgement stays the best, and the pipeline is of that step."""
     run = from_mapping(TrainConfig, read_mapping(base / "config.yaml"), "")
     wanted = dataclasses.replace(
-        run, out=str(tmp_path / "run"), init=str(base), steps=40, lr=0.05, warmup=0, val_every=4, val_share=0.2, patience=2,
+        run, out=str(tmp_path / "run"), init=str(base), steps=40, lr=0.2, warmup=0, val_every=4, val_share=0.2, patience=2,
         ema=0.0, checkpoint_every=100,
     )  # fmt: skip
     train(wanted)

@@ -106,7 +106,8 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
     annotator = _unfitted(from_mapping(AnnotatorConfig, settings["config"], str(path)))
     declared, annotator.dim = annotator.state(), (settings["features"] or {}).get("dim", 0)
     for name, value in settings["state"].items():
-        wrong = name not in declared or type(value) is not type(declared[name]) or value < 0
+        wrong = name not in declared or type(value) is not type(declared[name])
+        wrong = wrong or (isinstance(value, int) and value < 0)
         if wrong or (name == "dim" and annotator.dim not in (0, value)):
             raise InputError(
                 f"{path}: state: {name}={value!r:.60}: not what annotator.kind={annotator.kind} keeps there"

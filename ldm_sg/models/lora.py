@@ -61,7 +61,7 @@ def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
             raise InputError("adapters of one rank, beside each layer and nothing else, are expected")
         unet.load_lora_adapter(str(folder), prefix=None, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True)
     except Exception as err:  # peft and safetensors raise what they like at files that do not fit
-        raise InputError(f"lora {str(folder)!r} does not fit this run's network: {one_line(err)[:200]}") from err
+        raise InputError(f"lora {str(folder)!r} does not fit this run's network: {one_line(err)[:400]}") from err
     unet.fuse_lora()
     unet.unload_lora()
 
