@@ -115,6 +115,7 @@ class AnnotateConfig:
     out: str = "???"  # folder of the annotation set
     autoencoder: str = "???"  # name under autoencoders/, a folder with a manifest, or a diffusers folder
     size: int | None = None  # pixels; None = the size of the first image
+    buckets: bool = False  # images as they are, of one shape a shard, as `pack --buckets` writes them
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
     flips: bool = False  # store the mirrored image's latent too
@@ -136,6 +137,7 @@ class AnnotateConfig:
         _need("annotator.centre_place", place, self.annotator.centre or not place, "belongs to annotator.centre=true")
         _need("annotator.shuffle", self.annotator.shuffle, 0 <= self.annotator.shuffle <= 1, "a share between 0 and 1")
         _need("size", self.size, self.size is None or self.size >= 8, "at least 8 pixels, or null")
+        _need("size", self.size, not self.buckets or self.size is None, "with buckets=true images keep their own; null")
         _need("features.batch_size", self.features.batch_size, self.features.batch_size >= 1, "at least 1")
         _need("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a share between 0 and 1")
 

@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, step): every rank takes the same number of steps and resuming is exact."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -56,22 +56,49 @@ def read_left_out(path: Path, latents: LatentSet) -> Tensor:
     return indices
 
 
+def turns(sizes: Sequence[int], seed: int, total: int) -> tuple[Tensor, Tensor]:
+    """Which of several buckets each step draws its batch from [total], and how many steps drew from it before [total]: in
+    proportion to their `sizes`, up to a step or two at any time, and alike whatever `total` is.
+
+    Multiples of the golden ratio, modulo 1, are spread evenly over [0, 1), where each bucket has its share."""
+    ends = torch.tensor(sizes, dtype=torch.float64).cumsum(0)
+    places = (torch.arange(total, dtype=torch.float64) * ((5**0.5 - 1) / 2) + mix_seed(seed, len(sizes)) / 2**63) % 1
+    chosen = torch.searchsorted(ends / ends[-1], places, right=True)
+    before = torch.empty_like(chosen)
+    for bucket in range(len(sizes)):
+        own = chosen == bucket
+        before[own] = torch.arange(int(own.sum()))
+    return chosen, before
+
+
 class Steps(Sampler[list[int]]):
     """Yields (step, share, *dataset indices), from step `first` up to `total`: of `world * parts` shares of the global batch
-    those of this rank, `parts` a step, one after the other. pools: (dataset indices, how many of them a step) each."""
+    those of this rank, `parts` a step, one after the other. pools: (dataset indices, how many of them a step) each; where
+    `one_a_step`, buckets of which a batch has images of one alone (`turns`)."""
 
     def __init__(
-        self, pools: list[tuple[Tensor, int]], seed: int, total: int, first: int, rank: int, world: int, parts: int = 1
+        self,
+        pools: list[tuple[Tensor, int]],
+        seed: int,
+        total: int,
+        first: int,
+        rank: int,
+        world: int,
+        parts: int = 1,
+        one_a_step: bool = False,
     ) -> None:
         self.pools, self.seed, self.total, self.first = pools, seed, total, first
-        self.rank, self.world, self.parts = rank, world, parts
+        self.rank, self.world, self.parts, self.one_a_step = rank, world, parts, one_a_step
 
     def __len__(self) -> int:
         return self.total * self.parts  # not what is left: Lightning counts resumed steps too
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.one_a_step:
+            buckets, before = turns([len(pool) for pool, _ in self.pools], self.seed, self.total)
         for step in range(self.first, self.total):
-            chosen = torch.cat([pool[step_indices(self.seed, step, n, len(pool))] for pool, n in self.pools if n])
+            at, pools = (int(before[step]), [self.pools[buckets[step]]]) if self.one_a_step else (step, self.pools)
+            chosen = torch.cat([pool[step_indices(self.seed, at, n, len(pool))] for pool, n in pools if n])
             for share in range(self.rank, self.world * self.parts, self.world):
                 yield [step, share, *chosen[share :: self.world * self.parts].tolist()]
 
@@ -105,10 +132,10 @@ class Mixed:
 
 
 class LatentBatches(Dataset):
-    """(step, share, *indices) -> step, share, latents [b, C, side, side], guidance of b samples: random ones of each image's views (mirrored
-    where that is stored, cropped where `side` is less than the latents') or, for validation, the centre."""
+    """(step, share, *indices) -> step, share, latents [b, C, h, w], guidance of b samples: random ones of each image's views (mirrored
+    where that is stored, cropped where `side` is less than the latents') or, for validation, the centre. side: None = whole."""
 
-    def __init__(self, latents: LatentSet | Mixed, seed: int, side: int, random: bool) -> None:
+    def __init__(self, latents: LatentSet | Mixed, seed: int, side: int | None, random: bool) -> None:
         self.latents, self.seed, self.side, self.random = latents, seed, side, random
 
     def __getitem__(self, request: list[int]) -> tuple[int, int, Tensor, Guidance]:
@@ -117,7 +144,7 @@ class LatentBatches(Dataset):
         drawn = [mix_seed(self.seed, step, i) for i in request[2:]]
         flip = torch.tensor([bool(d & 1) for d in drawn]) if self.random and self.latents.flips else None
         whole = self.latents.latents(indices, flip)
-        room = whole.shape[-1] - self.side
+        room = 0 if self.side is None else whole.shape[-1] - self.side
         corners = torch.full((len(indices), 2), room // 2)
         if self.random:
             corners = torch.tensor([[(d >> 1) % (room + 1), (d >> 32) % (room + 1)] for d in drawn])
@@ -127,9 +154,11 @@ class LatentBatches(Dataset):
 
 class LatentData(pl.LightningDataModule):
     """The training stream and the held-out images of one annotation set, with images of another among them where `replay`
-    is one; `side`: of the views, in latent cells."""
+    is one; `side`: of the views, in latent cells, None = whole images. Every batch has images of one shape."""
 
-    def __init__(self, latents: LatentSet, config: TrainConfig, side: int, replay: LatentSet | None = None) -> None:
+    def __init__(
+        self, latents: LatentSet, config: TrainConfig, side: int | None, replay: LatentSet | None = None
+    ) -> None:
         super().__init__()
         self.latents, self.config, self.side, self.replay = latents, config, side, replay
         pools = split(len(latents), config.val_share, config.seed)
@@ -140,6 +169,21 @@ class LatentData(pl.LightningDataModule):
         if not len(self.train_pool):
             raise InputError(f"leave_out={config.leave_out!r}: leaves no image to learn from")
         self.first_step = 0  # set before fit when resuming
+
+    def by_shape(self, pool: Tensor) -> list[Tensor]:
+        """Indices of images that have one shape each; all together where the set has one."""
+        buckets = self.latents.bucket[pool]
+        return [pool[buckets == bucket] for bucket in buckets.unique().tolist()]
+
+    def shapes(self) -> str:
+        """What the network sees, and how many of each shape there are, in words."""
+        pools = [
+            (self.latents.shapes[self.latents.bucket[pool[0]]], len(pool)) for pool in self.by_shape(self.train_pool)
+        ]
+        if len(pools) == 1:
+            channels, *cells = pools[0][0]
+            return "x".join(map(str, (channels, *(cells if self.side is None else [self.side] * 2))))
+        return ", ".join(f"{'x'.join(map(str, shape))} ({n:,})" for shape, n in pools)
 
     def _loader(self, sampler: Sampler, random: bool, workers: int) -> DataLoader:
         return DataLoader(
@@ -157,10 +201,11 @@ class LatentData(pl.LightningDataModule):
         assert self.trainer is not None
         cfg, rank, world = self.config, self.trainer.global_rank, self.trainer.world_size
         again = round(cfg.replay.share * cfg.batch_size) if self.replay else 0
-        pools = [(self.train_pool, cfg.batch_size - again)]
+        pools = [(pool, cfg.batch_size - again) for pool in self.by_shape(self.train_pool)]
+        several = len(pools) > 1
         if self.replay:
             pools.append((len(self.latents) + torch.arange(len(self.replay)), again))
-        steps = Steps(pools, cfg.seed, cfg.steps, self.first_step, rank, world, cfg.accumulate)
+        steps = Steps(pools, cfg.seed, cfg.steps, self.first_step, rank, world, cfg.accumulate, several)
         return self._loader(steps, True, cfg.workers)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -168,6 +213,7 @@ class LatentData(pl.LightningDataModule):
             return []
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        whole = [chunk for chunk in self.val_pool.split(self.config.batch_size) if len(chunk) >= world]
+        parts = [chunk for pool in self.by_shape(self.val_pool) for chunk in pool.split(self.config.batch_size)]
+        whole = [chunk for chunk in parts if len(chunk) >= world]
         chunks = [chunk[rank::world].tolist() for chunk in whole]
         return self._loader([[i, rank, *chunk] for i, chunk in enumerate(chunks)], False, 0)  # type: ignore[arg-type]
