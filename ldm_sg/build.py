@@ -131,10 +131,9 @@ class PipelineWriter:
         self.signals = latents.signals if side in (None, full) else latents.signals.centre(side / full)
         self.autoencoder = load_autoencoder(str(Path(config.annotation) / "autoencoder")).to(device)
         self.autoencoder.check_channels(latents.latent_shape[0], str(latents.folder))
-        pixels = [[cells * self.autoencoder.factor for cells in shape[:0:-1]] for shape in latents.shapes]
-        self.sizes = (
-            " ".join(f"{w}x{h}" for w, h in pixels) if len(pixels) > 1 or pixels[0][0] != pixels[0][1] else None
-        )
+        factor = self.autoencoder.factor
+        square = all(h == w and len(latents.shapes) == 1 for _, h, w in latents.shapes)
+        self.sizes = None if square else " ".join(f"{w * factor}x{h * factor}" for _, h, w in latents.shapes)
         self.annotator = Path(config.annotation) / "annotator"
         weights = pipeline_of(config.init) / "unet" / WEIGHTS if config.lora and config.init else None
         self.base = file_sha256(weights) if weights else ""

@@ -115,7 +115,6 @@ class AnnotateConfig:
     out: str = "???"  # folder of the annotation set
     autoencoder: str = "???"  # name under autoencoders/, a folder with a manifest, or a diffusers folder
     size: int | None = None  # pixels; None = the size of the first image
-    buckets: bool = False  # images as they are, of one shape a shard, as `pack --buckets` writes them
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
     flips: bool = False  # store the mirrored image's latent too
@@ -124,6 +123,7 @@ class AnnotateConfig:
     max_skipped: float = 0.01  # share of images that may be unreadable before the command fails
     allow_damaged: bool = False  # go on with what is whole of shards that are damaged or cut off
     device: str = "auto"
+    buckets: bool = False  # images as they are, of one shape a shard, as `pack --buckets` writes them
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be, before anything heavy is imported."""

@@ -55,8 +55,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         signals: object,  # Signals, whichever file their class is of
         source_size: int | None = None,  # pixels of the images that it learnt crops from
         drop: float | None = None,  # share of samples that it was trained on with the null; None = not known
-        sizes: str
-        | None = None,  # "80x48 64x64": those that it learnt, the most frequent first, which it makes; None = a square
+        sizes: str | None = None,  # "80x48 64x64": those it learnt, first the one it makes unasked; None = a square
         version: int = VERSION,
     ) -> None:
         super().__init__()

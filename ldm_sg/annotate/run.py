@@ -55,7 +55,7 @@ def annotate_shards(cfg: AnnotateConfig) -> Path:
         if stage.done:
             check_unchanged(shards[stage.index], stage.read_meta().source)
     device = pick_device(cfg.device)
-    source = first_size(shards) if cfg.size is None or cfg.features.size is None else None
+    source = first_size(shards, cfg.buckets) if cfg.size is None or cfg.features.size is None else None
     size = cfg.size or source
     autoencoder = prepare_autoencoder(cfg, shards, size, device)
     extractor = load_extractor(cfg.features, device, source) if annotator.reads_g else None

@@ -40,9 +40,10 @@ def first_shape(url: str) -> tuple[int, int] | None:
     return None
 
 
-def first_size(shards: list[str]) -> int:
-    """Short side of the first image of the first shard that has one."""
-    for shape in map(first_shape, shards):
+def first_size(shards: list[str], buckets: bool = False) -> int:
+    """Short side of the first image of the first shard that has one, with buckets of the largest: the most frequent shape's."""
+    by_bytes = sorted(shards, key=lambda url: 0 if is_remote(url) else -Path(url).stat().st_size) if buckets else shards
+    for shape in map(first_shape, by_bytes):
         if shape:
             return min(shape)
     raise InputError(f"no image in {shards[0]!r}" + (f" or the {len(shards) - 1} others" if len(shards) > 1 else ""))

@@ -1,5 +1,7 @@
 """Samples beside the images of an annotation set, whose features lie on disk: how far they are, and what each is nearest to."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,5 +41,11 @@ def nearest(pipe: SelfGuidedPipeline, g: LoadedAnnotator, latents: LatentSet, n:
     their features. A network that has learnt its images by heart shows pairs of twins."""
     samples = drawn(pipe, pipe.draw(n))
     best = (F.normalize(_features(g, samples), dim=1) @ F.normalize(latents.features(), dim=1).T).max(1)
-    real = [squares(pipe.decode(latents.latents(at[None]))) for at in best.indices]
-    return samples, torch.cat([to_uint8(resize(to_float(image), samples.shape[-1])) for image in real]), best.values
+    return samples, rebuilt(latents, best.indices, pipe.decode, samples.shape[-1]), best.values
+
+
+def rebuilt(latents: LatentSet, indices: Tensor, decode: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """Images of the set, of any shape, as a first stage gives them back, to look at: centre squares uint8 [B, 3, size, size];
+    decode: latents -> uint8 images."""
+    found = [squares(decode(latents.latents(at))) for at in indices.split(1)]
+    return torch.cat([to_uint8(resize(to_float(image), size)) for image in found])

@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, step): every rank takes the same number of steps and resuming is exact."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def read_left_out(path: Path, latents: LatentSet) -> Tensor:
 
 def turns(sizes: Sequence[int], seed: int, total: int) -> tuple[Tensor, Tensor]:
     """Which of several buckets each step draws its batch from [total], and how many steps drew from it before [total]: in
-    proportion to their `sizes`, up to a step or two at any time, and alike whatever `total` is.
+    proportion to their `sizes`, up to a few steps at any time, and alike whatever `total` is.
 
     Multiples of the golden ratio, modulo 1, are spread evenly over [0, 1), where each bucket has its share."""
     ends = torch.tensor(sizes, dtype=torch.float64).cumsum(0)
@@ -176,14 +177,20 @@ class LatentData(pl.LightningDataModule):
         return [pool[buckets == bucket] for bucket in buckets.unique().tolist()]
 
     def shapes(self) -> str:
-        """What the network sees, and how many of each shape there are, in words."""
+        """What the network sees, and how many of each shape there are, in words; with a note where there are very few."""
         pools = [
             (self.latents.shapes[self.latents.bucket[pool[0]]], len(pool)) for pool in self.by_shape(self.train_pool)
         ]
         if len(pools) == 1:
             channels, *cells = pools[0][0]
             return "x".join(map(str, (channels, *(cells if self.side is None else [self.side] * 2))))
-        return ", ".join(f"{'x'.join(map(str, shape))} ({n:,})" for shape, n in pools)
+        named = [("x".join(map(str, shape)), n) for shape, n in pools]
+        if few := [f"{n} of {shape}" for shape, n in named if n < self.config.batch_size]:
+            print(
+                f"note: {', '.join(few)}: fewer images than a batch, which repeats them; leave that shape out of `pack --buckets`",
+                file=sys.stderr,
+            )
+        return ", ".join(f"{shape} ({n:,})" for shape, n in named)
 
     def _loader(self, sampler: Sampler, random: bool, workers: int) -> DataLoader:
         return DataLoader(
