@@ -13,7 +13,8 @@ import torch
 import webdataset
 import yaml
 
-from ldm_sg.data.latents import LatentSet, file_sha256, set_hash, step_indices
+from ldm_sg.data.latents import LatentSet, file_sha256, set_hash
+from ldm_sg.data.order import step_indices
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.guidance.signal import GuidanceSpec
 

@@ -79,7 +79,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and build nothing.")]
 
 
-def _config_verb(schema: str, module: str, config: Path, overrides: list[str] | None, dry_run: bool) -> None:
+def _config_verb(
+    schema: str, module: str, config: Path, overrides: list[str] | None, dry_run: bool, **more: Any
+) -> None:
     """Load the config as `ldm_sg.config.SCHEMA` and hand it to ldm_sg.verbs.MODULE.MODULE."""
     from importlib import import_module
 
@@ -92,7 +94,7 @@ def _config_verb(schema: str, module: str, config: Path, overrides: list[str] | 
             loaded.model = configs.model_config(loaded.model)
         print(to_yaml(loaded), end="")
         return
-    getattr(import_module(f"ldm_sg.verbs.{module}"), module)(loaded)
+    getattr(import_module(f"ldm_sg.verbs.{module}"), module)(loaded, **more)
 
 
 @app.command(
@@ -155,12 +157,30 @@ def pack(
 
 @app.command(
     epilog=examples(
-        "annotate configs/annotate/churches256.yaml 'shards=data/churches256/*.tar' out=annotations/churches annotator.k=300"
+        "annotate configs/annotate/churches256.yaml 'shards=data/churches256/*.tar' out=annotations/churches annotator.k=300",
+        "annotate configs/annotate/churches256.yaml 'shards=data/churches256/*.tar' out=annotations/churches processes=8",
+        "annotate configs/annotate/churches256.yaml 'shards=data/churches256/*.tar' out=annotations/churches --part 3/64",
     )
 )
-def annotate(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def annotate(
+    config: Config,
+    overrides: Overrides = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="I/N: only shards I, I + N, ... (from 0). Under a Slurm array or torchrun it is seen by itself."
+        ),
+    ] = None,
+    finish: Annotated[bool, typer.Option("--finish", help="When all parts are done: fit f, write the set.")] = False,
+    dry_run: DryRun = False,
+) -> None:
     """Shards -> latents and guidance signals (g, then f)."""
-    _config_verb("AnnotateConfig", "annotate", config, overrides, dry_run)
+    from ldm_sg.executor import read_part
+
+    if part and finish:
+        raise InputError(f"--part {part} --finish: one after the other, --finish when all parts are done")
+    share = None if finish else read_part(part)
+    _config_verb("AnnotateConfig", "annotate", config, overrides, dry_run, part=share, finish=finish)
 
 
 @app.command(epilog=examples("train configs/train/churches256.yaml annotation=annotations/churches out=runs/churches"))

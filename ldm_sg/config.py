@@ -1,7 +1,7 @@
 """Configs: one dataclass a verb, with what its values may be. Nothing here builds anything (that is `build`)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class AnnotatorConfig:
     restarts: int = 1  # of k-means, the best is kept: worth it on a few thousand images, slow and needless on a million
     seed: int = 0
     sample: int = 1_000_000  # at most this many features are held in memory to fit f
+    fit: str = "auto"  # k-means: sample (in memory), stream (passes over all files), auto: sample where it holds all
     shuffle: float = 0.0  # share of the ids that is shuffled among images (the paper's Figure 3)
     keys_layer: int = -1  # boxes: the ViT block whose keys LOST reads, counted as features.layer is
     keys_flips: bool = False  # boxes: average the keys with the mirrored image's: steadier boxes for twice the time
@@ -98,7 +99,7 @@ _ANY = ("clusters", "boxes", "segments", "oracle", "random", "features", "centro
 _KMEANS = ("clusters", "boxes", "centroids")
 READ_BY = {  # which kinds of annotator read a setting
     **dict.fromkeys(("kind", "seed", "shuffle", "reuse"), _ANY),  # shuffle says itself where it has nothing to shuffle
-    **dict.fromkeys(("niter", "restarts"), _KMEANS),
+    **dict.fromkeys(("niter", "restarts", "fit"), _KMEANS),
     **dict.fromkeys(("keys_layer", "keys_flips", "k_patches", "centre", "centre_place"), ("boxes",)),
     "k": (*_KMEANS, "segments", "random"),
     "sample": (*_KMEANS, "neighbours"),
@@ -123,13 +124,22 @@ class AnnotateConfig:
     max_skipped: float = 0.01  # share of images that may be unreadable before the command fails
     allow_damaged: bool = False  # go on with what is whole of shards that are damaged or cut off
     device: str = "auto"
+    executor: str = "local"  # or ray
+    processes: int = 0  # at once; 0 = one a GPU (Ray: of the cluster's), or one
+    address: str | None = None  # of a Ray cluster, ray://HOST:PORT; null = $RAY_ADDRESS, or one of this machine alone
     buckets: bool = False  # images as they are, of one shape a shard, as `pack --buckets` writes them
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be, before anything heavy is imported."""
+        _need("executor", self.executor, self.executor in ("local", "ray"), "local or ray")
+        _need("processes", self.processes, self.processes >= 0, "0 (one a GPU, or one) or more")
+        _need("address", self.address, not self.address or self.executor == "ray", "belongs to executor=ray")
         for name in ("k", "niter", "restarts", "sample", "k_patches", "neighbours"):
             value = getattr(self.annotator, name)
             _need(f"annotator.{name}", value, value >= 1, "at least 1")
+        fit, extend = self.annotator.fit, self.annotator.extend
+        _need("annotator.fit", fit, fit in ("auto", "sample", "stream"), "auto, sample or stream")
+        _need("annotator.fit", fit, fit != "stream" or not extend, "auto or sample with annotator.extend")
         seed = self.annotator.seed
         _need("annotator.seed", seed, 0 <= seed < 2**31, "from 0 to 2147483647")
         place = self.annotator.centre_place
@@ -146,9 +156,10 @@ class AnnotateConfig:
         does not read; `layers`: the mappings that made this config. What lies below an exchanged kind was for another one."""
         given = [layer.get("annotator") or {} for layer in layers]
         start = max((i for i, layer in enumerate(given) if "kind" in layer), default=0)
+        usual = asdict(AnnotatorConfig())  # all of which `--dry-run` prints
         for key, value in ((key, value) for layer in given[start:] for key, value in layer.items()):
             readers = READ_BY[key]
-            if self.annotator.kind in _ANY and self.annotator.kind not in readers:
+            if value != usual[key] and self.annotator.kind in _ANY and self.annotator.kind not in readers:
                 raise InputError(
                     f"annotator.{key}={value}: annotator.kind={self.annotator.kind} does not read it; {', '.join(readers)} "
                     f"{'does' if len(readers) == 1 else 'do'}"

@@ -10,9 +10,10 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -22,53 +23,82 @@ from safetensors import SafetensorError
 from ldm_sg.errors import InputError, one_line
 
 LOCK = ".lock"
+HOST = socket.gethostname()
+FORGOTTEN = 24 * 3600  # seconds after which a temporary of another machine is a dead one's
 Result = TypeVar("Result")
-_held: dict[Path, IO[str]] = {}  # folders that this process has locked
+_held: dict[Path, IO[str]] = {}  # locks of this process, by their files
 # a worker must not outlive us with one
 os.register_at_fork(after_in_child=lambda: [file.close() for file in _held.values()])
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path, part: str | None = None) -> Iterator[None]:
     """Nobody else writes in `folder` meanwhile: another process is refused at once with an InputError that names this one. A
-    kernel lock, so it ends with its owner, however that ends. Ranks of one job share the first one's."""
+    kernel lock, so it ends with its owner, however that ends. Ranks of one job share the first one's; with `part`, those of
+    other parts may hold it too, but nobody else."""
     folder = Path(folder).expanduser()
     rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
-    if rank != "0" or (folder.exists() and not folder.is_dir()):  # a file in its place is `claim`'s to refuse
+    if (rank != "0" and not part) or (folder.exists() and not folder.is_dir()):  # a file is `claim`'s to refuse
         yield
         return
     made = not folder.exists()
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _lock(folder / LOCK)
-    _held[folder] = file
     try:
-        yield
+        with ExitStack() as locks:
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(_holding(folder / LOCK, shared=part is not None))
+                if part:
+                    locks.enter_context(_holding(folder / f"{LOCK}-{part.replace('/', '-of-')}"))
+            yield
     finally:
-        if _is_open(file, folder / LOCK):
-            (folder / LOCK).unlink()
-        del _held[folder]
-        file.close()
         if made:
             with suppress(OSError):  # not empty: it was worth making
                 folder.rmdir()
 
 
-def _lock(path: Path) -> IO[str]:
+@contextmanager
+def turn(folder: str | Path) -> Iterator[None]:
+    """One after the other, of those that share the lock of `folder`."""
+    folder = Path(folder).expanduser()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _holding(folder / f"{LOCK}-turn", wait=True):
+        yield
+
+
+@contextmanager
+def _holding(path: Path, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    file = _held[path] = _lock(path, shared, wait)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # others share it: the last one removes it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_open(file, path):
+                path.unlink()
+        del _held[path]
+        file.close()
+
+
+def _lock(path: Path, shared: bool, wait: bool) -> IO[str]:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         file = path.open("a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
-            file.close()
-            raise InputError(
-                f"{path.parent} is in use by {owner}: wait until it ends, or choose another folder"
-            ) from None
+            if not wait:
+                file.close()
+                raise InputError(
+                    f"{path.parent} is in use by {owner}: wait until it ends, or choose another folder"
+                ) from None
+            print(f"note: waiting for {owner}, which prepares {path.parent}", file=sys.stderr)
+            fcntl.flock(file, kind)
         if _is_open(file, path):
             file.truncate(0)
-            file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.write(f"pid {os.getpid()} on {HOST} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             file.flush()
             return file
         file.close()  # its owner has just ended and removed it: what was locked is nobody's file any more
@@ -78,13 +108,13 @@ def _is_open(file: IO[str], path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
-def holds_out(verb: Callable[[Any], Result]) -> Callable[[Any], Result]:
+def holds_out(verb: Callable[..., Result]) -> Callable[..., Result]:
     """A verb of a config, which holds its `out` locked while it runs."""
 
     @functools.wraps(verb)
-    def holding(config: Any) -> Result:
-        with locked(config.out):
-            return verb(config)
+    def holding(config: Any, **more: Any) -> Result:
+        with locked(config.out, str(more["part"]) if more.get("part") else None):
+            return verb(config, **more)
 
     return holding
 
@@ -111,9 +141,9 @@ def claim(
                     f"{folder} belongs to another config: {key} {_difference(before.get(key), here.get(key))}; choose another "
                     "folder, or remove it"
                 )
-    elif folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
+    elif folder.is_dir() and any(not entry.name.startswith(LOCK) for entry in folder.iterdir()):
         raise InputError(f"{folder} is not empty and has no {file}: choose another folder")
-    if folder in _held:
+    if folder / LOCK in _held:
         _sweep(folder)
     kept = {key: value for key, value in there.items() if key in free} | dict(wanted)
     if kept != there or not path.is_file():
@@ -140,13 +170,18 @@ def _difference(there: Any, here: Any) -> str:
 def _sweep(folder: Path) -> None:
     """Removes the temporaries of processes that are gone."""
     for left in list(folder.rglob("*.tmp-*")):
-        pid = re.search(r"\.tmp-(\d+)$", left.name)
-        if pid is None or _runs(int(pid[1])):
-            continue
-        if left.is_file():
-            left.unlink()
-        elif left.parent == folder:
-            shutil.rmtree(left)
+        name = re.search(r"\.tmp-(\d+)(?:@(.+))?$", left.name)
+        with suppress(FileNotFoundError):  # its owner lives, and has just given it its name
+            if name is None or (_runs(int(name[1])) if name[2] in (None, HOST) else _is_young(left)):
+                continue
+            if left.is_file():
+                left.unlink()
+            elif left.parent == folder:
+                shutil.rmtree(left)
+
+
+def _is_young(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime < FORGOTTEN
 
 
 def _runs(pid: int) -> bool:
@@ -161,7 +196,7 @@ def _runs(pid: int) -> bool:
 
 def temporary(path: Path) -> Path:
     """Where what will be `path` grows until it is whole."""
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}@{HOST}")
 
 
 @contextmanager

@@ -1,14 +1,22 @@
-"""docs/your-own-images.md, typed as it stands, on 60 photos and few steps."""
+"""docs/your-own-images.md and docs/scale.md, typed as they stand, on few photos and few steps."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY
+from test_annotate import config, make_shards
 from test_finetune import base, few_samples, photos  # noqa: F401
 from typer.testing import CliRunner
 
 from ldm_sg.cli import app
+from ldm_sg.config import FeaturesConfig, TrainConfig
+from ldm_sg.configfile import to_yaml
+from ldm_sg.data.latents import LatentSet
 
 ROOT = Path(__file__).parents[1]
 FEWER = {"--steps": "5", "-n": "12", "--k": "4", "--threshold": "0.9999"}  # flat photos are much alike
@@ -42,3 +50,38 @@ def test_every_command_of_your_own_images(base: Path, tmp_path: Path, monkeypatc
         "exported/model_index.json",
     ):
         assert (tmp_path / made).exists(), made
+
+
+@pytest.mark.slow
+def test_every_command_of_scale(tmp_path: Path) -> None:
+    """docs/scale.md on six small shards; its Slurm array as two tasks whose numbers are in the environment."""
+    pytest.importorskip("ray", reason="pip install 'ldm-sg[distributed]'")
+    make_shards(tmp_path / "data" / "photos", 6, 4)
+    small = config(tmp_path, "???", out="???", features=FeaturesConfig(model="demo-g"))
+    (tmp_path / "annotate.yaml").write_text(to_yaml(small))
+    (tmp_path / "train.yaml").write_text(
+        to_yaml(TrainConfig(model=TINY, steps=4, batch_size=4, device="cpu", workers=0))
+    )
+    binaries = str(Path(sys.executable).parent)
+    env = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+    def run(command: str, **more: str) -> None:
+        for name, path in (("annotate", "annotate.yaml"), ("train", "train.yaml")):
+            command = command.replace(f"configs/{name}/churches256.yaml", path)
+        done = subprocess.run(
+            ["bash", "-c", command.replace("annotator.k=300", "annotator.k=2")],
+            cwd=tmp_path, env=env | more, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+
+    text = (ROOT / "docs" / "scale.md").read_text()
+    array, job = re.findall(r"```bash\n(.*?)```", text, re.S)
+    for line in (line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()):
+        run(line)
+    numbers = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"}
+    for index in "01":
+        run(array, SLURM_ARRAY_TASK_ID=index, **numbers)
+    run(array.strip() + " --finish", SLURM_ARRAY_TASK_ID="0", **numbers)
+    assert subprocess.run(["bash", "-n", "-c", job]).returncode == 0
+    sets = [LatentSet(tmp_path / "annotations" / name).hash for name in ("photos", "parts", "array", "ray")]
+    assert len(set(sets)) == 1 and (tmp_path / "runs" / "two" / "pipeline").is_dir()

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ldm_sg.data import latents as module
-from ldm_sg.data.latents import LatentSet, file_sha256, set_hash, step_indices
+from ldm_sg.data.latents import LatentSet, file_sha256, set_hash
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import GuidanceSpec
@@ -238,20 +238,3 @@ def test_file_shortened_while_open(tmp_path):
     os.truncate(folder / "shards" / "000002.tar", 1024)
     with pytest.raises(InputError, match="shorter since"):
         data.latents(torch.tensor([11]))
-
-
-def test_step_indices_is_a_pure_stream_of_permutations():
-    n, batch = 10, 4
-    stream = torch.cat([step_indices(3, s, batch, n) for s in range(5)])
-    assert stream[:10].sort().values.tolist() == stream[10:].sort().values.tolist() == list(range(10))
-    assert not torch.equal(stream[:10], stream[10:])
-    module._permutation.cache_clear()
-    assert torch.equal(step_indices(3, 2, batch, n), stream[8:12])  # from nothing, across the epochs' border
-    assert not torch.equal(step_indices(4, 0, 10, n), step_indices(3, 0, 10, n))
-    singles = torch.cat([step_indices(0, s, 1, n) for s in range(50)])
-    assert torch.equal(step_indices(0, 1, 25, n), singles[25:])  # a batch of more than an epoch
-
-
-def test_step_indices_golden():
-    """The order of a run may not change with a version of this project: resumed runs would see images twice."""
-    assert step_indices(0, 0, 6, 1000).tolist() == [267, 628, 353, 576, 259, 584]

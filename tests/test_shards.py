@@ -200,7 +200,7 @@ def test_expand(tmp_path):
         ("{}/c*.tar", "no file matches"),
         ("{}/a2.tar", "not found; did you mean"),
         ("{}/{{a0,a1.tar", "unbalanced braces"),
-        ("{}/empty", "has no .tar shards"),
+        ("{}/empty", "has no .tar or .parquet shards"),
         ("{0}/a0.tar::{0}/a*.tar", "named twice"),
         ([], "no shards given"),
     ],

@@ -59,11 +59,12 @@ class Annotator(ABC):
     gives_ids: ClassVar[bool] = True  # one cluster id an image, which `annotator.shuffle` can shuffle
     # settings that only `fit` and what follows it read: another value needs no second look at the images
     late: ClassVar[frozenset[str]] = frozenset(
-        {"k", "niter", "restarts", "seed", "sample", "shuffle", "neighbours", "extend"}
+        {"k", "niter", "restarts", "seed", "sample", "fit", "shuffle", "neighbours", "extend"}
     )
 
     def __init__(self, cfg: AnnotatorConfig):
         self.cfg, self.k = cfg, cfg.k
+        self.fitted: dict[str, Any] = {}  # how k-means found the centroids, where it did: fit, images, passes, inertia
         self.known: Tensor | None = None  # prototypes of labels that it must keep, with annotator.extend
 
     def prepare(self, study: Study) -> None:
@@ -95,8 +96,8 @@ class Annotator(ABC):
         return None
 
     def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
-        """What the manifest says of `observe`'s totals over the set."""
-        return {}
+        """What the manifest says of the fit, and of `observe`'s totals over the set."""
+        return {"kmeans": self.fitted} if self.fitted else {}
 
     def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
         """The signals of new images."""
@@ -108,7 +109,7 @@ class Annotator(ABC):
 
     def state(self) -> dict[str, Any]:
         """The small part of what was learnt: attributes that annotator.yaml keeps beside the config."""
-        return {"k": self.k}
+        return {"k": self.k, "fitted": self.fitted}
 
     def save(self, folder: Path) -> None:
         """The large part, as files in FOLDER."""

@@ -1,6 +1,7 @@
 """What the paper's signals are compared with: random ids, and conditioning on features themselves."""
 
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -57,8 +58,8 @@ class Features(Annotator):
     def spec(self) -> GuidanceSpec:
         return GuidanceSpec(self.kind, feature_dim=self.dim)
 
-    def state(self) -> dict[str, int]:
-        return {"k": self.k, "dim": self.dim}
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"dim": self.dim}
 
 
 class Centroids(Features):
@@ -69,6 +70,7 @@ class Centroids(Features):
     def fit(self, study: Study) -> None:
         self.clusters = Clusters(self.cfg)
         self.clusters.fit(study)
+        self.fitted = self.clusters.fitted
         super().fit(study)
 
     def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:

@@ -93,7 +93,7 @@ class Boxes(Clusters):
         return super().say(seen, count, generator) | {"box": seen.columns["box"]}
 
     def figures(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
-        found: dict[str, Any] = {"not_found": int(totals["not_found"])}
+        found = super().figures(totals) | {"not_found": int(totals["not_found"])}
         if totals["not_found"] > totals["images"] / 2:
             print(
                 f"note: LOST found no box in {totals['not_found']:,} of {totals['images']:,} images, which got the whole image: "

@@ -1,9 +1,12 @@
-"""f = k-means: features -> a cluster id (the paper's image-level signal k). The only file that imports faiss.
+"""f = k-means: features -> a cluster id (the paper's image-level signal k).
 
 Features are L2-normalised, and both the fit and the assignment read the same normalised features; the paper's public
 code assigns un-normalised ones, which moves about 5% of the ids."""
 
+import json
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,17 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.nn import functional as F
-from torchmetrics.functional.clustering.adjusted_rand_score import _adjusted_rand_score_compute
-from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_score_compute
 
+from ldm_sg import executor
 from ldm_sg.annotate.annotator import Annotator, Study
+from ldm_sg.annotate.kmeans import Sums, lloyd, normalise
 from ldm_sg.annotate.stage import Observed, sample_features
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.signals import Columns
 from ldm_sg.errors import InputError
 from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.hardware import pick_device
 
 CENTROIDS = "centroids.safetensors"
 FAISS_COMFORTABLE = 39  # images a cluster under which faiss itself warns that the centroids are poorly determined
@@ -45,7 +48,37 @@ class Clusters(Annotator):
         self.index.add(centroids.numpy())
 
     def fit(self, study: Study) -> None:
-        self.fit_features(sample_features(study.stages, study.counts, self.cfg.sample, self.cfg.seed))
+        """In memory where annotator.sample allows it; else in passes over all files, from the centroids that a sample in memory
+        gives."""
+        cfg, images = self.cfg, sum(study.counts)
+        stream = cfg.fit == "stream" or (cfg.fit == "auto" and images > cfg.sample and self.known is None)
+        part = "" if images <= cfg.sample else f"a sample of {cfg.sample:,} of "
+        how = "passes over the files of all" if stream else f"in memory, {part}all"
+        why = f"annotator.fit={cfg.fit}, annotator.sample={cfg.sample:,}" + ", annotator.extend" * bool(cfg.extend)
+        print(f"note: k-means {how} {images:,} images ({why})", file=sys.stderr)
+
+        def sample() -> np.ndarray:
+            return sample_features(study.stages, study.counts, cfg.sample, cfg.seed)
+
+        if not stream:
+            self.fit_features(sample())
+            return
+        settings, device = study.config, pick_device(study.config.device)
+
+        def run(step: Callable[..., Sums], files: Sequence[Path]) -> Iterable[Sums]:
+            return executor.in_order(partial(_on, step), files, settings, device)
+
+        centroids, inertia = lloyd(
+            [stage.features for stage, count in zip(study.stages, study.counts) if count],
+            lambda: kmeans(normalise(sample()), self.k, "images of annotator.sample", **self._settings),
+            cfg.niter,
+            Path(study.config.out) / "work" / CENTROIDS,
+            json.dumps({"k": self.k, "sample": cfg.sample, "images": images, **self._settings}),
+            device,
+            run,
+        )
+        self._take(centroids)
+        self._fitted("stream", images, len(inertia), inertia[-1])
 
     def fit_features(self, features: np.ndarray | Tensor) -> "Clusters":
         """Lloyd's algorithm on normalised `features` [N, D], all of them held in memory (the caller bounds N); of several
@@ -61,10 +94,17 @@ class Clusters(Annotator):
             added = kmeans_beside(self.known.numpy(), points, self.k, self.cfg.niter, self.cfg.seed)
             self._take(torch.cat([self.known, torch.from_numpy(added)]))
             self.k = len(self.centroids)
-            return self
-        settings = {"niter": self.cfg.niter, "nredo": self.cfg.restarts, "seed": self.cfg.seed}
-        self._take(kmeans(points, self.k, "images", **settings))
+        else:
+            self._take(kmeans(points, self.k, "images", **self._settings))
+        self._fitted("sample", len(points), self.cfg.niter, float(self.index.search(points, 1)[0].mean()))
         return self
+
+    @property
+    def _settings(self) -> dict[str, int]:
+        return {"niter": self.cfg.niter, "nredo": self.cfg.restarts, "seed": self.cfg.seed}
+
+    def _fitted(self, fit: str, images: int, passes: int, inertia: float) -> None:
+        self.fitted = {"fit": fit, "images": images, "passes": passes, "inertia": round(inertia, 6)}
 
     def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
         return {"k": self.assign(seen.features).numpy()}
@@ -93,6 +133,10 @@ class Clusters(Annotator):
         if not path.is_file():
             raise InputError(f"{path} not found: the annotator is not complete; run annotate again")
         self._take(load_file(path)["centroids"])
+
+
+def _on(step: Callable[..., Sums], device: str) -> Callable[[Path], Sums]:
+    return partial(step, device=device)
 
 
 def check_enough(points: np.ndarray, k: int, what: str) -> None:
@@ -127,12 +171,6 @@ def kmeans_beside(fixed: np.ndarray, points: np.ndarray, k: int, niter: int, see
     return added
 
 
-def normalise(features: np.ndarray | Tensor) -> np.ndarray:
-    """[N, D] -> float32 rows of unit length (a zero row stays zero), contiguous as faiss wants them."""
-    tensor = features if isinstance(features, Tensor) else torch.from_numpy(np.asarray(features, dtype=np.float32))
-    return np.ascontiguousarray(F.normalize(tensor.detach().float().cpu(), dim=1).numpy())
-
-
 def on_gpu() -> bool:
     """True where faiss was built for GPUs and sees one."""
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
@@ -152,16 +190,20 @@ def contingency(a: np.ndarray, b: np.ndarray, shape: tuple[int, int]) -> np.ndar
 
 
 # torchmetrics' figures of a table in float64: its public functions want the labels of every image, and its ARI overflows
-# int64 from about 70,000 images on.
+# int64 from about 70,000 images on. Imported late: torchmetrics takes seconds, in each worker.
 
 
 def nmi(table: np.ndarray) -> float:
     """Normalised mutual information of the two labellings of a contingency table, with the arithmetic mean of their
     entropies below (scikit-learn's default)."""
+    from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_score_compute
+
     mean = (entropy(table.sum(1)) + entropy(table.sum(0))) / 2
     return max(0.0, float(_mutual_info_score_compute(torch.from_numpy(table).double())) / mean) if mean > 0 else 1.0
 
 
 def ari(table: np.ndarray) -> float:
     """Adjusted Rand index (Hubert and Arabie, 1985): 1 = the same partition, about 0 = as by chance."""
+    from torchmetrics.functional.clustering.adjusted_rand_score import _adjusted_rand_score_compute
+
     return float(_adjusted_rand_score_compute(torch.from_numpy(table).double()))

@@ -4,7 +4,9 @@ is fitted on the features and the annotated shards are written; the manifest com
 import json
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from ldm_sg import executor
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.baselines import corrupted
 from ldm_sg.annotate.clusters import ari, contingency, entropy, nmi
@@ -26,57 +29,152 @@ from ldm_sg.data.latents import set_hash
 from ldm_sg.data.shards import ShardWriter, expand
 from ldm_sg.data.signals import Columns, Signals, files_of, npy
 from ldm_sg.errors import InputError
-from ldm_sg.folder import claim, file_sha256, flat, read_mapping, write_text
+from ldm_sg.executor import Part
+from ldm_sg.folder import claim, file_sha256, flat, read_mapping, turn, write_text
 from ldm_sg.hardware import pick_device
 
 # what may change between two starts of one annotation without making it another one
-FREE = ("out", "workers", "device", "max_skipped", "allow_damaged", "features.batch_size")
+FREE = (
+    "out", "workers", "device", "max_skipped", "allow_damaged", "features.batch_size", "executor", "processes", "address"
+)  # fmt: skip
+TRIES = 3  # of a shard whose worker is lost
+MOST_SHARDS = 16  # that a worker is handed at once
 
 
-def annotate_shards(cfg: AnnotateConfig) -> Path:
+def annotate_shards(cfg: AnnotateConfig, part: Part | None = None, finish: bool = False) -> Path:
     """Make (or finish) the annotation set `cfg.out`. Raises InputError for anything wrong with the input; what is done
-    until then stays, and the same command goes on from there."""
-    annotator = make_annotator(cfg.annotator)
-    out, shards = Path(cfg.out), expand(cfg.shards)
-    if cfg.annotator.shuffle and not annotator.gives_ids:
+    until then stays, and the same command goes on from there. `part`: only the pass over its shards, beside other parts;
+    `finish`: only what follows when all shards are through."""
+    out = Path(cfg.out)
+    with turn(out) if part else nullcontext():  # the first one makes what all of them read
+        opened = open_set(cfg)
+        if (out / "manifest.yaml").is_file():
+            return out
+        mine = [stage.index for stage in opened.stages if not stage.done and (part is None or stage.index in part)]
+        if finish and mine:
+            raise InputError(
+                f"{out}: {len(mine)} of {len(opened.stages)} shards are not through, the first is {opened.shards[mine[0]]}: give the "
+                "command of the parts that have them again, or this one without --finish"
+            )
+        opened.prepare()
+    pass_over(opened, mine, out / (f"failed-{part.index}-of-{part.of}.jsonl" if part else "failed.jsonl"))
+    if part:
+        left = sum(not stage.done for stage in opened.stages)
+        print(f"part {part} of {out} is done" + (f"; {left} shards are not" if left else "; all are: --finish"))
+        return out
+    return complete(opened)
+
+
+class Opened:
+    """An annotation set in the making. As a worker it is called with numbers of shards and passes over them."""
+
+    def __init__(self, cfg: AnnotateConfig, shards: list[str]) -> None:
+        self.cfg, self.out, self.shards = cfg, Path(cfg.out), shards
+        self.stages = list(stages(self.out, len(shards)))
+        self.annotator = make_annotator(cfg.annotator)
+        self.fitted = (self.out / "annotator" / "annotator.yaml").is_file()
+
+    def prepare(self) -> None:
+        """g, the first stage, and what f must know before the pass; what takes long is kept in OUT."""
+        cfg, device = self.cfg, pick_device(self.cfg.device)
+        source = first_size(self.shards, cfg.buckets) if cfg.size is None or cfg.features.size is None else None
+        size = cfg.size or source
+        self.autoencoder = prepare_autoencoder(cfg, self.shards, size, device)
+        extractor = load_extractor(cfg.features, device, source) if self.annotator.reads_g else None
+        self.study = Study(cfg, self.shards, self.stages, size, extractor, [])
+        if source_of_f := cfg.annotator.reuse or cfg.annotator.extend:
+            check_same_g(source_of_f, extractor)
+        if cfg.annotator.reuse and not self.fitted:
+            save_annotator(self.out / "annotator", self.annotator, extractor)
+            self.fitted = True
+        if not self.fitted:
+            self.annotator.prepare(self.study)
+
+    def __call__(self, todo: list[int]) -> list[tuple[int, str]]:
+        return extract(self.study, self.autoencoder, self.annotator, todo)
+
+
+def open_set(cfg: AnnotateConfig) -> Opened:
+    """OUT, which becomes this config's; what is there is of the shards that are there now."""
+    opened = Opened(cfg, expand(cfg.shards))
+    if cfg.annotator.shuffle and not opened.annotator.gives_ids:
         raise no_ids(cfg.annotator)
-    if cfg.buckets and annotator.spec.spatial:
+    if cfg.buckets and opened.annotator.spec.spatial:
         raise InputError(
-            f"buckets=true: annotator.kind={annotator.kind} says where things are, which is for square images; with buckets "
+            f"buckets=true: annotator.kind={cfg.annotator.kind} says where things are, which is for square images; with buckets "
             "clusters, or what else says what an image shows"
         )
-    take(out, cfg, shards, annotator.late)
-    if (out / "manifest.yaml").is_file():
-        for entry in read_mapping(out / "manifest.yaml", {"source": [{"url": str}]})["source"]:
+    take(opened.out, cfg, opened.shards, opened.annotator.late)
+    if (opened.out / "manifest.yaml").is_file():
+        for entry in read_mapping(opened.out / "manifest.yaml", {"source": [{"url": str}]})["source"]:
             check_unchanged(entry["url"], entry)
-        return out
-    all_stages = list(stages(out, len(shards)))
-    for stage in all_stages:
+        return opened
+    for stage in opened.stages:
         if stage.done:
-            check_unchanged(shards[stage.index], stage.read_meta().source)
-    device = pick_device(cfg.device)
-    source = first_size(shards, cfg.buckets) if cfg.size is None or cfg.features.size is None else None
-    size = cfg.size or source
-    autoencoder = prepare_autoencoder(cfg, shards, size, device)
-    extractor = load_extractor(cfg.features, device, source) if annotator.reads_g else None
-    study = Study(cfg, shards, all_stages, size, extractor, [])
-    if source_of_f := cfg.annotator.reuse or cfg.annotator.extend:
-        check_same_g(source_of_f, extractor)
-    if cfg.annotator.reuse:
-        save_annotator(out / "annotator", annotator, extractor)
-    fitted = (out / "annotator" / "annotator.yaml").is_file()
-    if not fitted:
-        annotator.prepare(study)
-    extract(study, autoencoder, annotator)
+            check_unchanged(opened.shards[stage.index], stage.read_meta().source)
+    return opened
+
+
+def worker(cfg: AnnotateConfig, shards: list[str], processes: int, device: str) -> Opened:
+    """One beside others, after the first has prepared."""
+    opened = Opened(replace(cfg, device=device, processes=processes), shards)
+    opened.prepare()
+    return opened
+
+
+def pass_over(opened: Opened, mine: list[int], failures: Path) -> None:
+    """The shards `mine` by all workers. One whose worker is lost is tried again, up to TRIES times. What is left is written to
+    `failures` when the others are done, and InputError names it; the same command then tries those only."""
+    cfg, device, damaged, lost = opened.cfg, pick_device(opened.cfg.device), dict[int, str](), dict[int, str]()
+    processes = len(executor.devices(cfg, device))
+    for attempt in range(TRIES):
+        todo, lost = sorted(lost) if attempt else mine, {}
+        if todo and executor.alone(cfg, device):
+            damaged |= opened(todo)
+            continue
+        each = 1 if attempt else min(MOST_SHARDS, max(1, len(todo) // (4 * processes)))
+        make = partial(worker, cfg, opened.shards, processes)
+        chunks = [todo[i : i + each] for i in range(0, len(todo), each)]
+        with tqdm(desc="annotate", total=len(todo), unit=" shards", disable=not todo) as bar:
+            now = partial(_progress, bar, [opened.stages[i] for i in todo])
+            for chunk, found in executor.run(make, chunks, cfg, device, now):
+                now()
+                if isinstance(found, executor.Lost):
+                    lost |= {i: found.why for i in chunk if not opened.stages[i].done}
+                else:
+                    damaged |= found
+    failed = {**damaged, **lost}
+    lines = [{"shard": opened.shards[i], "index": i, "reason": failed[i]} for i in sorted(failed)]
+    if not failed:
+        failures.unlink(missing_ok=True)
+        return
+    write_text(failures, "".join(json.dumps(line) + "\n" for line in lines))
+    how = f"failed {TRIES} times" if lost else "are damaged"
+    way = "give the same command" if lost else (
+        "mend them and give the same command, or go on without what is lost by allow_damaged=true"
+    )  # fmt: skip
+    example = "{shard}: {reason}".format(**lines[0]) if lost else lines[0]["reason"]
+    raise InputError(
+        f"{len(failed)} of {len(opened.shards)} shards {how}, the others are done; the first: {example}; {failures.name} "
+        f"lists them; {way}"
+    )
+
+
+def _progress(bar: tqdm, passing: list[Stage]) -> None:
+    bar.update(sum(stage.done for stage in passing) - bar.n)
+
+
+def complete(opened: Opened) -> Path:
+    """What follows when all shards are through: f, the annotated shards, the manifest."""
+    cfg, out, all_stages, annotator = opened.cfg, opened.out, opened.stages, opened.annotator
     summary = summarise(all_stages, cfg.max_skipped, cfg.shards)
-    if not fitted:
-        annotator.fit(replace(study, counts=[source["images"] for source in summary.sources]))
-        save_annotator(out / "annotator", annotator, extractor)
+    if not opened.fitted:
+        annotator.fit(replace(opened.study, counts=[source["images"] for source in summary.sources]))
+        save_annotator(out / "annotator", annotator, opened.study.extractor)
     annotator, _ = load_f(out / "annotator")
-    ids = corrupted_ids(all_stages, annotator)
-    labels = write_shards(all_stages, annotator, cfg.flips, summary.classes, ids)
+    labels, files = write_shards(opened, annotator, summary)
     write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
-    manifest = describe(study, annotator, autoencoder, summary, labels)
+    manifest = describe(opened.study, annotator, opened.autoencoder, summary, labels, files)
     write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
     shutil.rmtree(out / "work")
     return out
@@ -147,19 +245,41 @@ def corrupted_ids(all_stages: list[Stage], annotator: Annotator) -> np.ndarray |
 Labels = tuple[np.ndarray, np.ndarray]
 
 
-def write_shards(
-    all_stages: list[Stage], annotator: Annotator, flips: bool, classes: np.ndarray, ids: np.ndarray | None
-) -> Labels:
-    """Annotated shards in source order, those that are missing; `ids` [N] instead of the annotator's, if given."""
-    spec, start = annotator.spec, 0
-    counts, table = np.zeros(spec.num_labels, np.int64), np.zeros((spec.num_labels, len(classes) + 1), np.int64)
-    for stage in tqdm(all_stages, desc="write", unit=" shards"):
+def write_shards(opened: Opened, annotator: Annotator, summary: Summary) -> tuple[Labels, list[dict[str, Any]]]:
+    """Annotated shards in source order, those that are missing, by all workers; and the manifest's entry of each."""
+    cfg, device, all_stages = opened.cfg, pick_device(opened.cfg.device), opened.stages
+    ids = corrupted_ids(all_stages, annotator)
+    ends = np.cumsum([source["images"] for source in summary.sources])
+    tasks = [
+        (stage.index, None if ids is None else ids[end - source["images"] : end])
+        for stage, source, end in zip(all_stages, summary.sources, ends)
+    ]
+    make = partial(Writing, opened.out, cfg.flips, summary.classes)
+    bar = tqdm(executor.in_order(make, tasks, cfg, device), desc="write", unit=" shards", total=len(tasks))
+    counts, tables, files = zip(*bar)
+    return (sum(counts), sum(tables)), [
+        entry | {"images": source["images"]} for entry, source in zip(files, summary.sources)
+    ]
+
+
+class Writing:
+    """Writes one annotated shard at a call."""
+
+    def __init__(self, out: Path, flips: bool, classes: np.ndarray, device: str) -> None:
+        self.out, self.flips, self.classes = out, flips, classes
+        self.annotator, _ = load_f(out / "annotator")
+
+    def __call__(self, task: tuple[int, np.ndarray | None]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """The shard's number and ids that stand for the annotator's, if any -> its `Labels` and its entry in the manifest."""
+        (index, ids), spec, classes = task, self.annotator.spec, self.classes
+        stage = Stage(self.out, index)
         meta = stage.read_meta()
         n = len(meta.keys)
-        columns = annotator.signals(stage) if n else {}
+        columns = self.annotator.signals(stage) if n else {}
         if ids is not None and n:
-            columns["k"] = ids[start : start + n]
-        start += n
+            columns["k"] = ids
+        counts = np.zeros(spec.num_labels, np.int64)
+        table = np.zeros((spec.num_labels, len(classes) + 1), np.int64)
         if n and spec.num_labels:
             signals, cls = Signals.from_columns(spec, columns, n), np.array(meta.cls, np.int64)
             counts += signals.counts()
@@ -167,8 +287,11 @@ def write_shards(
                 known = np.where(cls < 0, len(classes), np.searchsorted(classes, cls))
                 table += contingency(signals.k.numpy(), known, table.shape)
         if not stage.tar.is_file():
-            write_shard(stage, meta, columns, flips)
-    return counts, table
+            write_shard(stage, meta, columns, self.flips)
+        for path in stage.latents.values():
+            path.unlink(missing_ok=True)
+        entry = {"file": stage.tar.name, "bytes": stage.tar.stat().st_size, "sha256": file_sha256(stage.tar)}
+        return counts, table, entry
 
 
 def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) -> None:
@@ -182,7 +305,12 @@ def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) ->
 
 
 def describe(
-    study: Study, annotator: Annotator, autoencoder: Autoencoder, summary: Summary, labels: Labels
+    study: Study,
+    annotator: Annotator,
+    autoencoder: Autoencoder,
+    summary: Summary,
+    labels: Labels,
+    files: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """manifest.yaml: what made the set, how many of what, and the hash of its content."""
     cfg, extractor, size, (counts, table) = study.config, study.extractor, study.size, labels
@@ -194,10 +322,6 @@ def describe(
         f |= {"classes": known.shape[1], "nmi": round(nmi(known), 4), "ari": round(ari(known), 4)}
     if len(counts):
         f |= {"empty": int((counts == 0).sum()), "counts": counts.tolist()}
-    files = [
-        {"file": tar.name, "images": source["images"], "bytes": tar.stat().st_size, "sha256": file_sha256(tar)}
-        for tar, source in zip((stage.tar for stage in study.stages), summary.sources)
-    ]
     if cfg.buckets:
         files = [entry | {"latent_shape": shape or summary.latent_shape} for entry, shape in zip(files, summary.shapes)]
     first_stage = {

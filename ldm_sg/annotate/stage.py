@@ -154,6 +154,12 @@ def check_unchanged(url: str, known: dict[str, Any]) -> None:
         )
 
 
+def not_finite(file: Path, row: int) -> InputError:
+    return InputError(
+        f"{file}: row {row} is NaN or infinite: g fails on that image; annotate into another out= with features.precision=fp32"
+    )
+
+
 def stages(out: Path, count: int) -> Iterator[Stage]:
     return (Stage(out, index) for index in range(count))
 
@@ -175,5 +181,7 @@ def sample_features(all_stages: list[Stage], counts: list[int], limit: int, seed
         if out is None:
             out = np.empty((len(chosen), features.shape[1]), np.float32)
         out[first:last] = features[chosen[first:last] - start]
+        if len(bad := np.flatnonzero(~np.isfinite(out[first:last]).all(1))):
+            raise not_finite(stage.features, int(chosen[first + bad[0]] - start))
     assert out is not None
     return out

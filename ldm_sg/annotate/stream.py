@@ -2,6 +2,7 @@
 what they make goes to disk batch by batch."""
 
 import itertools
+import multiprocessing
 import queue
 import sys
 import threading
@@ -21,7 +22,7 @@ from ldm_sg.autoencoder import Autoencoder, load_autoencoder, measure_normalisat
 from ldm_sg.autoencoder.manifest import blurred
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_float, to_tensor
-from ldm_sg.data.pool import decoder_pool
+from ldm_sg.data.pool import cores, decoder_pool
 from ldm_sg.data.shards import Damage, ImageBatch, count_images, image_batches, is_remote, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.hardware import use_bf16
@@ -104,6 +105,9 @@ class _Refused(Exception):
 def batches_of(study: Study, annotator: Annotator, todo: list[int]) -> Iterator[Passing]:
     """Batches (`image_batches`) of the shards `todo`, one after the other, each followed by its end mark."""
     cfg, g, skipped = study.config, study.extractor, list[tuple[str, str, str]]()
+    workers = cfg.workers  # of the cores that are ours: other processes on this machine do the same
+    if workers < 0:
+        workers = max(int(cfg.processes <= 1), cores() // max(1, cfg.processes) - 1)
     looks = {"view": g.size, "whole": annotator.whole and g.any_shape} if g else {}
 
     def on_skip(*entry: str) -> None:
@@ -111,7 +115,7 @@ def batches_of(study: Study, annotator: Annotator, todo: list[int]) -> Iterator[
             raise _Refused(f"{entry[0]}: {entry[2]}")
         skipped.append(entry)  # type: ignore[arg-type]
 
-    with nullcontext(0) if cfg.workers == 0 else decoder_pool(cfg.workers) as pool:
+    with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
         reading = (cfg.features.batch_size, pool, on_skip, annotator.reads_truth)
         for index in todo:
             damage = ""
@@ -156,16 +160,14 @@ def ahead(source: Iterator[Passing], depth: int = 4) -> Iterator[Passing]:
         thread.join(timeout=2)  # it may wait for a server; it ends with the process
 
 
-def extract(study: Study, autoencoder: Autoencoder, annotator: Annotator) -> None:
-    """The pass over the shards that are not done: features, latents and what f observes to disk."""
+def extract(study: Study, autoencoder: Autoencoder, annotator: Annotator, todo: list[int]) -> list[tuple[int, str]]:
+    """The pass over the shards `todo`: features, latents and what f observes to disk. Returns those that are damaged, and how."""
     cfg, shards, extractor = study.config, study.shards, study.extractor
-    todo = [stage.index for stage in study.stages if not stage.done]
-    if not todo:
-        return
     bf16 = use_bf16(cfg.precision, autoencoder.mean.device)
     source, damaged = ahead(batches_of(study, annotator, todo)), []
     total = expected_images([shards[index] for index in todo])
-    with closing(source), tqdm(desc="annotate", total=total, unit=" images", mininterval=1) as bar:
+    alone = multiprocessing.parent_process() is None  # of several workers the parent has a bar
+    with closing(source), tqdm(desc="annotate", total=total, unit=" images", mininterval=1, disable=not alone) as bar:
         for done, index in enumerate(todo):
             with StageWriter(study.stages[index], shards[index], cfg.flips) as writer:
                 while batch := (passing := next(source)).batch:
@@ -176,15 +178,11 @@ def extract(study: Study, autoencoder: Autoencoder, annotator: Annotator) -> Non
                     writer.add(batch.keys, batch.cls, latents, observed)
                     bar.update(len(batch.keys))
                 if passing.damage:
-                    damaged.append(passing.damage)
+                    damaged.append((index, passing.damage))
                 else:
                     writer.finish(passing.skipped)
             bar.total = round(bar.n / (done + 1) * len(todo))  # a better guess than the first, and right at the end
-    if damaged:
-        raise InputError(
-            f"{len(damaged)} of {len(shards)} shards are damaged, the others are done; the first: {damaged[0]}; mend them and "
-            "give the same command, or go on without what is lost by allow_damaged=true"
-        )
+    return damaged
 
 
 def expected_images(shards: list[str]) -> int | None:

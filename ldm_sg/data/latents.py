@@ -43,32 +43,11 @@ def set_hash(shard_hashes: Iterable[str]) -> str:
     return hashlib.sha256("".join(shard_hashes).encode()).hexdigest()
 
 
-def step_indices(seed: int, step: int, batch_size: int, n: int) -> Tensor:
-    """Dataset indices [batch_size] of global training step `step` (from 0): a pure function.
-
-    An endless stream of permutations of 0..n-1, one an epoch, made of (seed, epoch) alone, is cut in batches; a batch
-    may span epochs. Within an epoch every index comes once."""
-    assert n > 0 and batch_size > 0 and step >= 0
-    parts, start, end = [], step * batch_size, (step + 1) * batch_size
-    while start < end:
-        epoch, offset = divmod(start, n)
-        part = _permutation(seed, epoch, n)[offset : offset + end - start]
-        parts.append(part)
-        start += len(part)
-    return torch.cat(parts)
-
-
-@functools.lru_cache(maxsize=2)  # steps of one epoch follow each other
-def _permutation(seed: int, epoch: int, n: int) -> Tensor:
-    mixed = np.random.SeedSequence([seed & (2**64 - 1), epoch]).generate_state(1, np.uint64)[0]
-    return torch.randperm(n, generator=torch.Generator().manual_seed(int(mixed >> np.uint64(1))))
-
-
 class LatentSet:
     """An annotation set. Indices count its samples in the order of the shards.
 
-    `signals`, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`; where images have several shapes (buckets), all
-    `shapes`, the most frequent first, which is `latent_shape`, and the place in it of each image, `bucket` [N]. Raises InputError
+    `signals`, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`; where images have several shapes (`buckets`), all
+    `shapes`, the most frequent first, which is `latent_shape`. Raises InputError
     when `annotate` has not finished, or the files are not those that the manifest describes: sizes are always compared,
     contents at the first opening, which also indexes the shards (about 20 s a million images) and keeps
     both results in FOLDER/index."""
@@ -87,7 +66,7 @@ class LatentSet:
         self.signals = Signals.from_columns(self.spec, found, len(self._where))
         if len(self) != (count := self.manifest["num_images"]):
             raise InputError(f"{self.folder}: its shards hold {len(self)} images, its manifest says {count}")
-        self.shapes, self.bucket = self._buckets()
+        self.shapes, self._bucket_of_shard = self._shapes()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_open = max(1, soft // 4)
         self._files: dict[int, int] = {}  # shard -> file descriptor, oldest first
@@ -131,7 +110,7 @@ class LatentSet:
             raise InputError(f"{self.folder} has no latents of mirrored images: annotate again with flips=true")
         wanted = self._where[indices.numpy()]
         offsets = wanted["latent"] if flip is None else np.where(flip.numpy(), wanted["flip"], wanted["latent"])
-        buckets = self.bucket[indices].unique().tolist()
+        buckets = self.buckets(indices).unique().tolist()
         assert len(buckets) <= 1, "images of several shapes in one batch"
         out = np.empty((len(indices), *self.shapes[buckets[0] if buckets else 0]), np.float16)
         for row, shard, offset in zip(out, wanted["shard"].tolist(), offsets.tolist()):
@@ -139,15 +118,18 @@ class LatentSet:
                 raise InputError(f"{self.paths[shard]} has become shorter since it was opened")
         return torch.from_numpy(out).float()
 
-    def _buckets(self) -> tuple[list[tuple[int, int, int]], Tensor]:
-        """`shapes` and `bucket`."""
+    def buckets(self, indices: Tensor) -> Tensor:
+        """Of which of `shapes` the images at `indices` [B] are, [B]."""
+        return torch.from_numpy(self._bucket_of_shard[self._where["shard"][indices.numpy()]])
+
+    def _shapes(self) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+        """`shapes`, and the place in it of each shard's."""
         of_shard = np.bincount(self._where["shard"], minlength=len(self.paths))
         often = Counter({self.latent_shape: 0})
         for shape, images in zip(self._shard_shapes, of_shard.tolist()):
             often[shape] += images
         shapes = [shape for shape, images in often.most_common() if images]
-        places = np.array([shapes.index(shape) if shape in shapes else 0 for shape in self._shard_shapes])
-        return shapes, torch.from_numpy(np.repeat(places, of_shard))
+        return shapes, np.array([shapes.index(shape) if shape in shapes else 0 for shape in self._shard_shapes])
 
     def _index(self) -> Columns:
         """`where` (_WHERE [N]) and the signals, kept in FOLDER/index under the set's hash; made again where they are not of as

@@ -1,4 +1,4 @@
-"""Source shards: webdataset tars of images, read one after the other, written whole or not at all."""
+"""Source shards: webdataset tars (or parquet tables) of images, read one after the other, written whole or not at all."""
 
 import functools
 import glob
@@ -19,6 +19,7 @@ import numpy as np
 
 from ldm_sg.data.boxes import crop_meta
 from ldm_sg.data.images import BadImage, Shown, Size, crop_resize_index, decode, decode_index, fitted, show, sides
+from ldm_sg.data.parquet import count_rows, read_rows
 from ldm_sg.data.pool import DecoderPool, decoder_pool
 from ldm_sg.data.tars import MOST_IMAGE, MOST_TEXT, Command, Damaged, Member, is_remote, open_shard, read_members
 from ldm_sg.errors import InputError, choices, one_line
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 OnSkip = Callable[[str, str, str], None]  # (shard, key or "" for the whole shard, reason)
 PAUSES = (1, 5, 20)  # seconds before a remote shard that is cut off is fetched again
+PARQUET = ".parquet"
 INDEX = "shards.jsonl"  # what pack writes beside its shards: how many images each has
 WANTED = {**dict.fromkeys((*IMAGE_EXTENSIONS, "mask.png"), MOST_IMAGE), "cls": MOST_TEXT, "json": MOST_TEXT}
 
@@ -71,12 +73,13 @@ def _braces(pattern: str) -> list[str]:
 
 def _expand_one(url: str) -> list[str]:
     if is_remote(url):
-        return [Command(url) if url.startswith("pipe:") else url]
+        return [Command(url)] if url.startswith("pipe:") else _there(url)
     path = Path(url).expanduser()
     if path.is_dir():
-        found = sorted(str(p) for p in path.glob("*.tar"))
+        # a folder that img2dataset filled has tables without images beside its tars
+        found = sorted(map(str, path.glob("*.tar"))) or sorted(map(str, path.glob(f"*{PARQUET}")))
         if not found:
-            raise InputError(f"folder {url!r} has no .tar shards in it; `ldm-sg pack` makes them from images")
+            raise InputError(f"folder {url!r} has no .tar or .parquet shards; `ldm-sg pack` makes them from images")
         return found
     if glob.has_magic(url) and not path.exists():
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (an absolute pattern)
@@ -87,6 +90,30 @@ def _expand_one(url: str) -> list[str]:
         near = [str(p) for p in path.parent.glob("*.tar")] if path.parent.is_dir() else []
         raise InputError(f"shard {url!r} not found" + (f"; {choices(str(path), near)}" if near else ""))
     return [str(path)]
+
+
+def holds_shards(where: str) -> bool:
+    """Whether this names shards, or a folder of them."""
+    folder, ends = Path(where).expanduser(), (".tar", PARQUET)
+    if folder.is_dir():
+        return any(path.suffix in ends for path in folder.iterdir())
+    return any(end in where for end in ends)
+
+
+def _there(url: str) -> list[str]:
+    """Of a remote glob, where the file system can list, what matches it."""
+    if not glob.has_magic(url) or url.startswith(("http://", "https://")):
+        return [url]
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        found = sorted(fs.unstrip_protocol(name) for name in fs.glob(path))
+    except (OSError, ValueError, ImportError) as err:
+        raise InputError(f"shards {url!r} cannot be listed: {one_line(err)}") from err
+    if not found:
+        raise InputError(f"nothing matches {url!r}")
+    return found
 
 
 class Damage(str):
@@ -128,7 +155,8 @@ def _groups(url: str) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
     given = 0
     for pause in (*PAUSES, None) if is_remote(url) else (None,):
         try:
-            for group in itertools.islice(_grouped(read_members(url, WANTED), pause is None), given, None):
+            read = read_rows if url.endswith(PARQUET) else read_members
+            for group in itertools.islice(_grouped(read(url, WANTED), pause is None), given, None):
                 given += 1
                 yield group
             return
@@ -174,6 +202,8 @@ def _images_in(url: str) -> int | None:
 def count_images(path: str) -> int:
     """Images in a local shard by its headers: seconds for a large one. Of a damaged one those before the damage, which
     `read_shard` reports."""
+    if path.endswith(PARQUET):
+        return count_rows(path)
     keys = set()
     with suppress(tarfile.TarError, OSError, EOFError), tarfile.open(path) as tar:
         for member in tar:

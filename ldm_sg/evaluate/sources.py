@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, read_bytes, to_tensor
 from ldm_sg.data.pool import in_order
-from ldm_sg.data.shards import count_images, expand, is_remote, read_shard
+from ldm_sg.data.shards import count_images, expand, holds_shards, is_remote, read_shard
 from ldm_sg.errors import InputError
 
 PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
@@ -86,9 +86,11 @@ def open_images(where: str) -> ImageSet:
     files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if files:
         return ImageSet(where, tuple(files), in_shards=False)
-    if any(folder.glob("*.tar")):
+    if holds_shards(where):
         return ImageSet(where, tuple(expand(where)), in_shards=True)
-    raise InputError(f"{where}: no images in this folder ({', '.join(sorted(SUFFIXES))}, or .tar shards of them)")
+    raise InputError(
+        f"{where}: no images in this folder ({', '.join(sorted(SUFFIXES))}, or .tar or .parquet shards of them)"
+    )
 
 
 def _records(folder: Path) -> tuple[dict[str, Any], ...]:

@@ -1,5 +1,6 @@
 """What happens around the steps: EMA, checkpoints that survive kill -9, metrics.csv, exports, a clean Ctrl-C."""
 
+import json
 import math
 import signal
 import sys
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm_sg.config import TrainConfig
+from ldm_sg.errors import InputError
 from ldm_sg.folder import temporary
 from ldm_sg.training.metrics import MetricsCsv
 
+LOST_IN_A_ROW = 20
 COLUMNS = ["step", "train_loss", "val_loss_guided", "val_loss_null", "images_per_s", "lr", "fd_held_out"]
 
 
@@ -137,6 +140,37 @@ class StopEarly(EachStep):
             )
             self.saver.save(trainer)
             trainer.should_stop = True
+
+
+class Finite(EachStep):
+    """Tells of steps that were skipped because their gradient was not finite, in RUN/skipped_steps.jsonl too, and ends the run when
+    LOST_IN_A_ROW of them follow each other. Looks at so many steps at once, not to wait for the device at each."""
+
+    def __init__(self, run: Path) -> None:
+        self.path, self.norms, self.row = run / "skipped_steps.jsonl", list[tuple[int, Tensor]](), 0
+
+    def on_step(self, trainer: pl.Trainer) -> None:
+        self.norms.append((trainer.global_step - 1, trainer.lightning_module.gradient_norm))
+        if len(self.norms) < LOST_IN_A_ROW and trainer.global_step != trainer.max_steps:
+            return
+        norms, lost = torch.stack([norm for _, norm in self.norms]).tolist(), []
+        for (step, _), norm in zip(self.norms, norms):
+            self.row = 0 if math.isfinite(norm) else self.row + 1
+            if self.row:
+                lost.append({"step": step, "gradient_norm": str(norm)})
+        self.norms = []
+        if lost and trainer.is_global_zero:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lost)
+            tqdm.write(
+                f"note: {len(lost)} steps up to {lost[-1]['step']} skipped: gradient not finite; {self.path}",
+                sys.stderr,
+            )
+        if self.row >= LOST_IN_A_ROW:
+            raise InputError(
+                f"{self.path.parent}: {self.row} steps in a row up to step {lost[-1]['step']} gave a gradient that is not finite "
+                f"({self.path}); the checkpoint has none of them; a smaller lr, or precision=fp32, may help"
+            )
 
 
 class StopCleanly(EachStep):

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -11,28 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_sg.config import TrainConfig
-from ldm_sg.data.latents import LatentSet, step_indices
+from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.order import Kept, mix_seed, split, step_indices, turns
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.guidance.spatial import Crops
-
-
-def mix_seed(*parts: int) -> int:
-    """One 63-bit seed of several numbers (splitmix64), so that neighbouring steps are unrelated streams."""
-    state = 0
-    for part in parts:
-        state = (state ^ (part & (2**64 - 1))) + 0x9E3779B97F4A7C15 & (2**64 - 1)
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
-        state ^= state >> 31
-    return state >> 1
-
-
-def split(n: int, val_share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of training and held-out samples; at least one of each."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(mix_seed(seed, n)))
-    held_out = min(max(1, round(n * val_share)), n - 1) if val_share else 0
-    return order[held_out:].sort().values, order[:held_out].sort().values
 
 
 def read_left_out(path: Path, latents: LatentSet) -> Tensor:
@@ -57,21 +40,6 @@ def read_left_out(path: Path, latents: LatentSet) -> Tensor:
     return indices
 
 
-def turns(sizes: Sequence[int], seed: int, total: int) -> tuple[Tensor, Tensor]:
-    """Which of several buckets each step draws its batch from [total], and how many steps drew from it before [total]: in
-    proportion to their `sizes`, up to a few steps at any time, and alike whatever `total` is.
-
-    Multiples of the golden ratio, modulo 1, are spread evenly over [0, 1), where each bucket has its share."""
-    ends = torch.tensor(sizes, dtype=torch.float64).cumsum(0)
-    places = (torch.arange(total, dtype=torch.float64) * ((5**0.5 - 1) / 2) + mix_seed(seed, len(sizes)) / 2**63) % 1
-    chosen = torch.searchsorted(ends / ends[-1], places, right=True)
-    before = torch.empty_like(chosen)
-    for bucket in range(len(sizes)):
-        own = chosen == bucket
-        before[own] = torch.arange(int(own.sum()))
-    return chosen, before
-
-
 class Steps(Sampler[list[int]]):
     """Yields (step, share, *dataset indices), from step `first` up to `total`: of `world * parts` shares of the global batch
     those of this rank, `parts` a step, one after the other. pools: (dataset indices, how many of them a step) each; where
@@ -79,7 +47,7 @@ class Steps(Sampler[list[int]]):
 
     def __init__(
         self,
-        pools: list[tuple[Tensor, int]],
+        pools: list[tuple[Tensor | Kept, int]],
         seed: int,
         total: int,
         first: int,
@@ -162,29 +130,33 @@ class LatentData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.latents, self.config, self.side, self.replay = latents, config, side, replay
-        pools = split(len(latents), config.val_share, config.seed)
+        self.train_pool: Tensor | Kept
+        self.train_pool, self.val_pool = split(len(latents), config.val_share, config.seed)
         if config.leave_out:
-            gone = read_left_out(Path(config.leave_out), latents)
-            pools = tuple(pool[~torch.isin(pool, gone)] for pool in pools)
-        self.train_pool, self.val_pool = pools
+            gone, every = read_left_out(Path(config.leave_out), latents), torch.arange(len(self.train_pool))
+            pools = self.train_pool[every], self.val_pool
+            self.train_pool, self.val_pool = (pool[~torch.isin(pool, gone)] for pool in pools)
         if not len(self.train_pool):
             raise InputError(f"leave_out={config.leave_out!r}: leaves no image to learn from")
         self.first_step = 0  # set before fit when resuming
 
-    def by_shape(self, pool: Tensor) -> list[Tensor]:
+    def by_shape(self, pool: Tensor | Kept) -> list[Tensor] | list[Tensor | Kept]:
         """Indices of images that have one shape each; all together where the set has one."""
-        buckets = self.latents.bucket[pool]
+        if len(self.latents.shapes) == 1:
+            return [pool] if len(pool) else []
+        pool = pool[torch.arange(len(pool))]
+        buckets = self.latents.buckets(pool)
         return [pool[buckets == bucket] for bucket in buckets.unique().tolist()]
 
     def shapes(self) -> str:
         """What the network sees, and how many of each shape there are, in words; with a note where there are very few."""
-        pools = [
-            (self.latents.shapes[self.latents.bucket[pool[0]]], len(pool)) for pool in self.by_shape(self.train_pool)
-        ]
-        if len(pools) == 1:
-            channels, *cells = pools[0][0]
-            return "x".join(map(str, (channels, *(cells if self.side is None else [self.side] * 2))))
-        named = [("x".join(map(str, shape)), n) for shape, n in pools]
+        pools = self.by_shape(self.train_pool)
+        shapes = [self.latents.shapes[self.latents.buckets(pool[torch.arange(1)])[0]] for pool in pools]
+        if self.side is not None:
+            shapes = [(shapes[0][0], self.side, self.side)]
+        named = [("x".join(map(str, shape)), len(pool)) for shape, pool in zip(shapes, pools)]
+        if len(named) == 1:
+            return named[0][0]
         if few := [f"{n} of {shape}" for shape, n in named if n < self.config.batch_size]:
             print(
                 f"note: {', '.join(few)}: fewer images than a batch, which repeats them; leave that shape out of `pack --buckets`",
@@ -208,7 +180,7 @@ class LatentData(pl.LightningDataModule):
         assert self.trainer is not None
         cfg, rank, world = self.config, self.trainer.global_rank, self.trainer.world_size
         again = round(cfg.replay.share * cfg.batch_size) if self.replay else 0
-        pools = [(pool, cfg.batch_size - again) for pool in self.by_shape(self.train_pool)]
+        pools: list[tuple[Tensor | Kept, int]] = [(p, cfg.batch_size - again) for p in self.by_shape(self.train_pool)]
         several = len(pools) > 1
         if self.replay:
             pools.append((len(self.latents) + torch.arange(len(self.replay)), again))

@@ -1,14 +1,16 @@
 """One training step of a self-guided diffusion model."""
 
+import math
+
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from ldm_sg.config import TrainConfig
+from ldm_sg.data.order import mix_seed
 from ldm_sg.guidance.compose import Denoiser
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.objective import Objective
-from ldm_sg.training.data import mix_seed
 
 TRAIN, VAL = 1, 2  # streams of randomness
 
@@ -63,9 +65,16 @@ class DiffusionModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, **_: object) -> None:
-        """By norm. In bf16 Lightning's own refuses fused optimizers, for the sake of a loss scale, which bf16 has not."""
-        if self.config.clip:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        """By norm. A step whose gradient is not finite is no step: weights, moments and counts stay as they are. (In bf16
+        Lightning's own clipping refuses fused optimizers, for the sake of a loss scale, which bf16 has not.)"""
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
+        odd = ~self.gradient_norm.isfinite()
+        if optimizer.defaults.get("fused"):  # is told without waiting for the device
+            optimizer.found_inf = odd.float()  # type: ignore[attr-defined]
+        elif odd:
+            for p in parameters:
+                p.grad = None
 
 
 def decayed(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,17 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.training.callbacks import EMA, Hooked, Hooks, MetricsFile, Progress, SaveLast, StopCleanly, StopEarly
+from ldm_sg.training.callbacks import (
+    EMA,
+    Finite,
+    Hooked,
+    Hooks,
+    MetricsFile,
+    Progress,
+    SaveLast,
+    StopCleanly,
+    StopEarly,
+)
 from ldm_sg.training.checkpoint import read_checkpoint
 from ldm_sg.training.data import LatentData
 from ldm_sg.training.diffusion import DiffusionModule
@@ -44,12 +55,14 @@ def fit(
     metrics = MetricsFile(run / "metrics.csv", config)
     # order matters: EMA averages before anything reads it, and metrics come before a checkpoint ends the step
     early = StopEarly(config, ema, hooks, saver, metrics)
-    callbacks = [ema, metrics, Hooked(hooks, config.sample_every, ema), early, saver, stopper]
+    callbacks = [Finite(run), ema, metrics, Hooked(hooks, config.sample_every, ema), early, saver, stopper]
     _quiet()
     validate = len(data.val_pool) > 0 and config.val_every > 0
+    here, nodes = _processes(config, device)
     trainer = pl.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
-        devices=_devices(config, device),
+        devices=here,
+        num_nodes=nodes,
         strategy="auto",
         precision="bf16-mixed" if bf16 else "32-true",
         max_steps=config.steps,
@@ -93,8 +106,8 @@ def _loggers(config: TrainConfig, run: Path, first_step: int) -> list[Logger]:
 
 def check_shares(config: TrainConfig, device: torch.device) -> None:
     """InputError for a batch that cannot be shared out evenly: a mean of the parts' means would weigh images unequally."""
-    devices = _devices(config, device)
-    ranks = len(devices) if isinstance(devices, list) else devices
+    here, nodes = _processes(config, device)
+    ranks = nodes * (len(here) if isinstance(here, list) else here)
     if config.batch_size % (ranks * config.accumulate):
         raise InputError(
             f"batch_size={config.batch_size}: give a multiple of {ranks * config.accumulate}, so that {ranks} devices take equal "
@@ -102,12 +115,20 @@ def check_shares(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def _devices(config: TrainConfig, device: torch.device) -> int | list[int]:
+def _processes(config: TrainConfig, device: torch.device) -> tuple[int | list[int], int]:
+    """Processes, or the device, of each machine; machines. torchrun and Slurm's srun say it of their jobs."""
+    env = os.environ
+    if "LOCAL_WORLD_SIZE" in env:
+        return int(env["LOCAL_WORLD_SIZE"]), int(env.get("GROUP_WORLD_SIZE", 1))
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        nodes = int(env.get("SLURM_NNODES", 1))
+        return int(env["SLURM_NTASKS"]) // nodes, nodes
     if device.index is not None:
-        return [device.index]
+        return [device.index], 1
     if device.type == "cuda" and config.devices == -1:
-        return torch.cuda.device_count()
-    return max(1, config.devices) if device.type != "mps" else 1  # on CPUs: DDP over gloo, for tests and small clusters
+        return torch.cuda.device_count(), 1
+    # on CPUs: DDP over gloo, for tests and small clusters
+    return (max(1, config.devices) if device.type != "mps" else 1), 1
 
 
 def _quiet() -> None:

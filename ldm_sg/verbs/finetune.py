@@ -9,6 +9,7 @@ from ldm_sg.annotate.kinds import features_of, load_annotator, load_f
 from ldm_sg.config import AnnotateConfig, ReplayConfig, TrainConfig
 from ldm_sg.configfile import from_mapping, load
 from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.shards import holds_shards
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, choices
 from ldm_sg.evaluate import nearby, sources
@@ -90,9 +91,7 @@ def _annotate(size: int, run: Path, images: str, data: Path, k: int | None, clus
     f, settings = load_f(folder)
     g = features_of(folder, settings)
     shards = images
-    if Path(images).is_dir() and any(Path(images).glob("*.tar")):
-        shards = f"{images}/*.tar"
-    elif ".tar" not in images:
+    if not holds_shards(images):
         shards = f"{data / 'shards'}/*.tar"
         pack(images, data / "shards", size=size, format="png" if size <= 64 else "jpg")
     count = sources.open_images(shards).total
