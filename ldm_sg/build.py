@@ -24,11 +24,13 @@ from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.sampling.schedules import noise_scheduler, objective_of
 
 
-def view_side(config: TrainConfig, latents: LatentSet) -> int:
-    """Side in latent cells of what the network sees: the whole image, or `config.crop` pixels of it."""
+def view_side(config: TrainConfig, latents: LatentSet) -> int | None:
+    """Side in latent cells of what the network sees: `config.crop` pixels of an image, or None: the whole image."""
     full = latents.latent_shape[1]
     if config.crop is None:
-        return full
+        return None
+    if len(latents.shapes) > 1 or full != latents.latent_shape[2]:
+        raise InputError(f"crop={config.crop}: {latents.folder} has images that are no squares, which are learnt whole")
     pixels = latents.manifest["size"]
     factor = pixels // full
     if not factor <= config.crop <= pixels or config.crop % factor:
@@ -42,7 +44,8 @@ def network(config: TrainConfig, latents: LatentSet) -> GuidedUNet:
     """The UNet for this annotation set, initialised from `config.seed`, or from the run `config.init`."""
     torch.manual_seed(config.seed)
     side = view_side(config, latents)
-    model = make_unet(model_config(config.model), latents.spec, (latents.latent_shape[0], side, side))
+    shapes = latents.shapes if side is None else [(latents.latent_shape[0], side, side)]
+    model = make_unet(model_config(config.model), latents.spec, *shapes)
     if config.init:
         _start_from(model, config, latents)
     if config.lora:
@@ -97,6 +100,8 @@ def replay(config: TrainConfig, latents: LatentSet) -> LatentSet | None:
     if not config.replay.share:
         return None
     old, where = LatentSet(str(config.replay.annotation)), f"replay.annotation={config.replay.annotation!r}"
+    if len(latents.shapes) + len(old.shapes) > 2:
+        raise InputError(f"{where}: images of several shapes, in it or in {latents.folder}, cannot be mixed in a batch")
     stages = [find_stage(str(s.folder / "autoencoder"))[0] for s in (latents, old)]
     if latents.latent_shape != old.latent_shape or _other_stage(*stages):
         raise InputError(f"{where}: its latents are of another first stage, or size, than those of {latents.folder}")
@@ -123,9 +128,12 @@ class PipelineWriter:
         self.scheduler, self.drop, self.lora = noise_scheduler(config.objective), config.guidance.drop, config.lora
         self.source_size = latents.manifest["size"] if config.crop else None
         side, full = view_side(config, latents), latents.latent_shape[1]
-        self.signals = latents.signals if side == full else latents.signals.centre(side / full)
+        self.signals = latents.signals if side in (None, full) else latents.signals.centre(side / full)
         self.autoencoder = load_autoencoder(str(Path(config.annotation) / "autoencoder")).to(device)
         self.autoencoder.check_channels(latents.latent_shape[0], str(latents.folder))
+        factor = self.autoencoder.factor
+        square = all(h == w and len(latents.shapes) == 1 for _, h, w in latents.shapes)
+        self.sizes = None if square else " ".join(f"{w * factor}x{h * factor}" for _, h, w in latents.shapes)
         self.annotator = Path(config.annotation) / "annotator"
         weights = pipeline_of(config.init) / "unet" / WEIGHTS if config.lora and config.init else None
         self.base = file_sha256(weights) if weights else ""
@@ -144,7 +152,7 @@ class PipelineWriter:
         plain = self.plain(network)
         stage = self.preview if preview else self.autoencoder
         parts = (plain.unet, plain.conditioner, self.scheduler, stage, self.signals)
-        pipe = SelfGuidedPipeline(*parts, source_size=self.source_size, drop=self.drop)
+        pipe = SelfGuidedPipeline(*parts, source_size=self.source_size, drop=self.drop, sizes=self.sizes)
         pipe.annotator_folder = self.annotator
         return pipe
 

@@ -115,6 +115,13 @@ def pack(
     crop: Annotated[
         str, typer.Option(help="square (centre), or none: whole images, --size is their short side.")
     ] = "square",
+    buckets: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --size, shapes as 64x64,80x48,48x80: each image goes to the one nearest to its own, for "
+            "annotate buckets=true."
+        ),
+    ] = None,
     shard_size: Annotated[int, typer.Option(help="Images a shard.")] = 1000,
     image_format: Annotated[str, typer.Option("--format", help="jpg, png or webp.")] = "jpg",
     quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
@@ -144,7 +151,8 @@ def pack(
 
     run(src, dst, size=size, shard_size=shard_size, format=image_format, quality=quality, max_skipped=max_skipped,
         workers=workers, annotations=annotations, masks=masks, merge=merge, ignore_index=ignore_index,
-        split=split, crop=crop, allow_damaged=allow_damaged)  # fmt: skip
+        split=split, crop=crop, allow_damaged=allow_damaged,
+        buckets=[_numbers("--buckets", part.replace("x", ","), int) for part in (buckets or "").split(",") if part])  # fmt: skip
 
 
 @app.command(

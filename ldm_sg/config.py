@@ -129,6 +129,7 @@ class AnnotateConfig:
     executor: str = "local"  # or ray
     processes: int = 0  # at once; 0 = one a GPU (Ray: of the cluster's), or one
     address: str | None = None  # of a Ray cluster, ray://HOST:PORT; null = $RAY_ADDRESS, or one of this machine alone
+    buckets: bool = False  # images as they are, of one shape a shard, as `pack --buckets` writes them
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be, before anything heavy is imported."""
@@ -148,6 +149,7 @@ class AnnotateConfig:
         _need("annotator.centre_place", place, self.annotator.centre or not place, "belongs to annotator.centre=true")
         _need("annotator.shuffle", self.annotator.shuffle, 0 <= self.annotator.shuffle <= 1, "a share between 0 and 1")
         _need("size", self.size, self.size is None or self.size >= 8, "at least 8 pixels, or null")
+        _need("size", self.size, not self.buckets or self.size is None, "with buckets=true images keep their own; null")
         _need("features.batch_size", self.features.batch_size, self.features.batch_size >= 1, "at least 1")
         _need("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a share between 0 and 1")
 

@@ -57,6 +57,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         signals: object,  # Signals, whichever file their class is of
         source_size: int | None = None,  # pixels of the images that it learnt crops from
         drop: float | None = None,  # share of samples that it was trained on with the null; None = not known
+        sizes: str | None = None,  # "80x48 64x64": those it learnt, first the one it makes unasked; None = a square
         version: int = VERSION,
     ) -> None:
         super().__init__()
@@ -64,19 +65,23 @@ class SelfGuidedPipeline(DiffusionPipeline):
         self.register_modules(
             unet=unet, conditioner=conditioner, scheduler=scheduler, autoencoder=autoencoder, signals=signals
         )
-        self.register_to_config(source_size=source_size, drop=drop, version=version)
+        self.register_to_config(source_size=source_size, drop=drop, sizes=sizes, version=version)
         self.set_progress_bar_config(disable=True)
         if next(autoencoder.parameters(), None) is None:  # pixels: nothing to move, and accelerate asks for something
             self.model_cpu_offload_seq, self._exclude_from_cpu_offload = "unet", ["conditioner", "autoencoder"]
         autoencoder.check_channels(self.latent_shape[0], "this run")
         self.spec, self.schedule = signals.spec, scheduler  # which it was trained with, whatever takes its place
+        self.learnt = [(int(w), int(h)) for w, h in (size.split("x") for size in (sizes or "").split())]
+        self.learnt = self.learnt or [(self.image_size, self.image_size)]
+        if sizes:
+            self.resize(*self.learnt[0])
         self.annotator_folder: Path | None = None
         self.checkpoint: int | None = None  # step of the snapshot that it was opened at, where it was one
         self._members: dict[int, Tensor] = {}
 
     def resize(self, width: int, height: int) -> None:
-        """Makes images of this size in pixels from now on. The network has learnt one size: far from it objects are repeated or cut,
-        and masks and boxes are stretched. InputError for sides that it cannot halve as often as it does."""
+        """Makes images of this size in pixels from now on. Far from the sizes that the network has `learnt` objects are repeated or
+        cut, and masks and boxes are stretched. InputError for sides that it cannot halve as often as it does."""
         self.cells = self._cells(width, height)
 
     def _cells(self, width: int | None, height: int | None) -> tuple[int, int]:
@@ -86,6 +91,9 @@ class SelfGuidedPipeline(DiffusionPipeline):
         rows, columns = (n * factor if side is None else side for side, n in zip((height, width), own))
         if any(type(side) is not int or side % step or not 0 < side <= MAX_SIDE for side in (rows, columns)):
             raise InputError(f"size {columns}x{rows}: this run makes multiples of {step} pixels, up to {MAX_SIDE:,}")
+        if (width or height) and (columns, rows) not in self.learnt:
+            known = ", ".join(f"{w}x{h}" for w, h in self.learnt)
+            print(f"note: this run has learnt {known}: far from it objects are repeated or cut", file=sys.stderr)
         return rows // factor, columns // factor
 
     def save_pretrained(self, save_directory: str | Path, refer: bool = False, **kwargs: Any) -> None:
@@ -165,7 +173,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
 
     @property
     def image_size(self) -> int:
-        """Side of the images it learnt to make, in pixels."""
+        """Side of the images it learnt to make, in pixels; the short one where they are no squares."""
         return self.unet.config.sample_size * self.autoencoder.factor
 
     @property

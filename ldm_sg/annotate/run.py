@@ -3,6 +3,7 @@ is fitted on the features and the annotated shards are written; the manifest com
 
 import json
 import shutil
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -76,7 +77,7 @@ class Opened:
     def prepare(self) -> None:
         """g, the first stage, and what f must know before the pass; what takes long is kept in OUT."""
         cfg, device = self.cfg, pick_device(self.cfg.device)
-        source = first_size(self.shards) if cfg.size is None or cfg.features.size is None else None
+        source = first_size(self.shards, cfg.buckets) if cfg.size is None or cfg.features.size is None else None
         size = cfg.size or source
         self.autoencoder = prepare_autoencoder(cfg, self.shards, size, device)
         extractor = load_extractor(cfg.features, device, source) if self.annotator.reads_g else None
@@ -98,6 +99,11 @@ def open_set(cfg: AnnotateConfig) -> Opened:
     opened = Opened(cfg, expand(cfg.shards))
     if cfg.annotator.shuffle and not opened.annotator.gives_ids:
         raise no_ids(cfg.annotator)
+    if cfg.buckets and opened.annotator.spec.spatial:
+        raise InputError(
+            f"buckets=true: annotator.kind={cfg.annotator.kind} says where things are, which is for square images; with buckets "
+            "clusters, or what else says what an image shows"
+        )
     take(opened.out, cfg, opened.shards, opened.annotator.late)
     if (opened.out / "manifest.yaml").is_file():
         for entry in read_mapping(opened.out / "manifest.yaml", {"source": [{"url": str}]})["source"]:
@@ -192,28 +198,32 @@ class Summary:
     images: int
     classes: np.ndarray  # the class numbers that occur, sorted
     skipped: list[dict[str, str]]  # shard, key, reason
-    latent_shape: list[int]
+    latent_shape: list[int]  # [C, h, w], of buckets that of the most images
+    shapes: list[list[int] | None]  # of each shard, None where it has no image
 
 
 def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summary:
     """Counts over all shards; InputError when there is no image, or too large a share was skipped."""
-    sources, skipped, shape, classes = [], [], None, np.empty(0, np.int64)
+    sources, skipped, shapes, classes = [], [], [], np.empty(0, np.int64)
     for stage in all_stages:
         meta = stage.read_meta()
         sources.append({"url": meta.url, "images": len(meta.keys)} | meta.source)
         skipped += [dict(zip(("shard", "key", "reason"), entry)) for entry in meta.skipped]
         classes = np.union1d(classes, np.array(meta.cls, np.int64))
-        shape = meta.latent_shape or shape
+        shapes.append(meta.latent_shape)
     total = sum(source["images"] for source in sources)
     example = "; the first: {shard} {key}: {reason}".format(**skipped[0]) if skipped else ""
-    if shape is None:
+    if not any(shapes):
         raise InputError(f"shards={shards!r}: no usable image in {len(sources)} shards{example}")
     seen = total + len(skipped)
     if len(skipped) > max_skipped * seen:
         raise InputError(
             f"{len(skipped)} of {seen} images cannot be used, more than max_skipped={max_skipped} of them{example}"
         )
-    return Summary(sources, total, classes[classes >= 0], skipped, shape)
+    often = Counter[tuple[int, ...]]()
+    for source, shape in zip(sources, shapes):
+        often[tuple(shape or ())] += source["images"]
+    return Summary(sources, total, classes[classes >= 0], skipped, list(often.most_common(1)[0][0]), shapes)
 
 
 def no_ids(cfg: AnnotatorConfig) -> InputError:
@@ -312,12 +322,15 @@ def describe(
         f |= {"classes": known.shape[1], "nmi": round(nmi(known), 4), "ari": round(ari(known), 4)}
     if len(counts):
         f |= {"empty": int((counts == 0).sum()), "counts": counts.tolist()}
+    if cfg.buckets:
+        files = [entry | {"latent_shape": shape or summary.latent_shape} for entry, shape in zip(files, summary.shapes)]
     first_stage = {
         key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256", "round_trip")
     }
     seen = {}  # images.show, in words
     if extractor:
-        seen["g"] = f"the centre square at {extractor.size} pixels, from the source's own where it has more than {size}"
+        more = "" if cfg.buckets else f", from the source's own where it has more than {size}"
+        seen["g"] = f"the centre square at {extractor.size} pixels{more}"
     if extractor and annotator.whole and extractor.any_shape:
         seen["boxes"] = f"the uncropped image, its short side {extractor.size} pixels, padded to whole patches"
     return {

@@ -33,12 +33,20 @@ CALIBRATION_IMAGES = 256  # that an autoencoder without mean and std is measured
 ROUND_TRIP_IMAGES = 64
 
 
-def first_size(shards: list[str]) -> int:
-    """Short side of the first image of the first shard that has one."""
-    for url in shards:
-        for sample in read_shard(url, lambda *_: None):
-            with suppress(BadImage):  # the pass will report it
-                return min(decode(sample.image, sample.key).size)
+def first_shape(url: str) -> tuple[int, int] | None:
+    """Width and height of a shard's first image, if it has one."""
+    for sample in read_shard(url, lambda *_: None):
+        with suppress(BadImage):  # the pass will report it
+            return decode(sample.image, sample.key).size
+    return None
+
+
+def first_size(shards: list[str], buckets: bool = False) -> int:
+    """Short side of the first image of the first shard that has one, with buckets of the largest: the most frequent shape's."""
+    by_bytes = sorted(shards, key=lambda url: 0 if is_remote(url) else -Path(url).stat().st_size) if buckets else shards
+    for shape in map(first_shape, by_bytes):
+        if shape:
+            return min(shape)
     raise InputError(f"no image in {shards[0]!r}" + (f" or the {len(shards) - 1} others" if len(shards) > 1 else ""))
 
 
@@ -108,11 +116,12 @@ def batches_of(study: Study, annotator: Annotator, todo: list[int]) -> Iterator[
         skipped.append(entry)  # type: ignore[arg-type]
 
     with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
-        reading = (study.size, cfg.features.batch_size, pool, on_skip, annotator.reads_truth)
+        reading = (cfg.features.batch_size, pool, on_skip, annotator.reads_truth)
         for index in todo:
             damage = ""
+            size = (first_shape(study.shards[index]) if cfg.buckets else None) or study.size
             try:
-                for batch in image_batches([study.shards[index]], *reading, **looks):
+                for batch in image_batches([study.shards[index]], size, *reading, **looks):
                     yield Passing(index, batch, [])
             except _Refused as err:
                 damage = str(err)

@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from ldm_sg.data.images import BadImage, fitted, part_of
+from ldm_sg.data.images import BadImage, Size, fitted, part_of, sides
 from ldm_sg.errors import InputError, choices
 
 EXPECTED = (
@@ -220,13 +220,13 @@ def _refuse_doctype(*declaration: Any) -> None:
     raise BadImage("its XML has a DOCTYPE, which may hide entities: VOC's have none")
 
 
-def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: int, crop: bool = True) -> dict[str, Any]:
+def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: Size, crop: bool = True) -> dict[str, Any]:
     """A sample's json after `crop_resize`, or without `crop` `fit_resize`: boxes in the new pixels, clipped; those that are
     cropped away are left out, and so is a label all of whose boxes are. Raises BadImage where `boxes` is not a list of [x0, y0, x1, y1, label]."""
     if not isinstance(meta, dict) or "boxes" not in meta:
         return meta
     part = part_of(*original, size) if crop else (0, 0, *original)
-    new = (size, size) if crop else fitted(*original, size)
+    new = sides(size) if crop else fitted(*original, size)
     start, old = part[:2], (part[2] - part[0], part[3] - part[1])
     kept = []
     try:

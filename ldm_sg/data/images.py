@@ -2,10 +2,12 @@
 where tensors are made, so that decoding processes start in a fraction of a second."""
 
 import io
+import math
 import threading
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ MAX_SIDE = 8192  # pixels of a square that images are cropped to
 LARGE = 2**25  # pixels, 0.1 GB as RGB and up to four times that while it is decoded: one at a time over all decoders
 MAX_ASPECT = 4  # of whole images that g sees: beyond it they are made smaller, to bound its patches
 MAX_PIXELS = 2**27  # 134 megapixels, 0.4 GB as RGB: more than cameras make; beyond it a header is taken for an attack
+Size = int | tuple[int, int]  # pixels of an image's side where it is square, else its width and height
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {  # EXIF orientation -> what brings the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -108,16 +111,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop_resize(image: Image.Image, size: int, within: int | None = None) -> Image.Image:
+def crop_resize(image: Image.Image, size: Size, within: int | None = None) -> Image.Image:
     """Centre square -> `size` x `size`, antialiased bicubic: THE preprocessing of training and reference images. With
-    `within`, the centre of `size` pixels of what crop_resize(image, within) would be.
+    `within`, the centre of `size` pixels of what crop_resize(image, within) would be. With a width and a height, the largest
+    centre part of that shape.
 
-    Pixel-identical when the centre square is already `size` (or `within`) wide."""
+    Pixel-identical when that part is already `size` (or `within`) wide."""
     return _resized(image, size, part_of(*image.size, size, within))
 
 
-def part_of(width: int, height: int, size: int, within: int | None = None) -> tuple[float, float, float, float]:
+def sides(size: Size) -> tuple[int, int]:
+    """Width and height."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def nearest_shape(width: int, height: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of `shapes` (width, height) the one of which an image loses least: that of the nearest aspect ratio."""
+    return min(shapes, key=lambda shape: abs(math.log(width / height * shape[1] / shape[0])))
+
+
+def part_of(width: int, height: int, size: Size, within: int | None = None) -> tuple[float, float, float, float]:
     """Left, top, right, bottom, in an image's pixels, of what `crop_resize` takes."""
+    if isinstance(size, tuple):
+        scale = min(width / size[0], height / size[1])
+        w, h = min(size[0] * scale, width), min(size[1] * scale, height)  # rounding must not lead out of the image
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     if within is None:
@@ -126,10 +145,11 @@ def part_of(width: int, height: int, size: int, within: int | None = None) -> tu
     return left + margin, top + margin, left + margin + part, top + margin + part
 
 
-def _resized(image: Image.Image, size: int, part: tuple[float, float, float, float]) -> Image.Image:
-    if part[2] - part[0] == size:
-        return image if image.size == (size, size) else image.crop(part)  # type: ignore[arg-type]
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=part)
+def _resized(image: Image.Image, size: Size, part: tuple[float, float, float, float]) -> Image.Image:
+    new = sides(size)
+    if (part[2] - part[0], part[3] - part[1]) == new:
+        return image if image.size == new else image.crop(part)  # type: ignore[arg-type]
+    return image.resize(new, Image.Resampling.BICUBIC, box=part)
 
 
 def fitted(width: int, height: int, size: int) -> tuple[int, int]:
@@ -144,7 +164,7 @@ def fit_resize(image: Image.Image, size: int) -> Image.Image:
     return image if image.size == wanted else image.resize(wanted, Image.Resampling.BICUBIC)
 
 
-def crop_or_fit(image: Image.Image, size: int, crop: bool) -> Image.Image:
+def crop_or_fit(image: Image.Image, size: Size, crop: bool) -> Image.Image:
     """`crop_resize`, or without `crop` `fit_resize`: what is packed. Raises BadImage where a side would be too long to store."""
     if not crop and max(fitted(*image.size, size)) > MAX_SIDE:
         raise BadImage(
@@ -157,18 +177,30 @@ def crop_or_fit(image: Image.Image, size: int, crop: bool) -> Image.Image:
 class Shown:
     """What is shown of one image, uint8 [3, height, width] each."""
 
-    square: np.ndarray  # to the autoencoder
-    view: np.ndarray | None  # to g: the same square at g's own size; None = `square`, which g resizes
+    square: np.ndarray  # to the autoencoder; of a bucket's image all of it
+    view: np.ndarray | None  # to g: the (centre) square at g's own size; None = `square`, which g resizes
     whole: np.ndarray | None  # to LOST: the uncropped image at the view's scale; None = what g sees
     crop: tuple[float, ...]  # left, top, right, bottom of the square, as shares of the image's sides
 
 
 def show(
-    image: Image.Image, size: int, within: int | None = None, view: int | None = None, whole: bool = False
+    image: Image.Image, size: Size, within: int | None = None, view: int | None = None, whole: bool = False
 ) -> Shown:
     """THE rule of what networks see. The autoencoder: the `size`-pixel centre square (`crop_resize`). g, whose input is
     `view` pixels wide: the same square straight from the image's own pixels where it has more than `size` of them, and
-    otherwise the very square. With `whole`, what finds boxes sees the uncropped image, at the same scale."""
+    otherwise the very square. With `whole`, what finds boxes sees the uncropped image, at the same scale.
+
+    With a width and a height, an image of a bucket: the autoencoder sees all of it, g its centre square. BadImage where it
+    has another size."""
+    if isinstance(size, tuple):
+        if image.size != size:
+            raise BadImage(
+                "{} x {} pixels, the first image of its shard has {} x {}: buckets=true reads what `pack --buckets` wrote".format(
+                    *image.size, *size
+                )
+            )
+        centre = show(image, min(size), view=view)
+        return replace(centre, square=to_array(image), view=centre.square if centre.view is None else centre.view)
     part = part_of(*image.size, size, within)
     left, top, right, bottom = part
     pixels = to_array(_resized(image, size, part))
@@ -181,12 +213,19 @@ def show(
     return Shown(pixels, closer, uncropped, crop)
 
 
-def crop_resize_index(mask: Image.Image, size: int, crop: bool = True) -> Image.Image:
+def crop_resize_index(mask: Image.Image, size: Size, crop: bool = True) -> Image.Image:
     """`crop_resize`, or without `crop` `fit_resize`, for index images (segmentation masks): nearest neighbour, indices
     untouched."""
     if not crop:
         return mask.resize(fitted(*mask.size, size), Image.Resampling.NEAREST)
-    return mask.resize((size, size), Image.Resampling.NEAREST, box=part_of(*mask.size, size))
+    return mask.resize(sides(size), Image.Resampling.NEAREST, box=part_of(*mask.size, size))
+
+
+def squares(images: "Tensor") -> "Tensor":
+    """The centre squares of images [..., H, W]."""
+    height, width = images.shape[-2:]
+    left, top, right, bottom = part_of(width, height, min(width, height))
+    return images[..., int(top) : int(bottom), int(left) : int(right)]
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import resource
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def set_hash(shard_hashes: Iterable[str]) -> str:
 class LatentSet:
     """An annotation set. Indices count its samples in the order of the shards.
 
-    `signals`, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`. Raises InputError
+    `signals`, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`; where images have several shapes (`buckets`), all
+    `shapes`, the most frequent first, which is `latent_shape`. Raises InputError
     when `annotate` has not finished, or the files are not those that the manifest describes: sizes are always compared,
     contents at the first opening, which also indexes the shards (about 20 s a million images) and keeps
     both results in FOLDER/index."""
@@ -57,12 +59,14 @@ class LatentSet:
         self.hash: str = self.manifest["hash"]
         self.spec = GuidanceSpec.from_dict(self.manifest["guidance"], str(self.folder))
         self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latent_shape"])
+        self._shard_shapes = [tuple(e.get("latent_shape") or self.latent_shape) for e in self.manifest["shards"]]
         self.flips = bool(self.manifest["flips"])
         found = self._index()
         self._where = found.pop("where")
         self.signals = Signals.from_columns(self.spec, found, len(self._where))
         if len(self) != (count := self.manifest["num_images"]):
             raise InputError(f"{self.folder}: its shards hold {len(self)} images, its manifest says {count}")
+        self.shapes, self._bucket_of_shard = self._shapes()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_open = max(1, soft // 4)
         self._files: dict[int, int] = {}  # shard -> file descriptor, oldest first
@@ -72,7 +76,7 @@ class LatentSet:
         return len(self._where)
 
     def __repr__(self) -> str:
-        shape, spec = "x".join(map(str, self.latent_shape)), self.spec
+        shape, spec = ", ".join("x".join(map(str, s)) for s in self.shapes), self.spec
         labels = f"{spec.num_labels:,} labels" if spec.num_labels else "no labels"
         return f"LatentSet({str(self.folder)!r}: {len(self):,} latents of {shape}, {spec.kind}, {labels})"
 
@@ -101,16 +105,31 @@ class LatentSet:
         return self.signals.guidance(self.latent_shape[1:], indices, flip, crops)
 
     def latents(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
-        """Latents [B, C, h, w] float32 of `indices` [B]; of the mirrored image where `flip` [B] bool is set."""
+        """Latents [B, C, h, w] float32 of `indices` [B], which have one shape; of the mirrored image where `flip` [B] bool is set."""
         if flip is not None and not self.flips:
             raise InputError(f"{self.folder} has no latents of mirrored images: annotate again with flips=true")
         wanted = self._where[indices.numpy()]
         offsets = wanted["latent"] if flip is None else np.where(flip.numpy(), wanted["flip"], wanted["latent"])
-        out = np.empty((len(indices), *self.latent_shape), np.float16)
+        buckets = self.buckets(indices).unique().tolist()
+        assert len(buckets) <= 1, "images of several shapes in one batch"
+        out = np.empty((len(indices), *self.shapes[buckets[0] if buckets else 0]), np.float16)
         for row, shard, offset in zip(out, wanted["shard"].tolist(), offsets.tolist()):
             if os.preadv(self._file(shard), [row], offset) != row.nbytes:
                 raise InputError(f"{self.paths[shard]} has become shorter since it was opened")
         return torch.from_numpy(out).float()
+
+    def buckets(self, indices: Tensor) -> Tensor:
+        """Of which of `shapes` the images at `indices` [B] are, [B]."""
+        return torch.from_numpy(self._bucket_of_shard[self._where["shard"][indices.numpy()]])
+
+    def _shapes(self) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+        """`shapes`, and the place in it of each shard's."""
+        of_shard = np.bincount(self._where["shard"], minlength=len(self.paths))
+        often = Counter({self.latent_shape: 0})
+        for shape, images in zip(self._shard_shapes, of_shard.tolist()):
+            often[shape] += images
+        shapes = [shape for shape, images in often.most_common() if images]
+        return shapes, np.array([shapes.index(shape) if shape in shapes else 0 for shape in self._shard_shapes])
 
     def _index(self) -> Columns:
         """`where` (_WHERE [N]) and the signals, kept in FOLDER/index under the set's hash; made again where they are not of as
@@ -147,7 +166,7 @@ class LatentSet:
                     signals[ext].append(_read_signal(ext, os.pread(file.fileno(), size, offset), path))
                 elif ext in offsets:
                     dtype, shape, length = _read_header(os.pread(file.fileno(), _NPY_HEADER, offset), path)
-                    wanted = self.latent_shape
+                    wanted = self._shard_shapes[shard]
                     if (dtype, shape) != (np.float16, wanted) or size != length + 2 * math.prod(wanted):
                         raise InputError(f"{path}: a {ext} is {dtype} {shape}, the manifest says float16 {wanted}")
                     offsets[ext].append(offset + length)
@@ -217,11 +236,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = finished_manifest(folder)
     manifest = read_mapping(path, MANIFEST)
     odd = next((entry["file"] for entry in manifest["shards"] if Path(entry["file"]).name != entry["file"]), None)
-    if odd or len(manifest["latent_shape"]) != 3 or min(manifest["latent_shape"]) < 1:
+    shapes = [manifest["latent_shape"], *(e["latent_shape"] for e in manifest["shards"] if "latent_shape" in e)]
+    if odd or not all(_is_shape(shape) and shape[0] == shapes[0][0] for shape in shapes):
         raise InputError(
             f"{path}: " + (f"shard {odd!r} is no file in shards/" if odd else "latent_shape is not (C, h, w)")
         )
     return manifest
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n >= 1 for n in shape)
 
 
 def _checked_shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:

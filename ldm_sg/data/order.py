@@ -1,6 +1,7 @@
 """Which images a training step sees: a function of (seed, step) that needs no table of all images, whatever their number."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -60,6 +61,21 @@ def step_indices(seed: int, step: int, batch_size: int, n: int) -> Tensor:
         parts.append(permuted(torch.arange(offset, min(n, offset + end - start)), n, seed, epoch))
         start += len(parts[-1])
     return torch.cat(parts)
+
+
+def turns(sizes: Sequence[int], seed: int, total: int) -> tuple[Tensor, Tensor]:
+    """Which of several buckets each step draws its batch from [total], and how many steps drew from it before [total]: in
+    proportion to their `sizes`, up to a few steps at any time, and alike whatever `total` is.
+
+    Multiples of the golden ratio, modulo 1, are spread evenly over [0, 1), where each bucket has its share."""
+    ends = torch.tensor(sizes, dtype=torch.float64).cumsum(0)
+    places = (torch.arange(total, dtype=torch.float64) * ((5**0.5 - 1) / 2) + mix_seed(seed, len(sizes)) / 2**63) % 1
+    chosen = torch.searchsorted(ends / ends[-1], places, right=True)
+    before = torch.empty_like(chosen)
+    for bucket in range(len(sizes)):
+        own = chosen == bucket
+        before[own] = torch.arange(int(own.sum()))
+    return chosen, before
 
 
 class Kept:

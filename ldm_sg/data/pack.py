@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_sg.data.boxes import count_empty, crop_meta
-from ldm_sg.data.images import BadImage, crop_or_fit, crop_resize_index, decode, decode_index
+from ldm_sg.data.images import (
+    BadImage,
+    Size,
+    crop_or_fit,
+    crop_resize_index,
+    decode,
+    decode_index,
+    nearest_shape,
+    part_of,
+    sides,
+)
 from ldm_sg.data.pool import DecoderPool, cores
 from ldm_sg.data.shards import INDEX, ShardWriter
 from ldm_sg.data.sources import Item, Source
@@ -40,6 +50,16 @@ class Form:
     format: str
     quality: int
     crop: bool = True  # to the centre square; without it `size` is the short side
+    buckets: tuple[tuple[int, int], ...] = ()  # widths and heights; each image goes to the nearest, in place of `size`
+
+    def shape(self, image: Image.Image) -> Size:
+        """What an image is cropped to."""
+        return nearest_shape(*image.size, self.buckets) if self.buckets else self.size
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the pixels."""
+        own = asdict(self) | {"buckets": list(map(name_of, self.buckets))}
+        return {key: value for key, value in own.items() if key != ("size" if self.buckets else "buckets")}
 
     def encode(self, image: Image.Image) -> bytes:
         """RGB image -> file content; JPEG keeps full colour resolution (4:4:4)."""
@@ -53,6 +73,11 @@ class Form:
         return buffer.getvalue()
 
 
+def name_of(shape: tuple[int, int]) -> str:
+    """80x48 of (80, 48)."""
+    return "{}x{}".format(*shape)
+
+
 @dataclass(frozen=True)
 class Packed:
     """One item's files for the shard, or why there are none."""
@@ -63,6 +88,7 @@ class Packed:
     reason: str = ""
     empty_boxes: int = 0  # those with no area inside their image
     enlarged: bool = False  # it was smaller than it is now
+    bucket: str = ""
 
 
 @dataclass
@@ -74,11 +100,12 @@ class Summary:
     shards: int = 0
     empty_boxes: int = 0
     enlarged: int = 0
+    buckets: dict[str, int] = field(default_factory=dict)  # images of each
 
 
 def pack_source(source: Source, dst: Path, form: Form, shard_size: int, workers: int, max_skipped: float) -> Summary:
     """Makes what is missing of DST/*.tar; InputError when DST belongs to another pack, or too much is unreadable."""
-    settings = {"source": source.identity, **asdict(form), "shard_size": shard_size}
+    settings = {"source": source.identity, **form.settings(), "shard_size": shard_size}
     claim(dst, "pack.yaml", {"version": 1, "settings": settings}, free=("done",))
     names = {"classes": source.classes, "mask_classes": source.mask_classes}
     if names := {kind: known for kind, known in names.items() if known}:
@@ -96,7 +123,7 @@ def pack_source(source: Source, dst: Path, form: Form, shard_size: int, workers:
             _write_shard(dst / name, (packed for _, chunk in group for packed in chunk), log, bar)
             if allowed is not None and log.total["skipped"] > allowed:
                 break  # it can only get worse
-    total = Summary(**log.total)
+    total = Summary(**log.total, buckets=dict(log.buckets.most_common()))
     _check(total, dst, max_skipped)
     finish(dst, total)
     return total
@@ -133,20 +160,24 @@ def pack_item(form: Form, item: Item) -> Packed:
         drawn = item.boxes.size if item.boxes else None
         if drawn not in (None, image.size):
             raise BadImage("its boxes are of {} x {} pixels, the image has {} x {}".format(*drawn, *image.size))
-        files = {form.format: form.encode(crop_or_fit(image, form.size, form.crop))}
+        shape = form.shape(image)
+        small = crop_or_fit(image, shape, form.crop)
+        files = {form.format: form.encode(small)}
         if sample.cls is not None:
             files["cls"] = str(sample.cls).encode()
         if sample.meta is not None:
-            files["json"] = json.dumps(crop_meta(sample.meta, image.size, form.size, form.crop)).encode()
+            files["json"] = json.dumps(crop_meta(sample.meta, image.size, shape, form.crop)).encode()
             empty_boxes = count_empty(sample.meta, image.size)
         if sample.mask is not None:
             mask = renumber(decode_index(sample.mask, image.size), item.table)
             buffer = io.BytesIO()
-            crop_resize_index(mask, form.size, form.crop).save(buffer, format="PNG")
+            crop_resize_index(mask, shape, form.crop).save(buffer, format="PNG")
             files["mask.png"] = buffer.getvalue()
     except BadImage as err:
         return Packed(item.key, item.source, None, err.reason)
-    return Packed(item.key, item.source, files, "", empty_boxes, min(image.size) < form.size)
+    left, _, right, _ = part_of(*image.size, shape)
+    bucket = name_of(small.size) if form.buckets else ""
+    return Packed(item.key, item.source, files, "", empty_boxes, right - left < sides(shape)[0], bucket)
 
 
 def renumber(mask: Image.Image, table: tuple[int, ...]) -> Image.Image:
@@ -162,49 +193,62 @@ def renumber(mask: Image.Image, table: tuple[int, ...]) -> Image.Image:
 
 
 def _write_shard(path: Path, results: Iterable[Packed], log: "Log", bar: tqdm) -> None:
-    """One shard, and its lines in the logs; a shard without any image is not written."""
-    skipped, images, noted = [], 0, {"empty_boxes": 0, "enlarged": 0}
+    """One shard, with buckets one of each shape that occurs, and its lines in the logs; none is written without an image."""
+    skipped, noted = [], {"empty_boxes": 0, "enlarged": 0}
+    writers: dict[str, ShardWriter] = {}
     with ExitStack() as stack:
-        writer = None
         for packed in results:
             bar.update()
             if packed.files is None:
                 skipped.append({"shard": path.name, "source": packed.source, "reason": packed.reason})
                 continue
-            writer = writer or stack.enter_context(ShardWriter(path))
-            writer.write(packed.key, packed.files)
-            images += 1
+            if packed.bucket not in writers:
+                writers[packed.bucket] = stack.enter_context(
+                    ShardWriter(path.with_name(_file(path.name, packed.bucket)))
+                )
+            writers[packed.bucket].write(packed.key, packed.files)
             for name in noted:
                 noted[name] += getattr(packed, name)
-    log.add(path.name, images, skipped, noted)
+    log.add(path.name, {bucket: writer.written for bucket, writer in writers.items()}, skipped, noted)
+
+
+def _file(name: str, bucket: str) -> str:
+    """000000-80x48.tar of 000000.tar and 80x48."""
+    return f"{name.removesuffix('.tar')}-{bucket}.tar" if bucket else name
 
 
 class Log:
-    """shards.jsonl (file, images, skipped, empty_boxes, enlarged) and skipped.jsonl (shard, source, reason): what is finished.
+    """shards.jsonl (file, images, skipped, empty_boxes, enlarged, buckets: the images of each of the files that it is parted
+    into) and skipped.jsonl (shard, source, reason): what is finished.
 
     Both are appended to after a shard is whole; a shard whose line did not get written any more is made again."""
 
     def __init__(self, dst: Path):
-        self.dst, self.done, self.total = dst, set[str](), Counter[str]()
-        shards = [line for line in _read_lines(dst / _LOGS[0]) if not line["images"] or (dst / line["file"]).is_file()]
+        self.dst, self.done, self.total, self.buckets = dst, set[str](), Counter[str](), Counter[str]()
+        shards = [line for line in _read_lines(dst / _LOGS[0]) if not line["images"] or self._there(line)]
         for line in shards:
             self._count(**line)
         skipped = [line for line in _read_lines(dst / _LOGS[1]) if line["shard"] in self.done]
         for path, lines in zip((dst / name for name in _LOGS), (shards, skipped)):
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def add(self, file: str, images: int, skipped: list[dict[str, str]], noted: dict[str, int]) -> None:
-        """Records a finished shard."""
-        line = {"file": file, "images": images, "skipped": len(skipped)}
+    def _there(self, line: dict[str, Any]) -> bool:
+        return all((self.dst / _file(line["file"], bucket)).is_file() for bucket in line.get("buckets", [""]))
+
+    def add(self, file: str, buckets: dict[str, int], skipped: list[dict[str, str]], noted: dict[str, int]) -> None:
+        """Records a finished shard, whose images were parted into `buckets` or are all in that of no name."""
+        line: dict[str, Any] = {"file": file, "images": sum(buckets.values()), "skipped": len(skipped)}
+        line |= {"buckets": buckets} if any(buckets) else {}
         line |= {name: count for name, count in noted.items() if count}
         for name, lines in zip(reversed(_LOGS), (skipped, [line])):
             with disk_errors(self.dst / name), (self.dst / name).open("a") as log:
                 log.writelines(json.dumps(entry) + "\n" for entry in lines)
         self._count(**line)
 
-    def _count(self, file: str, **counts: int) -> None:
+    def _count(self, file: str, buckets: dict[str, int] | None = None, **counts: int) -> None:
         self.done.add(file)
-        self.total.update(counts, shards=counts["images"] > 0)
+        self.buckets.update(buckets or {})
+        self.total.update(counts, shards=len(buckets) if buckets else counts["images"] > 0)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

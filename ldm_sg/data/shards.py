@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ldm_sg.data.boxes import crop_meta
-from ldm_sg.data.images import BadImage, Shown, crop_resize_index, decode, decode_index, fitted, show
+from ldm_sg.data.images import BadImage, Shown, Size, crop_resize_index, decode, decode_index, fitted, show, sides
 from ldm_sg.data.parquet import count_rows, read_rows
 from ldm_sg.data.pool import DecoderPool, decoder_pool
 from ldm_sg.data.tars import MOST_IMAGE, MOST_TEXT, Command, Damaged, Member, is_remote, open_shard, read_members
@@ -296,7 +296,7 @@ class ImageBatch:
 
     @functools.cached_property
     def images(self) -> "Tensor":
-        """uint8 [B, 3, size, size]."""
+        """uint8 [B, 3, size, size], or of a bucket [B, 3, height, width]."""
         import torch  # not in the processes that decode
 
         return torch.from_numpy(np.stack([shown.square for shown in self.shown]))
@@ -304,7 +304,7 @@ class ImageBatch:
 
 def image_batches(
     shards: Iterable[str],
-    size: int,
+    size: Size,
     batch_size: int,
     workers: int | DecoderPool,
     on_skip: OnSkip,
@@ -337,7 +337,7 @@ def _batched(samples: Iterator[tuple[str, Sample]], batch_size: int, truth: bool
         yield batch
 
 
-def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tuple[str, Sample]]) -> ImageBatch:
+def _decode_batch(size: Size, truth: bool, looks: dict[str, Any], batch: list[tuple[str, Sample]]) -> ImageBatch:
     out = ImageBatch()
     for shard, sample in batch:
         try:
@@ -354,7 +354,7 @@ def _decode_batch(size: int, truth: bool, looks: dict[str, Any], batch: list[tup
     return out
 
 
-def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
+def read_truth(sample: Sample, original: tuple[int, int], size: Size) -> Truth:
     """Labels, boxes and mask of a sample whose image has `original` pixels, after `crop_resize` to `size`. BadImage where
     they have another form than `pack` gives them."""
     own = sample.meta if isinstance(sample.meta, dict) else {}
@@ -368,8 +368,9 @@ def read_truth(sample: Sample, original: tuple[int, int], size: int) -> Truth:
     mask = None
     if sample.mask is not None:
         mask = np.array(crop_resize_index(decode_index(sample.mask, original), size))
-    whole_boxes = _shares(crop_meta(own, original, size, crop=False), fitted(*original, size))
-    return Truth(labels, _shares(meta, (size, size)), mask, whole_boxes)
+    short = min(sides(size))
+    whole_boxes = _shares(crop_meta(own, original, short, crop=False), fitted(*original, short))
+    return Truth(labels, _shares(meta, sides(size)), mask, whole_boxes)
 
 
 def _shares(meta: dict[str, Any], sides: tuple[int, int]) -> np.ndarray | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_sg.data.images import squares
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
@@ -83,7 +84,7 @@ def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: 
     def batches(_: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, n, options.batch_size):
             places = torch.arange(start, min(start + options.batch_size, n))
-            yield places, pipe.generate(drawn[places], w=w, first_index=start, **solving)
+            yield places, squares(pipe.generate(drawn[places], w=w, first_index=start, **solving))
 
     def ids() -> Tensor:
         if drawn.k is None or drawn.k.ndim != 1:

@@ -76,10 +76,12 @@ class PlainUNet(UNet2DConditionModel):
         return keys | UNet2DConditionModel._get_init_keys(UNet2DConditionModel) if input_class is PlainUNet else keys
 
 
-def make_unet(config: "ModelConfig", spec: GuidanceSpec, latent_shape: tuple[int, int, int]) -> GuidedUNet:
-    """The network of `config` for latents [C, h, w] and the signals of `spec`. InputError names a size that cannot be."""
-    _check(config, latent_shape)
-    channels, size = latent_shape[0], latent_shape[1]
+def make_unet(config: "ModelConfig", spec: GuidanceSpec, *latent_shapes: tuple[int, int, int]) -> GuidedUNet:
+    """The network of `config` for latents [C, h, w], of one or several shapes, the most frequent first, and the signals of `spec`.
+    InputError names a size that cannot be."""
+    for shape in latent_shapes:
+        _check(config, shape)
+    channels, *cells = latent_shapes[0]
     widths = [config.channels * m for m in config.multipliers]
     factors = [2**level for level in range(len(widths))]
     cross = config.tokens != "none"
@@ -93,7 +95,7 @@ def make_unet(config: "ModelConfig", spec: GuidanceSpec, latent_shape: tuple[int
     own = {} if cross else {"heads": config.heads, "residual_updown": config.residual_updown}
     unet = kind(
         **own,
-        sample_size=size,
+        sample_size=min(cells),
         in_channels=channels + spec.spatial_channels,
         out_channels=channels,
         down_block_types=tuple(down),

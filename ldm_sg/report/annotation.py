@@ -171,12 +171,14 @@ def recipe(manifest: Mapping[str, Any]) -> str:
 def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:
     """report.html, self-contained."""
     f, g, first = manifest["annotator"], manifest["features"], manifest["autoencoder"]
+    shapes = {tuple(shard.get("latent_shape", manifest["latent_shape"])) for shard in manifest["shards"]}
+    latents = ", ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
     cards = {
         "images": f"{manifest['num_images']:,}",
         "left out": f"{manifest['num_skipped']:,}",
         "annotator": f["kind"],
         **figures(f),
-        "latents": " x ".join(map(str, manifest["latent_shape"])) + (", mirrored too" if manifest["flips"] else ""),
+        "latents": latents + (", mirrored too" if manifest["flips"] else ""),
         "autoencoder": first["name"] + (f", {first['round_trip']:.1f} dB" if first.get("round_trip") else ""),
     }
     if g:

@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, step): every rank takes the same number of steps and resuming is exact."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.order import Kept, mix_seed, split, step_indices
+from ldm_sg.data.order import Kept, mix_seed, split, step_indices, turns
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.guidance.spatial import Crops
@@ -41,7 +42,8 @@ def read_left_out(path: Path, latents: LatentSet) -> Tensor:
 
 class Steps(Sampler[list[int]]):
     """Yields (step, share, *dataset indices), from step `first` up to `total`: of `world * parts` shares of the global batch
-    those of this rank, `parts` a step, one after the other. pools: (dataset indices, how many of them a step) each."""
+    those of this rank, `parts` a step, one after the other. pools: (dataset indices, how many of them a step) each; where
+    `one_a_step`, buckets of which a batch has images of one alone (`turns`)."""
 
     def __init__(
         self,
@@ -52,16 +54,20 @@ class Steps(Sampler[list[int]]):
         rank: int,
         world: int,
         parts: int = 1,
+        one_a_step: bool = False,
     ) -> None:
         self.pools, self.seed, self.total, self.first = pools, seed, total, first
-        self.rank, self.world, self.parts = rank, world, parts
+        self.rank, self.world, self.parts, self.one_a_step = rank, world, parts, one_a_step
 
     def __len__(self) -> int:
         return self.total * self.parts  # not what is left: Lightning counts resumed steps too
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.one_a_step:
+            buckets, before = turns([len(pool) for pool, _ in self.pools], self.seed, self.total)
         for step in range(self.first, self.total):
-            chosen = torch.cat([pool[step_indices(self.seed, step, n, len(pool))] for pool, n in self.pools if n])
+            at, pools = (int(before[step]), [self.pools[buckets[step]]]) if self.one_a_step else (step, self.pools)
+            chosen = torch.cat([pool[step_indices(self.seed, at, n, len(pool))] for pool, n in pools if n])
             for share in range(self.rank, self.world * self.parts, self.world):
                 yield [step, share, *chosen[share :: self.world * self.parts].tolist()]
 
@@ -95,10 +101,10 @@ class Mixed:
 
 
 class LatentBatches(Dataset):
-    """(step, share, *indices) -> step, share, latents [b, C, side, side], guidance of b samples: random ones of each image's views (mirrored
-    where that is stored, cropped where `side` is less than the latents') or, for validation, the centre."""
+    """(step, share, *indices) -> step, share, latents [b, C, h, w], guidance of b samples: random ones of each image's views (mirrored
+    where that is stored, cropped where `side` is less than the latents') or, for validation, the centre. side: None = whole."""
 
-    def __init__(self, latents: LatentSet | Mixed, seed: int, side: int, random: bool) -> None:
+    def __init__(self, latents: LatentSet | Mixed, seed: int, side: int | None, random: bool) -> None:
         self.latents, self.seed, self.side, self.random = latents, seed, side, random
 
     def __getitem__(self, request: list[int]) -> tuple[int, int, Tensor, Guidance]:
@@ -107,7 +113,7 @@ class LatentBatches(Dataset):
         drawn = [mix_seed(self.seed, step, i) for i in request[2:]]
         flip = torch.tensor([bool(d & 1) for d in drawn]) if self.random and self.latents.flips else None
         whole = self.latents.latents(indices, flip)
-        room = whole.shape[-1] - self.side
+        room = 0 if self.side is None else whole.shape[-1] - self.side
         corners = torch.full((len(indices), 2), room // 2)
         if self.random:
             corners = torch.tensor([[(d >> 1) % (room + 1), (d >> 32) % (room + 1)] for d in drawn])
@@ -117,9 +123,11 @@ class LatentBatches(Dataset):
 
 class LatentData(pl.LightningDataModule):
     """The training stream and the held-out images of one annotation set, with images of another among them where `replay`
-    is one; `side`: of the views, in latent cells."""
+    is one; `side`: of the views, in latent cells, None = whole images. Every batch has images of one shape."""
 
-    def __init__(self, latents: LatentSet, config: TrainConfig, side: int, replay: LatentSet | None = None) -> None:
+    def __init__(
+        self, latents: LatentSet, config: TrainConfig, side: int | None, replay: LatentSet | None = None
+    ) -> None:
         super().__init__()
         self.latents, self.config, self.side, self.replay = latents, config, side, replay
         self.train_pool: Tensor | Kept
@@ -131,6 +139,30 @@ class LatentData(pl.LightningDataModule):
         if not len(self.train_pool):
             raise InputError(f"leave_out={config.leave_out!r}: leaves no image to learn from")
         self.first_step = 0  # set before fit when resuming
+
+    def by_shape(self, pool: Tensor | Kept) -> list[Tensor] | list[Tensor | Kept]:
+        """Indices of images that have one shape each; all together where the set has one."""
+        if len(self.latents.shapes) == 1:
+            return [pool] if len(pool) else []
+        pool = pool[torch.arange(len(pool))]
+        buckets = self.latents.buckets(pool)
+        return [pool[buckets == bucket] for bucket in buckets.unique().tolist()]
+
+    def shapes(self) -> str:
+        """What the network sees, and how many of each shape there are, in words; with a note where there are very few."""
+        pools = self.by_shape(self.train_pool)
+        shapes = [self.latents.shapes[self.latents.buckets(pool[torch.arange(1)])[0]] for pool in pools]
+        if self.side is not None:
+            shapes = [(shapes[0][0], self.side, self.side)]
+        named = [("x".join(map(str, shape)), len(pool)) for shape, pool in zip(shapes, pools)]
+        if len(named) == 1:
+            return named[0][0]
+        if few := [f"{n} of {shape}" for shape, n in named if n < self.config.batch_size]:
+            print(
+                f"note: {', '.join(few)}: fewer images than a batch, which repeats them; leave that shape out of `pack --buckets`",
+                file=sys.stderr,
+            )
+        return ", ".join(f"{shape} ({n:,})" for shape, n in named)
 
     def _loader(self, sampler: Sampler, random: bool, workers: int) -> DataLoader:
         return DataLoader(
@@ -148,10 +180,11 @@ class LatentData(pl.LightningDataModule):
         assert self.trainer is not None
         cfg, rank, world = self.config, self.trainer.global_rank, self.trainer.world_size
         again = round(cfg.replay.share * cfg.batch_size) if self.replay else 0
-        pools: list[tuple[Tensor | Kept, int]] = [(self.train_pool, cfg.batch_size - again)]
+        pools: list[tuple[Tensor | Kept, int]] = [(p, cfg.batch_size - again) for p in self.by_shape(self.train_pool)]
+        several = len(pools) > 1
         if self.replay:
             pools.append((len(self.latents) + torch.arange(len(self.replay)), again))
-        steps = Steps(pools, cfg.seed, cfg.steps, self.first_step, rank, world, cfg.accumulate)
+        steps = Steps(pools, cfg.seed, cfg.steps, self.first_step, rank, world, cfg.accumulate, several)
         return self._loader(steps, True, cfg.workers)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -159,6 +192,7 @@ class LatentData(pl.LightningDataModule):
             return []
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        whole = [chunk for chunk in self.val_pool.split(self.config.batch_size) if len(chunk) >= world]
+        parts = [chunk for pool in self.by_shape(self.val_pool) for chunk in pool.split(self.config.batch_size)]
+        whole = [chunk for chunk in parts if len(chunk) >= world]
         chunks = [chunk[rank::world].tolist() for chunk in whole]
         return self._loader([[i, rank, *chunk] for i, chunk in enumerate(chunks)], False, 0)  # type: ignore[arg-type]

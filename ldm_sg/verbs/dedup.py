@@ -1,6 +1,7 @@
 """dedup: an annotation set -> a list of near-duplicates and outliers for `train leave_out=`; nothing is deleted."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.data.images import to_uint8
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
+from ldm_sg.evaluate.nearby import rebuilt
 from ldm_sg.folder import write_text
 from ldm_sg.report import grids
 
@@ -57,5 +59,8 @@ def _picture(latents: LatentSet, found: list[Left], path: Path) -> None:
     if shown:
         autoencoder = load_autoencoder(str(latents.folder / "autoencoder"))
         with torch.no_grad():
-            images = [to_uint8(autoencoder.decode(latents.latents(at))) for at in shown.values()]
+            own = partial(
+                rebuilt, latents, decode=lambda z: to_uint8(autoencoder.decode(z)), size=latents.manifest["size"]
+            )
+            images = [own(at) for at in shown.values()]
         grids.save(grids.labelled_rows(list(shown), images), path)

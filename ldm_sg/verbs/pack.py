@@ -2,6 +2,7 @@
 or whole, images."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_sg.data.datasets import Beside, open_source
@@ -29,12 +30,14 @@ def pack(
     split: str | None = None,
     allow_damaged: bool = False,
     crop: str = "square",
+    buckets: Sequence[Sequence[int]] = (),
 ) -> Summary:
     """Packs `src` into DST/000000.tar, ...; what is finished already is kept.
 
     src: image folder, .txt list (path, optionally a tab and an integer label), LMDB folder, shards, or a Pascal VOC
     folder (objects marked difficult are kept). size: pixels. crop: square (centre), or none: the whole image, its short
-    side `size`. workers: processes, -1 = one a core, 0 = this one.
+    side `size`. buckets: in place of `size`, (width, height) of shapes: each image is cropped to the one that is nearest
+    to its own, and each shard holds one. workers: processes, -1 = one a core, 0 = this one.
     max_skipped: share of unusable images above which it fails. allow_damaged: of shards that are cut off, what is whole.
 
     Beside an image folder: annotations, a JSON of boxes (COCO's instances, crowds left out, or {"FILE NAME": [[x0, y0,
@@ -55,6 +58,11 @@ def pack(
     ):
         if not low <= value <= high:
             raise InputError(f"{name}={value}: choose from {low} to {high}")
+    for shape in buckets:
+        if len(shape) != 2 or not 8 <= min(shape) <= max(shape) <= MAX_SIDE:
+            raise InputError(f"bucket {'x'.join(map(str, shape))}: WIDTHxHEIGHT, each from 8 to {MAX_SIDE} pixels")
+    if buckets and (size != 256 or crop != "square"):
+        raise InputError(f"size={size}, crop={crop!r}: buckets say what images are cropped to; leave these out")
     started = time.monotonic()
     annotations, masks = (Path(path) if path is not None else None for path in (annotations, masks))
     source = open_source(str(src), Beside(annotations, masks, merge, ignore_index, split), allow_damaged)
@@ -62,13 +70,15 @@ def pack(
         summary = pack_source(
             source,
             Path(dst).expanduser(),
-            Form(size, format, quality, crop == "square"),
+            Form(size, format, quality, crop == "square", tuple((w, h) for w, h in dict.fromkeys(map(tuple, buckets)))),
             shard_size,
             workers,
             max_skipped,
         )
     seconds = time.monotonic() - started
     shape = f"of {size} x {size}" if crop == "square" else f"with a short side of {size}"
+    if buckets:
+        shape = "(" + ", ".join(f"{n} of {bucket}" for bucket, n in summary.buckets.items()) + ")"
     extra = f", {len(source.classes)} classes" if source.classes else ""
     extra += "".join(f", {note}" for note in source.notes)
     extra += f", {summary.empty_boxes} boxes without area in their image left out" if summary.empty_boxes else ""

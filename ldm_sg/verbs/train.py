@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> Path:
     if use_compile(config.compile, device):
         network.unet.compile()
     module = DiffusionModule(network, build.objective(config), config)
-    data = LatentData(latents, config, side := build.view_side(config, latents), replay)
+    data = LatentData(latents, config, build.view_side(config, latents), replay)
     run = Path(config.out)
     claim(run, "config.yaml", to_mapping(config), FREE)
     content = set_hash([latents.hash, file_sha256(config.leave_out)]) if config.leave_out else latents.hash
@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Path:
         return run
     writer = build.PipelineWriter(config, latents, device)
     print(
-        f"{len(data.train_pool):,} latents of {latents.latent_shape[0]}x{side}x{side} (+{len(data.val_pool):,} held "
+        f"{len(data.train_pool):,} latents of {data.shapes()} (+{len(data.val_pool):,} held "
         f"out), {latents.spec.num_labels:,} labels; {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters; "
         f"{device.type}, {'bf16' if bf16 else 'fp32'}; {'resuming at step ' + format(done, ',') if done else 'new run'}",
         file=sys.stderr,
