@@ -176,12 +176,27 @@ def test_a_damaged_index_is_made_again(tmp_path, damage):
     for name in ("where", "k"):
         (file,) = (folder / "index").glob(f"{name}-*.npy")
         content = file.read_bytes()
-        file.write_bytes(npy(np.load(file)[:-1]) if damage is None else damage)
+        file.unlink()  # `whole` goes on with what it has mapped
+        file.write_bytes(npy(np.load(io.BytesIO(content))[:-1]) if damage is None else damage)
         again = LatentSet(folder)
         assert torch.equal(again.signals.k, whole.signals.k) and torch.equal(
             *(s.latents(torch.tensor([3])) for s in (again, whole))
         )
         assert file.read_bytes() == content
+
+
+def test_an_index_is_mapped_and_of_as_many_images_as_the_manifest_says(tmp_path):
+    folder, _, _ = make(tmp_path)
+    for _ in range(2):  # written, and read again
+        data = LatentSet(folder)
+        assert isinstance(data._where, np.memmap) and data.signals.k.untyped_storage().nbytes() == 8 * 12
+    manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
+    shutil.rmtree(folder / "index")
+    for images, word in ((11, "more images than its manifest says"), (13, "12 images, its manifest says 13")):
+        (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest | {"num_images": images}))
+        with pytest.raises(InputError, match=word):
+            LatentSet(folder)
+        assert not list(folder.rglob("*.npy*"))
 
 
 @pytest.mark.parametrize(

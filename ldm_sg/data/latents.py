@@ -12,6 +12,7 @@ import os
 import resource
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class LatentSet:
         found = self._index()
         self._where = found.pop("where")
         self.signals = Signals.from_columns(self.spec, found, len(self._where))
-        if len(self) != (count := self.manifest["num_images"]):
+        if len(self) != (count := self.manifest["num_images"]):  # where nothing could be written
             raise InputError(f"{self.folder}: its shards hold {len(self)} images, its manifest says {count}")
         self.shapes, self._bucket_of_shard = self._shapes()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -137,24 +138,52 @@ class LatentSet:
         names = ["where", *columns(self.spec), *["mask_size", "mask_ends"] * (self.spec.spatial == "mask")]
         saved = {name: self.folder / "index" / f"{name}-{self.hash[:16]}.npy" for name in names}
         try:
-            # What is large is mapped, not read: shared by all ranks and workers of a machine.
-            modes: dict[str, Any] = {"where": "r", "mask": "r", "feature": "c"}
-            found = to_columns({name: np.load(path, mmap_mode=modes.get(name)) for name, path in saved.items()})
+            found = self._mapped(saved)
             if {len(column) for column in found.values()} != {self.manifest["num_images"]}:
                 raise ValueError
             if found["where"].dtype != _WHERE:
                 raise ValueError
+            return found
         except (OSError, ValueError, EOFError):  # not there yet, or damaged
-            bar = tqdm(self.paths, "index", disable=len(self.paths) < 17)
-            parts = [self._index_shard(path, i) for i, path in enumerate(bar)]
-            if not (parts := [part for part in parts if len(part["where"])]):
-                raise InputError(f"{self.folder}: an annotation set without images") from None
-            found = concatenated(parts)
+            pass
+        bar = tqdm(self.paths, "index", disable=len(self.paths) < 17)
+        parts = (part for i, path in enumerate(bar) if len((part := self._index_shard(path, i))["where"]))
+        if not os.access(self.folder, os.W_OK) or self.spec.spatial == "mask":
+            if not (all_parts := list(parts)):
+                raise InputError(f"{self.folder}: an annotation set without images")
+            found = concatenated(all_parts)
             arrays = to_arrays(found)
             for name, path in saved.items() if os.access(self.folder, os.W_OK) else ():
                 with whole(path) as new, new.open("wb") as file:
                     np.save(file, arrays[name])
-        return found
+            return found
+        self._write_index(parts, saved)
+        return self._mapped(saved)
+
+    def _mapped(self, saved: dict[str, Path]) -> Columns:
+        """Columns that are not read before they are used, and then shared by all ranks and workers of a machine."""
+        modes: dict[str, Any] = {"where": "r", "mask": "r", "mask_size": None, "mask_ends": None}
+        return to_columns({name: np.load(path, mmap_mode=modes.get(name, "c")) for name, path in saved.items()})
+
+    def _write_index(self, parts: Iterable[Columns], saved: dict[str, Path]) -> None:
+        """Shard by shard into files of as many rows as the manifest says that there are images."""
+        rows, at = self.manifest["num_images"], 0
+        with ExitStack() as files:
+            columns: dict[str, np.ndarray] = {}
+            for part in parts:
+                n = len(part["where"])
+                if at + n > rows:
+                    raise InputError(f"{self.folder}: its shards hold more images than its manifest says ({rows})")
+                for name, column in part.items():
+                    if name not in columns:
+                        new, shape = files.enter_context(whole(saved[name])), (rows, *column.shape[1:])
+                        columns[name] = np.lib.format.open_memmap(new, "w+", column.dtype, shape)
+                    if column.shape[1:] != columns[name].shape[1:]:
+                        raise InputError(f"{self.folder}: signals of different shapes in its shards")
+                    columns[name][at : at + n] = column
+                at += n
+            if at != rows:
+                raise InputError(f"{self.folder}: its shards hold {at} images, its manifest says {rows}")
 
     def _index_shard(self, path: Path, shard: int) -> Columns:
         """`where`: offsets of the array data of every latent (and flip) in one shard; and the signals themselves."""
