@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
-import yaml
 
-from ldm_sg.data.latents import LatentSet, file_sha256, set_hash
+from ldm_sg.data.latents import LatentSet, file_sha256, set_hash, write_manifest
 from ldm_sg.data.order import step_indices
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.guidance.signal import GuidanceSpec
@@ -44,7 +43,7 @@ def write_set(folder: Path) -> None:
         "flips": False,
         "num_images": N,
     }
-    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    write_manifest(folder, manifest)
 
 
 def rate(work: Callable[[], int]) -> float:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from ldm_sg import hardware
@@ -64,7 +63,7 @@ def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], label
     from ldm_sg.annotate.kinds import save_annotator
     from ldm_sg.autoencoder import load_autoencoder, measure_normalisation
     from ldm_sg.config import AnnotatorConfig
-    from ldm_sg.data.latents import file_sha256, set_hash
+    from ldm_sg.data.latents import file_sha256, set_hash, write_manifest
     from ldm_sg.data.shards import ShardWriter
 
     autoencoder = load_autoencoder("patch2")
@@ -90,7 +89,7 @@ def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], label
         "shards": [{"file": path.name, "images": len(images), "bytes": path.stat().st_size, "sha256": digest}],
         "hash": set_hash([digest]),
     }
-    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    write_manifest(folder, manifest)
     return folder
 
 

@@ -25,7 +25,7 @@ from ldm_sg.annotate.stage import Stage, sample_features
 from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig
 from ldm_sg.data.images import to_float
-from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.latents import LatentSet, read_manifest
 from ldm_sg.data.photos import annotated_keys, pictures
 from ldm_sg.data.shards import ShardWriter, image_batches
 from ldm_sg.data.signals import npy
@@ -136,10 +136,11 @@ def test_manifest_tells_what_made_it(finished):
     assert manifest["annotator"]["nmi"] == pytest.approx(normalized_mutual_info_score(classes, ids), abs=1e-4)
     assert manifest["annotator"]["ari"] == pytest.approx(adjusted_rand_score(classes, ids), abs=1e-4)
     assert manifest["guidance"]["num_labels"] == 3 and manifest["size"] == SIZE
-    assert [entry["images"] for entry in manifest["source"]] == [9, 9]
+    assert [entry["images"] for entry in read_manifest(out)["shards"]] == [9, 9]
+    assert [Path(folder).name for folder in manifest["source"]] == ["source"]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         ["annotator", "autoencoder", "clusters", "config.yaml", "features", "index", "manifest.yaml", "report.html",
-         "shards", "skipped.jsonl"]
+         "shards", "shards.jsonl", "skipped.jsonl"]
     )  # fmt: skip
 
 
@@ -163,8 +164,8 @@ def test_the_wall_shows_who_is_nearest_and_who_is_farthest(finished, monkeypatch
     features = np.concatenate([np.load(out / "features" / f"{i:06d}.npy") for i in range(2)]).astype(np.float32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     centroids, ids = load_file(out / "annotator" / "centroids.safetensors")["centroids"], LatentSet(out).signals.k
-    manifest = yaml.safe_load((out / "manifest.yaml").read_text())
-    everyone = [p for i, s in enumerate(manifest["source"]) for p in pictures(s["url"], set(annotated_keys(out / f"shards/{i:06d}.tar")), SIZE)]  # fmt: skip
+    manifest = read_manifest(out)
+    everyone = [p for i, s in enumerate(manifest["shards"]) for p in pictures(s["url"], set(annotated_keys(out / f"shards/{i:06d}.tar")), SIZE)]  # fmt: skip
     for k, groups in report.extremes(LatentSet(out), [0, 1, 2]).items():
         own = (ids == k).nonzero()[:, 0].tolist()
         order = sorted(own, key=lambda i: float(np.linalg.norm(features[i] - centroids[k].numpy())))

@@ -27,7 +27,7 @@ from ldm_sg.annotate.stego_head import Head
 from ldm_sg.annotate.stream import Passing, ahead
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data import images, shards, tars
-from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.latents import LatentSet, read_manifest, write_manifest
 from ldm_sg.data.pool import decoder_pool
 from ldm_sg.data.shards import INDEX, Damage, ShardWriter, expand, read_shard
 from ldm_sg.errors import InputError
@@ -92,16 +92,16 @@ def finished(tmp_path_factory):
 
 def test_a_planted_command_is_never_run(finished, tmp_path):
     cfg, out = finished
-    manifest, hit = yaml.safe_load((out / "manifest.yaml").read_text()), tmp_path / "HIT"
-    real = manifest["source"][0]["url"]
+    manifest, hit = read_manifest(out), tmp_path / "HIT"
+    real = manifest["shards"][0]["url"]
     assert Path(real).is_file()
     for planted in (
         f"pipe:touch {hit}; cat {real}",
         f"http://127.0.0.1:9/x'; touch {hit}; '",
         f"gs://x'; touch {hit}; '",
     ):
-        manifest["source"][0]["url"] = planted
-        (out / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+        manifest["shards"][0]["url"] = planted
+        write_manifest(out, manifest)
         (out / "report.html").unlink()
         with pytest.raises(InputError):
             write_report(out)

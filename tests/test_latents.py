@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ldm_sg.data import latents as module
-from ldm_sg.data.latents import LatentSet, file_sha256, set_hash
+from ldm_sg.data.latents import SHARDS, LatentSet, file_sha256, read_manifest, set_hash, write_manifest
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import GuidanceSpec
@@ -49,7 +49,7 @@ def write_set(folder: Path, latents: list[np.ndarray], ks: list[np.ndarray], fli
         "flips": flips,
         "num_images": sum(map(len, latents)),
     }
-    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    write_manifest(folder, manifest)
     return folder
 
 
@@ -203,7 +203,9 @@ def test_an_index_is_mapped_and_of_as_many_images_as_the_manifest_says(tmp_path)
     "change",
     [
         {"hash": 5},
-        {"shards": 7},
+        {"shards": "7"},
+        {"shards": "{}"},
+        {"shards": "{"},
         {"shards": [{"file": "a", "bytes": 1, "sha256": 5}]},
         {"shards": [{"file": "../../x.tar", "bytes": 1, "sha256": "a"}]},
         {"latent_shape": [4, 8]},
@@ -218,8 +220,10 @@ def test_an_index_is_mapped_and_of_as_many_images_as_the_manifest_says(tmp_path)
 )
 def test_wrong_types_in_a_manifest_are_told(tmp_path, change):
     folder, _, _ = make(tmp_path)
-    manifest = yaml.safe_load((folder / "manifest.yaml").read_text()) | change
-    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    manifest, shards = read_manifest(folder), change.get("shards")
+    write_manifest(folder, manifest | ({} if isinstance(shards, str) else change))
+    if isinstance(shards, str):
+        (folder / SHARDS).write_text(shards)
     with pytest.raises(InputError):
         LatentSet(folder)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from ldm_sg import executor
@@ -25,18 +24,19 @@ from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
 from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.configfile import to_mapping
-from ldm_sg.data.latents import set_hash
+from ldm_sg.data.latents import read_manifest, set_hash, write_manifest
 from ldm_sg.data.shards import ShardWriter, expand
 from ldm_sg.data.signals import Columns, Signals, files_of, npy
 from ldm_sg.errors import InputError
 from ldm_sg.executor import Part
-from ldm_sg.folder import claim, file_sha256, flat, read_mapping, turn, write_text
+from ldm_sg.folder import claim, file_sha256, flat, turn, write_text
 from ldm_sg.hardware import pick_device
 
 # what may change between two starts of one annotation without making it another one
 FREE = (
     "out", "workers", "device", "max_skipped", "allow_damaged", "features.batch_size", "executor", "processes", "address"
 )  # fmt: skip
+FEW = 9  # folders of source shards that the manifest names, beside the shards' own lines
 TRIES = 3  # of a shard whose worker is lost
 MOST_SHARDS = 16  # that a worker is handed at once
 
@@ -106,8 +106,8 @@ def open_set(cfg: AnnotateConfig) -> Opened:
         )
     take(opened.out, cfg, opened.shards, opened.annotator.late)
     if (opened.out / "manifest.yaml").is_file():
-        for entry in read_mapping(opened.out / "manifest.yaml", {"source": [{"url": str}]})["source"]:
-            check_unchanged(entry["url"], entry)
+        for entry in read_manifest(opened.out)["shards"]:
+            check_unchanged(entry["url"], entry["source"])
         return opened
     for stage in opened.stages:
         if stage.done:
@@ -175,7 +175,7 @@ def complete(opened: Opened) -> Path:
     labels, files = write_shards(opened, annotator, summary)
     write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
     manifest = describe(opened.study, annotator, opened.autoencoder, summary, labels, files)
-    write_text(out / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False, width=118, default_flow_style=None))
+    write_manifest(out, manifest)
     shutil.rmtree(out / "work")
     return out
 
@@ -207,7 +207,7 @@ def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summa
     sources, skipped, shapes, classes = [], [], [], np.empty(0, np.int64)
     for stage in all_stages:
         meta = stage.read_meta()
-        sources.append({"url": meta.url, "images": len(meta.keys)} | meta.source)
+        sources.append({"images": len(meta.keys), "url": meta.url, "source": meta.source})
         skipped += [dict(zip(("shard", "key", "reason"), entry)) for entry in meta.skipped]
         classes = np.union1d(classes, np.array(meta.cls, np.int64))
         shapes.append(meta.latent_shape)
@@ -257,9 +257,7 @@ def write_shards(opened: Opened, annotator: Annotator, summary: Summary) -> tupl
     make = partial(Writing, opened.out, cfg.flips, summary.classes)
     bar = tqdm(executor.in_order(make, tasks, cfg, device), desc="write", unit=" shards", total=len(tasks))
     counts, tables, files = zip(*bar)
-    return (sum(counts), sum(tables)), [
-        entry | {"images": source["images"]} for entry, source in zip(files, summary.sources)
-    ]
+    return (sum(counts), sum(tables)), [entry | source for entry, source in zip(files, summary.sources)]
 
 
 class Writing:
@@ -334,12 +332,12 @@ def describe(
     if extractor and annotator.whole and extractor.any_shape:
         seen["boxes"] = f"the uncropped image, its short side {extractor.size} pixels, padded to whole patches"
     return {
-        "version": 2,
+        "version": 3,
         "features": extractor.manifest if extractor else None,
         "annotator": f,
         "autoencoder": first_stage,
         "size": size,
-        "source": summary.sources,
+        "source": list(dict.fromkeys(source["url"].rpartition("/")[0] for source in summary.sources))[:FEW],
         "view": seen,
         "num_images": summary.images,
         "num_skipped": len(summary.skipped),

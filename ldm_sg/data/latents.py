@@ -7,17 +7,19 @@ error instead of a bus error."""
 import functools
 import hashlib
 import io
+import json
 import math
 import os
 import resource
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -26,16 +28,17 @@ from ldm_sg.data.photos import images_at
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.data.signals import Columns, Signals, columns, concatenated, extension, stacked, to_arrays, to_columns
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import file_sha256, read_mapping, whole, write_json
+from ldm_sg.folder import check, file_sha256, read_mapping, whole, write_json, write_text
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.guidance.spatial import Crops
 
 LATENT, FLIP = "latent.npy", "flip.npy"
 _WHERE = np.dtype([("shard", np.int32), ("latent", np.int64), ("flip", np.int64)])
 MANIFEST = {
-    "shards": [{"file": str, "bytes": int, "sha256": str}],
     **{"hash": str, "guidance": dict, "latent_shape": [int], "flips": bool, "num_images": int},
 }
+SHARDS = "shards.jsonl"
+ENTRY = {"file": str, "bytes": int, "sha256": str}  # of a shard, and what it was made of: url, source
 _NPY_HEADER = 256  # more than the header of a plain array of few dimensions
 
 
@@ -260,17 +263,32 @@ def read_features(path: Path, rows: int | None = None, dim: int | None = None) -
     return found
 
 
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """FOLDER/shards.jsonl, a line a shard out of manifest["shards"], and then manifest.yaml, all else: the set is finished."""
+    write_text(folder / SHARDS, "".join(json.dumps(entry) + "\n" for entry in manifest["shards"]))
+    header = {key: value for key, value in manifest.items() if key != "shards"}
+    text = yaml.safe_dump(header, sort_keys=False, width=118, default_flow_style=None)
+    write_text(folder / "manifest.yaml", text)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.yaml of an annotation set; InputError where there is none, as `annotate` writes it last."""
-    path = finished_manifest(folder)
+    """What `write_manifest` wrote: manifest.yaml of an annotation set, and under "shards" its entries. InputError where there is
+    none, as `annotate` writes it last."""
+    path, lines = finished_manifest(folder), folder / SHARDS
     manifest = read_mapping(path, MANIFEST)
-    odd = next((entry["file"] for entry in manifest["shards"] if Path(entry["file"]).name != entry["file"]), None)
-    shapes = [manifest["latent_shape"], *(e["latent_shape"] for e in manifest["shards"] if "latent_shape" in e)]
+    try:
+        entries = [json.loads(line) for line in lines.read_text().splitlines()]
+    except (OSError, ValueError, RecursionError) as err:
+        raise InputError(f"{lines}: missing or damaged ({one_line(err)[:100]}); annotate again") from err
+    for number, entry in enumerate(entries, 1):
+        check(entry, ENTRY, f"{lines}: line {number}")
+    odd = next((entry["file"] for entry in entries if Path(entry["file"]).name != entry["file"]), None)
+    shapes = [manifest["latent_shape"], *(e["latent_shape"] for e in entries if "latent_shape" in e)]
     if odd or not all(_is_shape(shape) and shape[0] == shapes[0][0] for shape in shapes):
         raise InputError(
-            f"{path}: " + (f"shard {odd!r} is no file in shards/" if odd else "latent_shape is not (C, h, w)")
+            f"{lines}: shard {odd!r} is no file in shards/" if odd else f"{path}: latent_shape is not (C, h, w)"
         )
-    return manifest
+    return manifest | {"shards": entries}
 
 
 def _is_shape(shape: Any) -> bool:

@@ -22,7 +22,7 @@ def images_at(latents: "LatentSet", places: Sequence[int], size: int) -> dict[in
     for shard in np.unique(latents.shards[list(places)]):
         first, keys = np.searchsorted(latents.shards, shard), annotated_keys(latents.paths[shard])
         index = {keys[i - first]: i for i in places if latents.shards[i] == shard}
-        url = latents.manifest["source"][shard]["url"]
+        url = latents.manifest["shards"][shard]["url"]
         found |= {index[key]: image for key, image in pictures(url, set(index), size)}
     return {i: found[i] for i in places if i in found}
 

@@ -39,7 +39,8 @@ def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Pat
     folder = Path(folder)
     latents = LatentSet(folder)
     if shards is not None:
-        latents.manifest["source"] = [{"url": url} for url in shards]
+        for entry, url in zip(latents.manifest["shards"], shards):
+            entry["url"] = url
     signals, sections = latents.signals, []
     sizes = signals.counts()
     if signals.k is not None and signals.k.ndim == 1:
@@ -162,7 +163,7 @@ def figures(annotator: Mapping[str, Any]) -> dict[str, str]:
 
 def recipe(manifest: Mapping[str, Any]) -> str:
     """The manifest, without its long lists."""
-    brief = {key: value for key, value in manifest.items() if key not in ("shards", "source")}
+    brief = {key: value for key, value in manifest.items() if key != "shards"}
     if brief.get("annotator"):
         brief["annotator"] = {key: value for key, value in brief["annotator"].items() if key != "counts"}
     return html.folded("manifest.yaml of the annotation set", html.yaml_code(brief))

@@ -103,7 +103,7 @@ def run_facts(run: Path) -> dict[str, str]:
     config = _read(run / "config.yaml")
     annotation = _annotation_folder(run, config)
     manifest = _read(annotation / "manifest.yaml") if annotation else {}
-    folders = dict.fromkeys(Path(str(entry.get("url"))).parent.name for entry in manifest.get("source") or [])
+    folders = [Path(str(folder)).name for folder in manifest.get("source") or []]
     curves, timings = read_curves(run / "metrics.csv"), _numbers(_read(run / "timings.json"))
     return {"data": ", ".join(folders)} | _facts(config, manifest, curves, timings) | _finetuned(run, config)
 
