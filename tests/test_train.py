@@ -512,6 +512,8 @@ def test_a_step_without_a_finite_gradient_is_no_step(colours: Path, tmp_path: Pa
     one = train(config(colours, tmp_path / "one", ema=0.0))
     lines = [json.loads(line) for line in (one / "skipped_steps.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4, 5] and lines[0]["gradient_norm"] == "nan"
+    pool = split(64, 0.1, 0)[0]
+    assert lines[2]["images"] == next(iter(Steps([(pool, 8)], 0, 12, 5, 0, 1)))[2:]
     assert "3 steps up to 5 skipped" in capsys.readouterr().err
     monkeypatch.setattr(DiffusionModule, "configure_optimizers", fused)
     other = train(config(colours, tmp_path / "other", ema=0.0))

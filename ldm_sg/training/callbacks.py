@@ -157,7 +157,8 @@ class Finite(EachStep):
         for (step, _), norm in zip(self.norms, norms):
             self.row = 0 if math.isfinite(norm) else self.row + 1
             if self.row:
-                lost.append({"step": step, "gradient_norm": str(norm)})
+                images = trainer.train_dataloader.sampler.images(step).tolist()
+                lost.append({"step": step, "gradient_norm": str(norm), "images": images})
         self.norms = []
         if lost and trainer.is_global_zero:
             with self.path.open("a") as file:
@@ -169,7 +170,7 @@ class Finite(EachStep):
         if self.row >= LOST_IN_A_ROW:
             raise InputError(
                 f"{self.path.parent}: {self.row} steps in a row up to step {lost[-1]['step']} gave a gradient that is not finite "
-                f"({self.path}); the checkpoint has none of them; a smaller lr, or precision=fp32, may help"
+                f"(images of each: {self.path}); the checkpoint has none of them; a smaller lr, or precision=fp32, may help"
             )
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -62,12 +63,21 @@ class Steps(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.total * self.parts  # not what is left: Lightning counts resumed steps too
 
-    def __iter__(self) -> Iterator[list[int]]:
+    @cached_property
+    def _turns(self) -> tuple[Tensor, Tensor]:
+        return turns([len(pool) for pool, _ in self.pools], self.seed, self.total)
+
+    def images(self, step: int) -> Tensor:
+        """Dataset indices of the whole batch of a step."""
+        at, pools = step, self.pools
         if self.one_a_step:
-            buckets, before = turns([len(pool) for pool, _ in self.pools], self.seed, self.total)
+            buckets, before = self._turns
+            at, pools = int(before[step]), [self.pools[buckets[step]]]
+        return torch.cat([pool[step_indices(self.seed, at, n, len(pool))] for pool, n in pools if n])
+
+    def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.total):
-            at, pools = (int(before[step]), [self.pools[buckets[step]]]) if self.one_a_step else (step, self.pools)
-            chosen = torch.cat([pool[step_indices(self.seed, at, n, len(pool))] for pool, n in pools if n])
+            chosen = self.images(step)
             for share in range(self.rank, self.world * self.parts, self.world):
                 yield [step, share, *chosen[share :: self.world * self.parts].tolist()]
 
