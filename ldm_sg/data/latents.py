@@ -276,6 +276,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     none, as `annotate` writes it last."""
     path, lines = finished_manifest(folder), folder / SHARDS
     manifest = read_mapping(path, MANIFEST)
+    for key in ("features", "annotator", "autoencoder"):
+        check(manifest.get(key), (dict, type(None)), f"{path}: {key}")
     try:
         entries = [json.loads(line) for line in lines.read_text().splitlines()]
     except (OSError, ValueError, RecursionError) as err:
