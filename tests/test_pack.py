@@ -17,9 +17,9 @@ from packing import run, samples, skips
 from PIL import Image
 
 from ldm_sg.data import pack as module
-from ldm_sg.data.images import crop_resize, decode
-from ldm_sg.data.shards import ShardWriter
-from ldm_sg.data.sources import make_key
+from ldm_sg.data.images import crop_or_fit, crop_resize, decode
+from ldm_sg.data.shards import Sample, ShardWriter, read_shard
+from ldm_sg.data.sources import Item, make_key
 from ldm_sg.errors import InputError
 from ldm_sg.verbs.pack import pack
 
@@ -395,3 +395,27 @@ def test_photos_at_256(tmp_path):
     summary = pack(source, tmp_path / "dst", workers=1)
     assert summary.skipped == 0 and summary.images == len(list(source.glob("*.*")))
     assert {decode(s.image).size for s in samples(tmp_path / "dst")} == {(256, 256)}
+
+
+def test_large_photos_are_made_smaller_while_they_are_decoded(tmp_path, monkeypatch):
+    """Not those with boxes, whose places are of the whole image; and nobody sees it."""
+    generator = np.random.default_rng(0)
+    rough = Image.fromarray(generator.integers(0, 255, (30, 40, 3), np.uint8)).resize(
+        (1600, 1200), Image.Resampling.BICUBIC
+    )
+    (tmp_path / "src").mkdir()
+    rough.save(tmp_path / "src" / "a.jpg", quality=92)
+    seen = []
+    monkeypatch.setattr(
+        module, "crop_or_fit", lambda image, *rest: seen.append(image.size) or crop_or_fit(image, *rest)
+    )
+    pack(str(tmp_path / "src"), tmp_path / "dst", size=64, workers=0, format="png")
+    assert seen == [(200, 150)]  # an eighth, still above 128
+    [sample] = read_shard(str(tmp_path / "dst" / "000000.tar"), lambda *_: None)
+    plain = crop_resize(decode((tmp_path / "src" / "a.jpg").read_bytes()), 64)
+    assert np.abs(np.asarray(decode(sample.image), float) - np.asarray(plain, float)).mean() < 1.5
+    form = module.Form(64, "png", 90)
+    for beside in ({"meta": {"boxes": [[0, 0, 400, 400]]}}, {}):
+        marked = Sample("a", (tmp_path / "src" / "a.jpg").read_bytes(), **beside)
+        module.pack_item(form, Item("a", "a", sample=marked))
+    assert seen[1:] == [(1600, 1200), (200, 150)]

@@ -52,6 +52,11 @@ class Form:
     crop: bool = True  # to the centre square; without it `size` is the short side
     buckets: tuple[tuple[int, int], ...] = ()  # widths and heights; each image goes to the nearest, in place of `size`
 
+    @property
+    def least(self) -> int:
+        """Twice the pixels that are kept: more are not decoded."""
+        return 2 * max((side for shape in self.buckets for side in shape), default=self.size)
+
     def shape(self, image: Image.Image) -> Size:
         """What an image is cropped to."""
         return nearest_shape(*image.size, self.buckets) if self.buckets else self.size
@@ -156,7 +161,8 @@ def pack_item(form: Form, item: Item) -> Packed:
     empty_boxes = 0
     try:
         sample = item.read()
-        image = decode(sample.image)
+        marked = item.boxes or sample.meta or sample.mask  # places in pixels of the whole image
+        image = decode(sample.image, least=0 if marked else form.least)
         drawn = item.boxes.size if item.boxes else None
         if drawn not in (None, image.size):
             raise BadImage("its boxes are of {} x {} pixels, the image has {} x {}".format(*drawn, *image.size))
