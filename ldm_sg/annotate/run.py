@@ -25,7 +25,7 @@ from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.latents import read_manifest, set_hash, write_manifest
-from ldm_sg.data.shards import ShardWriter, expand
+from ldm_sg.data.shards import EMPTY, ShardWriter, expand
 from ldm_sg.data.signals import Columns, Signals, files_of, npy
 from ldm_sg.errors import InputError
 from ldm_sg.executor import Part
@@ -215,10 +215,11 @@ def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summa
     example = "; the first: {shard} {key}: {reason}".format(**skipped[0]) if skipped else ""
     if not any(shapes):
         raise InputError(f"shards={shards!r}: no usable image in {len(sources)} shards{example}")
-    seen = total + len(skipped)
-    if len(skipped) > max_skipped * seen:
+    lost = sum(entry["reason"] != EMPTY for entry in skipped)  # a shard of downloads that all failed has none to lose
+    seen = total + lost
+    if lost > max_skipped * seen:
         raise InputError(
-            f"{len(skipped)} of {seen} images cannot be used, more than max_skipped={max_skipped} of them{example}"
+            f"{lost} of {seen} images cannot be used, more than max_skipped={max_skipped} of them{example}"
         )
     often = Counter[tuple[int, ...]]()
     for source, shape in zip(sources, shapes):

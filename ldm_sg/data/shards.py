@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EMPTY = f"no image in this shard: expected KEY.{'|'.join(IMAGE_EXTENSIONS)}"
 OnSkip = Callable[[str, str, str], None]  # (shard, key or "" for the whole shard, reason)
 PAUSES = (1, 5, 20)  # seconds before a remote shard that is cut off is fetched again
 PARQUET = ".parquet"
@@ -146,7 +147,7 @@ def read_shard(url: str, on_skip: OnSkip) -> Iterator[Sample]:
             on_skip(url, "", reason)
     else:
         if not seen:
-            on_skip(url, "", f"no image in this shard: expected KEY.{'|'.join(IMAGE_EXTENSIONS)}")
+            on_skip(url, "", EMPTY)
 
 
 def _groups(url: str) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
