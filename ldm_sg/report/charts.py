@@ -2,7 +2,6 @@
 
 import io
 import math
-import uuid
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -118,9 +117,9 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """The <svg> element alone; ids are unique, since several share a page, and text stays text in the page's font."""
+    """The <svg> element alone; ids are made of the label, unique on a page, and text stays text in the page's font."""
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": uuid.uuid4().hex, "font.family": "sans-serif"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     text = out.getvalue()
