@@ -299,6 +299,7 @@ def test_grids_of_a_run_take_the_preview_and_samples_the_real_one(tmp_path: Path
     with pytest.raises(InputError, match=r"'auto' makes latents of 4 channels, those of .*set have 12"):
         build.PipelineWriter(config, latents, torch.device("cpu"))
     latents.latent_shape = (4, 16, 16)
+    latents.shapes = [latents.latent_shape]
     writer = build.PipelineWriter(config, latents, torch.device("cpu"))
     assert writer.preview.kind == "tiny" and writer.autoencoder.kind == "kl"
     unet = {"channels": 16, "multipliers": [1], "blocks": 1, "attention": [], "heads": 2}
