@@ -152,7 +152,7 @@ def pack(
     run(src, dst, size=size, shard_size=shard_size, format=image_format, quality=quality, max_skipped=max_skipped,
         workers=workers, annotations=annotations, masks=masks, merge=merge, ignore_index=ignore_index,
         split=split, crop=crop, allow_damaged=allow_damaged,
-        buckets=[_numbers("--buckets", part.replace("x", ","), int) for part in (buckets or "").split(",") if part])  # fmt: skip
+        buckets=_shapes("--buckets", buckets) if buckets is not None else [])  # fmt: skip
 
 
 @app.command(
@@ -501,6 +501,13 @@ def _numbers(flag: str, text: str | None, kind: type) -> list:
         return [kind(part) for part in text.split(",")] if text is not None else []
     except ValueError as err:
         raise InputError(f"{flag} {text!r}: write numbers with commas between, for example 0,1,2,3") from err
+
+
+def _shapes(flag: str, text: str) -> list[tuple[int, int]]:
+    sides = [part.strip().partition("x")[::2] for part in text.split(",")]
+    if not all(width.isdecimal() and height.isdecimal() for width, height in sides):
+        raise InputError(f"{flag} {text!r}: WIDTHxHEIGHT in pixels, with commas between, for example 64x64,80x48,48x80")
+    return [(int(width), int(height)) for width, height in sides]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 types are refused with the nearest right one."""
 
 import dataclasses
+import difflib
 import itertools
 import textwrap
 from pathlib import Path
@@ -67,8 +68,10 @@ def read_yaml(path: str | Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError as err:
-        near = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))
-        raise InputError(f"config {str(path)!r} not found; {choices(path, near)}") from err
+        known = (p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))
+        [near, *_] = [*difflib.get_close_matches(str(path), known, n=1), ""]
+        said = f"did you mean {near!r}?" if near else "`ldm-sg configs` lists those that are shipped"
+        raise InputError(f"config {str(path)!r} not found; {said}") from err
     except Exception as err:  # yaml's errors have no common, importable base here
         raise InputError(f"{path}: not a readable YAML file: {str(err).splitlines()[0]}") from err
     if not isinstance(loaded, DictConfig):

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_ARRAY = [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")] + ["RANK", "WORLD_SIZE"]
+_JOBS = [  # where a job says which of how many it is: its number, their count, the first number, the step between numbers
+    tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")),
+    ("RANK", "WORLD_SIZE", "", ""),
+]
 Make = Callable[[str], Callable[[Task], Result]]
 
 
@@ -57,11 +60,17 @@ def read_part(text: str | None) -> Part | None:
         if not (slash and index.isdecimal() and of.isdecimal() and int(index) < int(of)):
             raise InputError(f"--part {text}: I/N with I from 0 to N - 1, for example 0/8")
         return Part(int(index), int(of))
-    env = {name: int(value) for name in _ARRAY if (value := os.environ.get(name, "")).isdecimal()}
-    if "SLURM_ARRAY_TASK_ID" in env and env.get("SLURM_ARRAY_TASK_COUNT", 1) > 1:
-        step, first = env.get("SLURM_ARRAY_TASK_STEP", 1), env.get("SLURM_ARRAY_TASK_MIN", 0)
-        return Part((env["SLURM_ARRAY_TASK_ID"] - first) // step, env["SLURM_ARRAY_TASK_COUNT"])
-    return Part(env["RANK"], env["WORLD_SIZE"]) if env.get("WORLD_SIZE", 1) > 1 and "RANK" in env else None
+    for index, of, first, step in _JOBS:
+        if index in os.environ and os.environ.get(of, "1") != "1":
+            said = {name: os.environ[name] for name in (index, of, first, step) if name in os.environ}
+            if not all(value.isdecimal() for value in said.values()):
+                raise InputError(f"{said}: not the numbers of a job; give --part I/N")
+            by = int(said.get(step, 1)) or 1
+            number, odd = divmod(int(said[index]) - int(said.get(first, 0)), by)
+            if odd or not 0 <= number < int(said[of]):
+                raise InputError(f"{said}: not one of evenly numbered jobs, as in --array=0-7; give --part I/N")
+            return Part(number, int(said[of]))
+    return None
 
 
 class Settings(Protocol):

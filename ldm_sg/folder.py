@@ -34,13 +34,13 @@ os.register_at_fork(after_in_child=lambda: [file.close() for file in _held.value
 
 
 @contextmanager
-def locked(folder: str | Path, part: str | None = None) -> Iterator[None]:
+def locked(folder: str | Path, part: str | None = None, ranks: bool = False) -> Iterator[None]:
     """Nobody else writes in `folder` meanwhile: another process is refused at once with an InputError that names this one. A
-    kernel lock, so it ends with its owner, however that ends. Ranks of one job share the first one's; with `part`, those of
-    other parts may hold it too, but nobody else."""
+    kernel lock, so it ends with its owner, however that ends. With `ranks`, those of one job share the first one's; with
+    `part`, those of other parts may hold it too, but nobody else."""
     folder = Path(folder).expanduser()
     rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
-    if (rank != "0" and not part) or (folder.exists() and not folder.is_dir()):  # a file is `claim`'s to refuse
+    if (ranks and rank != "0") or (folder.exists() and not folder.is_dir()):  # a file is `claim`'s to refuse
         yield
         return
     made = not folder.exists()
@@ -56,6 +56,22 @@ def locked(folder: str | Path, part: str | None = None) -> Iterator[None]:
         if made:
             with suppress(OSError):  # not empty: it was worth making
                 folder.rmdir()
+
+
+def others_work_in(folder: Path) -> bool:
+    """Whether parts that are not of this process hold `folder`."""
+    return any(
+        path not in _held and path.name != f"{LOCK}-turn" and _is_held(path) for path in folder.glob(f"{LOCK}-*")
+    )
+
+
+def _is_held(path: Path) -> bool:
+    with suppress(FileNotFoundError), path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextmanager
@@ -110,12 +126,12 @@ def _is_open(file: IO[str], path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
-def holds_out(verb: Callable[..., Result]) -> Callable[..., Result]:
-    """A verb of a config, which holds its `out` locked while it runs."""
+def holds_out(verb: Callable[..., Result], ranks: bool = False) -> Callable[..., Result]:
+    """A verb of a config, which holds its `out` locked while it runs; `ranks` as in `locked`."""
 
     @functools.wraps(verb)
     def holding(config: Any, **more: Any) -> Result:
-        with locked(config.out, str(more["part"]) if more.get("part") else None):
+        with locked(config.out, str(more["part"]) if more.get("part") else None, ranks):
             return verb(config, **more)
 
     return holding

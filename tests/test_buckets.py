@@ -1,6 +1,7 @@
 """Aspect-ratio buckets, from photos of several shapes to samples of each: what is cropped, which batches are drawn."""
 
 import io
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ldm_sg import build
 from ldm_sg.cli import app
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig, ReplayConfig, TrainConfig
 from ldm_sg.data.images import crop_resize, nearest_shape, part_of, squares
-from ldm_sg.data.latents import LatentSet
+from ldm_sg.data.latents import LatentSet, read_manifest, write_manifest
 from ldm_sg.data.order import step_indices, turns
 from ldm_sg.data.photos import annotated_keys
 from ldm_sg.data.shards import read_shard
@@ -267,3 +268,35 @@ def test_what_cannot_be_is_one_line(latents: LatentSet, shards: Path, tmp_path: 
                         (("--buckets", "32x32", "--size", 32), "leave")):  # fmt: skip
         code, output = invoke("pack", shards.parent / "photos", tmp_path / "no", *flags)
         assert code == 2 and word in output and output.count("\n") == 1 and not (tmp_path / "no").exists(), output
+
+
+def test_a_manifest_with_other_shapes_is_noticed(latents: LatentSet, tmp_path: Path) -> None:
+    """Also where the set has been opened before, and its index is there."""
+    copy = tmp_path / "set"
+    shutil.copytree(latents.folder, copy)
+    LatentSet(copy)
+    manifest = read_manifest(copy)
+    shapes = [entry["latent_shape"] for entry in manifest["shards"]]
+    turned, huge = [[c, w, h] for c, h, w in shapes], [[c, 2**40, 2**40] for c, _, _ in shapes]
+    for wrong in (shapes[::-1], turned, huge, [[c, 1, 1] for c, _, _ in shapes]):
+        write_manifest(
+            copy, manifest | {"shards": [e | {"latent_shape": s} for e, s in zip(manifest["shards"], wrong)]}
+        )
+        with pytest.raises(InputError, match="the manifest says float16"):
+            LatentSet(copy)
+    write_manifest(copy, manifest)
+    assert len(LatentSet(copy)) == len(latents)
+
+
+def test_shards_of_buckets_taken_for_squares_are_said(shards: Path, tmp_path: Path, capsys) -> None:
+    annotate(annotation(shards, tmp_path / "set", buckets=False))
+    said = capsys.readouterr().err
+    assert "shards of `pack --buckets` (16x16, 16x24, 24x16)" in said and "buckets=true keeps their shapes" in said
+
+
+@pytest.mark.parametrize("text", ["", ",", "axb", "32.5x32", "32X32", "32,24", "32", "8x8x3", "-8x8"])
+def test_buckets_that_are_none(text: str, tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 1)
+    code, output = invoke("pack", tmp_path / "photos", tmp_path / "out", f"--buckets={text}")
+    assert code == 2 and f"--buckets {text!r}: WIDTHxHEIGHT in pixels" in output.replace("\n", "")
+    assert not (tmp_path / "out").exists()

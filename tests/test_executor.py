@@ -17,6 +17,7 @@ from test_annotate import config, make_shards
 from workers import make
 
 from ldm_sg import executor
+from ldm_sg.annotate import run as annotate_run
 from ldm_sg.annotate.run import annotate_shards
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.data.latents import LatentSet
@@ -77,12 +78,17 @@ def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("3/3", "1", "a/2", "-1/2", "1/0"):
         with pytest.raises(InputError, match="I/N with I from 0"):
             read_part(text)
-    for name in executor._ARRAY:
+    for name in {name for job in executor._JOBS for name in job if name}:
         monkeypatch.delenv(name, raising=False)
     assert read_part(None) is None
     for name, value in {"ID": "14", "COUNT": "3", "MIN": "10", "STEP": "2"}.items():  # sbatch --array=10-14:2
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert read_part(None) == Part(2, 3)
+    for name, value in (("ID", "13"), ("ID", "16"), ("ID", "8"), ("ID", "x")):  # --array=10,13,14; numbers of nobody
+        with monkeypatch.context() as odd:
+            odd.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+            with pytest.raises(InputError, match="give --part I/N"):
+                read_part(None)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -186,3 +192,22 @@ def test_what_fails_three_times_is_listed_and_the_rest_goes_on(
 def test_wrong_settings(changes: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         AnnotateConfig(shards="a", out="b", autoencoder="patch1", **changes).check()
+
+
+def test_parts_of_another_config_are_refused_while_one_works(source: tuple, tmp_path: Path, monkeypatch) -> None:
+    """Also before the first shard is through, when the folder would bind nobody else."""
+    shards, alone = source
+    cfg, real = config(tmp_path, shards, out=str(tmp_path / "set")), annotate_run.pass_over
+
+    def meanwhile(*args: object) -> None:
+        monkeypatch.setattr(annotate_run, "others_work_in", lambda out: True)  # as seen from another process
+        other = config(tmp_path, shards, out=cfg.out, annotator=AnnotatorConfig(k=3, seed=5), size=64)
+        with pytest.raises(InputError, match="belongs to another config: size is"):
+            annotate_shards(other, Part(1, 2))
+        monkeypatch.undo()
+        real(*args)
+
+    monkeypatch.setattr(annotate_run, "pass_over", meanwhile)
+    annotate_shards(cfg, Part(0, 2))
+    annotate_shards(cfg, Part(1, 2))
+    assert contents(annotate_shards(cfg, finish=True)) == alone

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from ldm_sg.errors import InputError
-from ldm_sg.folder import LOCK, claim, holds_out, locked, read_mapping, whole, write_bytes, write_json
+from ldm_sg.folder import LOCK, claim, holds_out, locked, others_work_in, read_mapping, whole, write_bytes, write_json
 
 HOLD = """
 import os, sys, time
@@ -56,8 +56,29 @@ def test_a_lock_leaves_no_folder_that_nobody_needed(tmp_path, monkeypatch):
         raise ZeroDivisionError
     assert not (tmp_path / "a").exists()
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with locked(tmp_path / "a"):  # another rank of a job whose first one holds it
+    with locked(tmp_path / "a", ranks=True):  # another rank of a job whose first one holds it
         assert not (tmp_path / "a").exists()
+
+
+def test_parts_share_a_folder_that_nobody_else_may_have(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # which excuses nobody from the lock but the ranks of a training
+    held, out = "import sys, time\nfrom ldm_sg.folder import locked\n", tmp_path / "out"
+    body = "with locked(sys.argv[1], '0/2'):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    with subprocess.Popen([sys.executable, "-c", held + body, str(out)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with locked(out, "1/2"):
+            assert others_work_in(out)
+            with pytest.raises(InputError, match="in use by pid"), locked(out):
+                pass
+        with pytest.raises(InputError, match=f"in use by pid {other.pid}"), locked(out, "0/2"):
+            pass
+        other.kill()
+        other.wait()
+    with locked(out, "0/2"):
+        assert not others_work_in(out)
+    with locked(out):
+        pass
+    assert not list(out.iterdir())
 
 
 def test_a_verb_holds_its_out(tmp_path):

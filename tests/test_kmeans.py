@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save
 from test_annotate import config, make_shards
 from test_clusters import blobs
 
@@ -45,7 +46,9 @@ def features(tmp_path: Path) -> tuple[list[Path], np.ndarray]:
 
 def fit(files: list[Path], start: np.ndarray, passes: int, tolerance: float = 0, **options):
     checkpoint = files[0].with_name(f"checkpoint{passes}")
-    return lloyd(files, lambda: torch.from_numpy(start), passes, checkpoint, "", tolerance=tolerance, **options)
+    return lloyd(
+        files, len(start), lambda: torch.from_numpy(start), passes, checkpoint, "", tolerance=tolerance, **options
+    )
 
 
 def test_passes_are_faiss_iterations(features, monkeypatch):
@@ -127,15 +130,26 @@ def test_on_a_gpu_it_is_the_same_fit(features):
 def test_a_checkpoint_is_gone_on_from_only_by_its_own_fit(features, tmp_path):
     files, points = features
     whole, inertia = fit(files, points[:K], 6)
-    begun = functools.partial(lloyd, files, checkpoint=tmp_path / "c", tolerance=0)
+    begun = functools.partial(lloyd, files, K, checkpoint=tmp_path / "c", tolerance=0)
     begun(start=lambda: torch.from_numpy(points[:K]), passes=2, of="mine")
     centroids, found = begun(start=lambda: pytest.fail("begun again"), passes=6, of="mine")
     assert torch.equal(centroids, whole) and found == inertia
     other, found = begun(start=lambda: torch.from_numpy(points[K : 2 * K]), passes=1, of="another")
     assert len(found) == 1 and not torch.equal(other, whole)
-    (tmp_path / "c").write_bytes(b"\x10" * 20)
-    with pytest.raises(InputError, match=r"c is damaged: .*; remove it to begin k-means again"):
-        begun(start=lambda: pytest.fail("begun again"), passes=6, of="mine")
+    good, done = torch.from_numpy(points[:K]).float(), torch.ones(2, dtype=torch.float64)
+    for tensors in (
+        None,
+        {"centroids": good[:-1], "inertia": done},
+        {"centroids": good.long(), "inertia": done},
+        {"centroids": good * torch.nan, "inertia": done},
+        {"centroids": good, "inertia": done[None]},
+        {"centroids": good, "inertia": done * torch.nan},
+        {"centroids": good, "inertia": done.repeat(9)},
+        {"centroids": good},
+    ):
+        (tmp_path / "c").write_bytes(b"\x10" * 20 if tensors is None else save(tensors, {"of": "mine"}))
+        with pytest.raises(InputError, match=r"c is damaged: .*; remove it to begin k-means again"):
+            begun(start=lambda: pytest.fail("begun again"), passes=6, of="mine")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -172,7 +186,7 @@ def test_annotate_streams_what_a_sample_does_not_hold_and_says_so(tmp_path, caps
     settings = {"niter": 30, "nredo": 1, "seed": 0}
     expected = kmeans(normalise(points), 3, "images", **settings)  # bit by bit as before there was a choice
     assert torch.equal(annotator(tmp_path / "memory").centroids, expected)
-    assert (said["fit"], said["images"], said["passes"]) == ("sample", 18, 30)
+    assert (said["fit"], said["images"], said["passes"]) == ("memory", 18, 30)
     distance = ((normalise(points)[:, None] - expected.numpy()) ** 2).sum(-1).min(1).mean()
     assert said["inertia"] == pytest.approx(distance, abs=2e-6)
 

@@ -61,7 +61,7 @@ def test_damage_and_tables_without_images(tmp_path: Path) -> None:
     (tmp_path / "torn.parquet").write_bytes(whole[:50] + bytes(len(whole) // 2) + whole[50 + len(whole) // 2 :])
     assert isinstance(read(str(tmp_path / "torn.parquet"))[1][-1][2], shards.Damage)
     parquet.write_table(pa.table({"url": ["a"], "width": [3]}), tmp_path / "b.parquet")
-    with pytest.raises(InputError, match=r"no column of images .* among url, width"):
+    with pytest.raises(InputError, match=r"no column of images .* among 'url' .string., 'width' .int64."):
         read(str(tmp_path / "b.parquet"))
     with pytest.raises(InputError, match="cannot be opened"):
         read("memory://nowhere/a.parquet")
@@ -96,3 +96,31 @@ def test_a_table_is_annotated_as_a_tar_of_the_same_images_is(tmp_path: Path) -> 
         for i, source in enumerate([str(tmp_path / "a.tar"), table(tmp_path / "a.parquet", images)])
     ]
     assert sets[0].hash == sets[1].hash and len(sets[0]) == 20
+
+
+def test_odd_tables(tmp_path: Path) -> None:
+    """Two columns of a name, bytes that are none, names with newlines; images in a dictionary are read."""
+    images = [png(i) for i in range(6)]
+    for columns, message in (
+        (pa.table([pa.array(images), pa.array(images)], ["image", "image"]), "two columns named 'image'"),
+        (pa.table([pa.array(images), pa.array([1] * 6), pa.array([1] * 6)], ["image", "label", "label"]), "two columns named 'label'"),
+        (pa.table({"image": pa.array([{"bytes": 3}])}), r"no column of images .* 'image' .struct<bytes: int64>"),
+        (pa.table({"image": pa.array(["a"]), "b\n": pa.array([1])}), r"'image' .string., 'b.n' .int64.$"),
+    ):  # fmt: skip
+        parquet.write_table(columns, tmp_path / "odd.parquet")
+        with pytest.raises(InputError, match=message):
+            read(str(tmp_path / "odd.parquet"))
+    encoded = pa.table({"image": pa.array(images).dictionary_encode(), "label": [0, 1, 2, 0, 1, 2]})
+    parquet.write_table(encoded, tmp_path / "encoded.parquet")
+    assert [(s.image, s.cls) for s in read(str(tmp_path / "encoded.parquet"))[0]] == list(zip(images, [0, 1, 2] * 2))
+
+
+def test_few_large_rows_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = pa.table({"image": [bytes(2**23)] * 24})  # 8 MiB each, a few kB packed
+    parquet.write_table(large, tmp_path / "large.parquet", compression="zstd")
+    before = pa.total_allocated_bytes()
+    pool = pa.default_memory_pool()
+    monkeypatch.setitem(shards.WANTED, "jpg", 2**20)
+    samples, skipped = read(str(tmp_path / "large.parquet"))
+    assert not samples and len(skipped) == 25 and (tmp_path / "large.parquet").stat().st_size < 2**20
+    assert pool.max_memory() - before < 2**29

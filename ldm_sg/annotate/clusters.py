@@ -71,6 +71,7 @@ class Clusters(Annotator):
 
         centroids, inertia = lloyd(
             [stage.features for stage, count in zip(study.stages, study.counts) if count],
+            self.k,
             lambda: kmeans(normalise(sample()), self.k, "images of annotator.sample", **self._settings),
             cfg.niter,
             Path(study.config.out) / "work" / CENTROIDS,
@@ -97,7 +98,7 @@ class Clusters(Annotator):
             self.k = len(self.centroids)
         else:
             self._take(kmeans(points, self.k, "images", **self._settings))
-        self._fitted("sample", len(points), self.cfg.niter, float(self.index.search(points, 1)[0].mean()))
+        self._fitted("memory", len(points), self.cfg.niter, float(self.index.search(points, 1)[0].mean()))
         return self
 
     @property

@@ -102,13 +102,13 @@ def means(total: Sums) -> Tensor:
 
 
 def lloyd(
-    files: Sequence[Path], start: Callable[[], Tensor], passes: int, checkpoint: Path, of: str,
+    files: Sequence[Path], k: int, start: Callable[[], Tensor], passes: int, checkpoint: Path, of: str,
     device: torch.device | str = "cpu", run: Map = map, tolerance: float = TOLERANCE,
 ) -> tuple[Tensor, list[float]]:  # fmt: skip
-    """At most `passes` over the files, from the centroids of `start` -> centroids float32 [K, D] and the mean squared distance
+    """At most `passes` over the files, from the `k` centroids of `start` -> centroids float32 [K, D] and the mean squared distance
     that each pass found before it moved them. After each of them CHECKPOINT is written; one that is there and is of the same
     fit, as `of` says, is gone on from."""
-    found = _read(checkpoint, of)
+    found = _read(checkpoint, of, (k, np.load(files[0], mmap_mode="r", allow_pickle=False).shape[1]), passes)
     centroids, inertia = found or (start(), [])
     if found is None:
         _write(checkpoint, of, centroids, inertia)
@@ -131,13 +131,17 @@ def _write(path: Path, of: str, centroids: Tensor, inertia: list[float]) -> None
     write_bytes(path, save(tensors, {"of": of}))
 
 
-def _read(path: Path, of: str) -> tuple[Tensor, list[float]] | None:
+def _read(path: Path, of: str, shape: tuple[int, int], passes: int) -> tuple[Tensor, list[float]] | None:
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("of") != of:
                 return None
-            return file.get_tensor("centroids"), file.get_tensor("inertia").tolist()
-    except SafetensorError as err:
+            centroids, inertia = file.get_tensor("centroids"), file.get_tensor("inertia")
+        right = (centroids.dtype, tuple(centroids.shape), inertia.dtype) == (torch.float32, shape, torch.float64)
+        if not right or inertia.ndim != 1 or len(inertia) > passes or not centroids.sum().add(inertia.sum()).isfinite():
+            raise ValueError(f"not centroids {shape} after at most {passes} passes")
+    except (SafetensorError, ValueError) as err:
         raise InputError(f"{path} is damaged: {one_line(err)}; remove it to begin k-means again") from err
+    return centroids, inertia.tolist()

@@ -2,7 +2,9 @@
 is fitted on the features and the annotated shards are written; the manifest comes last."""
 
 import json
+import re
 import shutil
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +31,7 @@ from ldm_sg.data.shards import EMPTY, ShardWriter, expand
 from ldm_sg.data.signals import Columns, Signals, files_of, npy
 from ldm_sg.errors import InputError
 from ldm_sg.executor import Part
-from ldm_sg.folder import claim, file_sha256, flat, turn, write_text
+from ldm_sg.folder import claim, file_sha256, flat, others_work_in, turn, write_text
 from ldm_sg.hardware import pick_device
 
 # what may change between two starts of one annotation without making it another one
@@ -37,6 +39,7 @@ FREE = (
     "out", "workers", "device", "max_skipped", "allow_damaged", "features.batch_size", "executor", "processes", "address"
 )  # fmt: skip
 FEW = 9  # folders of source shards that the manifest names, beside the shards' own lines
+BUCKET = re.compile(r"-(\d+x\d+)\.tar$")
 TRIES = 3  # of a shard whose worker is lost
 MOST_SHARDS = 16  # that a worker is handed at once
 
@@ -79,6 +82,12 @@ class Opened:
         cfg, device = self.cfg, pick_device(self.cfg.device)
         source = first_size(self.shards, cfg.buckets) if cfg.size is None or cfg.features.size is None else None
         size = cfg.size or source
+        if not cfg.buckets and (shapes := {m[1] for url in self.shards if (m := BUCKET.search(url))}):
+            print(
+                f"note: shards of `pack --buckets` ({', '.join(sorted(shapes))}): of each image its centre square is taken, {size} pixels "
+                "wide; buckets=true keeps their shapes",
+                file=sys.stderr,
+            )
         self.autoencoder = prepare_autoencoder(cfg, self.shards, size, device)
         extractor = load_extractor(cfg.features, device, source) if self.annotator.reads_g else None
         self.study = Study(cfg, self.shards, self.stages, size, extractor, [])
@@ -186,7 +195,7 @@ def take(out: Path, cfg: AnnotateConfig, shards: list[str], late: frozenset[str]
     wanted = flat(to_mapping(cfg)) | {"shards": list(map(str, shards))}
     for key in FREE:
         wanted.pop(key)
-    begun = (out / "manifest.yaml").is_file() or any((out / "work").glob("*.json"))
+    begun = (out / "manifest.yaml").is_file() or any((out / "work").glob("*.json")) or others_work_in(out)
     free = () if (out / "annotator" / "annotator.yaml").is_file() else {f"annotator.{key}" for key in late}
     # what was learnt before the first shard was done may be of other images or settings
     claim(out, "config.yaml", wanted, free, () if begun else ("autoencoder", "annotator", "work"))

@@ -139,7 +139,8 @@ class LatentSet:
         """`where` (_WHERE [N]) and the signals, kept in FOLDER/index under the set's hash; made again where they are not of as
         many images as the manifest says."""
         names = ["where", *columns(self.spec), *["mask_size", "mask_ends"] * (self.spec.spatial == "mask")]
-        saved = {name: self.folder / "index" / f"{name}-{self.hash[:16]}.npy" for name in names}
+        of = hashlib.sha256(f"{self.hash} {self._shard_shapes}".encode()).hexdigest()[:16]  # it is checked against both
+        saved = {name: self.folder / "index" / f"{name}-{of}.npy" for name in names}
         try:
             found = self._mapped(saved)
             if {len(column) for column in found.values()} != {self.manifest["num_images"]}:

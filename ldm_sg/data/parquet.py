@@ -7,29 +7,41 @@ from ldm_sg.data.tars import Damaged, Member, is_remote
 from ldm_sg.errors import InputError, one_line
 
 LABELS = ("label", "cls", "class", "fine_label", "labels")  # of integers: the first that there is
-ROWS = 32  # in memory at once
+ROWS, BYTES = 32, 2**26  # in memory at once, by the mean size that the footer gives
 
 
 def read_rows(url: str, wanted: Mapping[str, int]) -> Iterator[Member]:
     """Each row's image as a file KEY.jpg, where KEY is its number, and its class, if there is one, as KEY.cls, as
     `tars.read_members` gives those of a tar. InputError where there is no such table, Damaged where it cannot be read."""
-    parquet = _pyarrow()
+    parquet, most = _pyarrow(), wanted.get("jpg", 0)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     try:
         with _seekable(url) as file:
             table = parquet.ParquetFile(file)
             image, label = _columns(table.schema_arrow, url)
             row = 0
-            for batch in table.iter_batches(ROWS, columns=[image, label] if label else [image]):
-                labels = batch[label].to_pylist() if label else [None] * len(batch)
-                for value, cls in zip(batch[image].to_pylist(), labels):
-                    data = value.get("bytes") if isinstance(value, dict) else value
-                    yield _member(f"{row:08d}", data, wanted.get("jpg", 0))
-                    if cls is not None and cls >= 0 and "cls" in wanted:
-                        yield Member(f"{row:08d}", "cls", str(cls).encode())
+            for batch in table.iter_batches(_at_once(table.metadata), columns=[image, label] if label else [image]):
+                values = batch[image]
+                values = pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values
+                values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+                labels = batch[label] if label else [None] * len(batch)
+                for value, length, cls in zip(values, pc.binary_length(values), labels):
+                    key, size = f"{row:08d}", length.as_py()
+                    if not size:
+                        yield Member(key, "jpg", problem="no image in this row")
+                    elif most and size > most:
+                        yield Member(key, "jpg", problem=f"image: {size:,} bytes, more than {most:,}")
+                    else:
+                        yield Member(key, "jpg", value.as_py())
+                    number = None if cls is None else cls.as_py()
+                    if number is not None and number >= 0 and "cls" in wanted:
+                        yield Member(key, "cls", str(number).encode())
                     row += 1
     except InputError:
         raise
-    except (OSError, ValueError, EOFError) as err:  # pyarrow's own errors are ValueErrors and OSErrors
+    except (OSError, ValueError, EOFError, KeyError, TypeError, pa.ArrowException) as err:
         raise Damaged(one_line(err)[:200]) from err
 
 
@@ -41,12 +53,10 @@ def count_rows(path: str) -> int:
         return 0
 
 
-def _member(key: str, data: bytes | None, most: int) -> Member:
-    if not data:
-        return Member(key, "jpg", problem="no image in this row")
-    if most and len(data) > most:
-        return Member(key, "jpg", problem=f"image: {len(data):,} bytes, more than {most:,}")
-    return Member(key, "jpg", data)
+def _at_once(meta: Any) -> int:
+    """Rows that make no more than BYTES."""
+    size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+    return max(1, min(ROWS, BYTES * meta.num_rows // max(1, size)))
 
 
 def _columns(schema: Any, url: str) -> tuple[str, str | None]:
@@ -55,18 +65,22 @@ def _columns(schema: Any, url: str) -> tuple[str, str | None]:
 
     def holds_images(kind: Any) -> bool:
         if types.is_struct(kind):
-            return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+            return any(
+                kind.field(i).name == "bytes" and holds_images(kind.field(i).type) for i in range(kind.num_fields)
+            )
+        kind = kind.value_type if types.is_dictionary(kind) else kind
         return types.is_binary(kind) or types.is_large_binary(kind)
 
     images = [field.name for field in schema if holds_images(field.type)]
-    if not images:
-        raise InputError(
-            f"shard {url!r}: no column of images ({{bytes, path}} or bytes) among {', '.join(schema.names[:9])}"
-        )
     ints = [field.name for field in schema if types.is_integer(field.type)]
-    return next((name for name in ("image", "img") if name in images), images[0]), next(
-        (name for name in LABELS if name in ints), None
-    )
+    image = next((name for name in ("image", "img") if name in images), images[0] if images else None)
+    label = next((name for name in LABELS if name in ints), None)
+    if image is None:
+        there = ", ".join(f"{field.name!r:.40} ({str(field.type)[:40]})" for field in list(schema)[:9])
+        raise InputError(f"shard {url!r}: no column of images ({{bytes, path}} or bytes) among {there}")
+    if twice := next((name for name in (image, label) if name and schema.names.count(name) > 1), None):
+        raise InputError(f"shard {url!r}: it has two columns named {twice!r}")
+    return image, label
 
 
 def _seekable(url: str) -> IO[bytes]:

@@ -142,7 +142,8 @@ def read_shard(url: str, on_skip: OnSkip) -> Iterator[Sample]:
     except Damaged as err:
         known = _images_in(url)
         lost = "how many are lost is not known" if known is None else f"{known - whole} of its {known} are lost"
-        reason = Damage(f"damaged tar, {len(seen)} images before the damage are used, {lost}: {err}")
+        kind = "table" if url.endswith(PARQUET) else "tar"
+        reason = Damage(f"damaged {kind}, {len(seen)} images before the damage are used, {lost}: {err}")
         for _ in range(1 if known is None else known - whole):  # none where only the end mark is gone
             on_skip(url, "", reason)
     else:

@@ -239,7 +239,7 @@ class MetricsFile(Callback):
 
 class Hooked(EachStep):
     """Calls what other rooms do with the network, on one rank: `start` before the first step of a new run, `draw` every
-    N steps with the EMA network (the same noise and signals each time)."""
+    N steps and after the last with the EMA network (the same noise and signals each time)."""
 
     def __init__(self, hooks: Hooks, every: int, ema: EMA) -> None:
         self.hooks, self.every, self.ema = hooks, every, ema
@@ -249,7 +249,8 @@ class Hooked(EachStep):
             self.hooks.start(self.ema.network)
 
     def on_step(self, trainer: pl.Trainer) -> None:
-        if trainer.is_global_zero and self.every and trainer.global_step % self.every == 0:
+        step = trainer.global_step
+        if trainer.is_global_zero and self.every and (step % self.every == 0 or step == trainer.max_steps):
             self.hooks.draw(self.ema.network, trainer.global_step)
 
 

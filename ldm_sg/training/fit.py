@@ -117,18 +117,23 @@ def check_shares(config: TrainConfig, device: torch.device) -> None:
 
 def _processes(config: TrainConfig, device: torch.device) -> tuple[int | list[int], int]:
     """Processes, or the device, of each machine; machines. torchrun and Slurm's srun say it of their jobs."""
-    env = os.environ
-    if "LOCAL_WORLD_SIZE" in env:
-        return int(env["LOCAL_WORLD_SIZE"]), int(env.get("GROUP_WORLD_SIZE", 1))
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        nodes = int(env.get("SLURM_NNODES", 1))
-        return int(env["SLURM_NTASKS"]) // nodes, nodes
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return _count("LOCAL_WORLD_SIZE"), _count("GROUP_WORLD_SIZE")
+    if "SLURM_PROCID" in os.environ and _count("SLURM_NTASKS") > 1:
+        return _count("SLURM_NTASKS") // _count("SLURM_NNODES"), _count("SLURM_NNODES")
     if device.index is not None:
         return [device.index], 1
     if device.type == "cuda" and config.devices == -1:
         return torch.cuda.device_count(), 1
     # on CPUs: DDP over gloo, for tests and small clusters
     return (max(1, config.devices) if device.type != "mps" else 1), 1
+
+
+def _count(name: str) -> int:
+    value = os.environ.get(name, "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise InputError(f"{name}={value!r} in the environment: a number from 1 is expected")
+    return int(value)
 
 
 def _quiet() -> None:

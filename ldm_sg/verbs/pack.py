@@ -62,7 +62,8 @@ def pack(
         if len(shape) != 2 or not 8 <= min(shape) <= max(shape) <= MAX_SIDE:
             raise InputError(f"bucket {'x'.join(map(str, shape))}: WIDTHxHEIGHT, each from 8 to {MAX_SIDE} pixels")
     if buckets and (size != 256 or crop != "square"):
-        raise InputError(f"size={size}, crop={crop!r}: buckets say what images are cropped to; leave these out")
+        odd = f"size={size}" if size != 256 else f"crop={crop!r}"
+        raise InputError(f"{odd}: buckets say what images are cropped to; leave it out")
     started = time.monotonic()
     annotations, masks = (Path(path) if path is not None else None for path in (annotations, masks))
     source = open_source(str(src), Beside(annotations, masks, merge, ignore_index, split), allow_damaged)

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ STOPPED = "stopped.json"
 JUDGED = 200  # samples a judgement, with `patience`
 
 
-@holds_out
+@partial(holds_out, ranks=True)
 def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
     config.check()
@@ -77,6 +78,11 @@ def train(config: TrainConfig) -> Path:
         f"{device.type}, {'bf16' if bf16 else 'fp32'}; {'resuming at step ' + format(done, ',') if done else 'new run'}",
         file=sys.stderr,
     )
+    if config.warmup > config.steps / 2:
+        print(
+            f"note: warmup={config.warmup:,} of steps={config.steps:,}: the learning rate never gets up",
+            file=sys.stderr,
+        )
     note_busy_cores(device)
     hooks = Hooks(
         start=lambda ema: writer.export(ema, run / "pipeline_untrained"),
