@@ -177,6 +177,7 @@ def _in_processes(
 
 def _serve(pipe: Connection, make: Make, device: str, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what `work` has opened is closed
     threading.Thread(target=end_with_parent, daemon=True).start()
     if torch := sys.modules.get("torch"):  # what `make` is may have imported it
         torch.set_num_threads(threads)
