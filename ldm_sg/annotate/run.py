@@ -63,7 +63,10 @@ def annotate_shards(cfg: AnnotateConfig, part: Part | None = None, finish: bool 
     pass_over(opened, mine, out / (f"failed-{part.index}-of-{part.of}.jsonl" if part else "failed.jsonl"))
     if part:
         left = sum(not stage.done for stage in opened.stages)
-        print(f"part {part} of {out} is done" + (f"; {left} shards of others are not" if left else "; so are all others: --finish"))
+        print(
+            f"part {part} of {out} is done"
+            + (f"; {left} shards of others are not" if left else "; so are all others: --finish")
+        )
         return out
     return complete(opened)
 
