@@ -17,6 +17,7 @@ from test_annotate import config, make_shards
 from workers import make
 
 from ldm_sg import executor
+from ldm_sg.annotate import clusters
 from ldm_sg.annotate import run as annotate_run
 from ldm_sg.annotate.run import annotate_shards
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
@@ -128,9 +129,10 @@ def test_two_processes_make_the_same_set_though_one_is_killed(source: tuple, tmp
 
 
 @pytest.mark.slow
-def test_k_means_in_passes_is_the_same_by_any_number_of_processes(tmp_path: Path) -> None:
+def test_k_means_in_passes_is_the_same_by_any_number_of_processes(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(clusters, "WORTH_WORKERS", 0)
     shards = make_shards(tmp_path / "source", 4, 6)
-    streamed = AnnotatorConfig(kind="clusters", k=3, fit="stream", sample=12)
+    streamed = AnnotatorConfig(kind="clusters", k=3, fit="stream", sample=12, niter=2)
     sets = [
         contents(annotate_shards(config(tmp_path, shards, out=str(tmp_path / f"{n}"), annotator=streamed, processes=n)))
         for n in (1, 2)

@@ -29,6 +29,7 @@ from ldm_sg.hardware import pick_device
 from ldm_sg.weights import read_finite
 
 CENTROIDS = "centroids.safetensors"
+WORTH_WORKERS = 2_000_000  # images: a pass over fewer takes less than starting processes for it
 FAISS_COMFORTABLE = 39  # images a cluster under which faiss itself warns that the centroids are poorly determined
 
 
@@ -67,6 +68,8 @@ class Clusters(Annotator):
         settings, device = study.config, pick_device(study.config.device)
 
         def run(step: Callable[..., Sums], files: Sequence[Path]) -> Iterable[Sums]:
+            if images < WORTH_WORKERS:
+                return map(step, files)
             return executor.in_order(partial(_on, step), files, settings, device)
 
         centroids, inertia = lloyd(
