@@ -214,6 +214,7 @@ def test_readme_from_photos_to_samples_of_each_shape(shards: Path, tmp_path: Pat
     command = ("train", "configs/train/photos256-buckets.yaml", f"annotation={folder}", *small)
     code, output = invoke(*command, f"out={run}")
     assert code == 0 and "12x8x12 (" in output, output
+    assert "16x16, 16x24, 24x16" in (run / "report.html").read_text()
     for bucket, flags in (("24x16", ()), ("16x16", ("--size", "16x16")), ("16x24", ("--size", "16x24"))):
         out = tmp_path / bucket
         code, output = invoke("sample", run, "--cluster", 0, "-n", 4, "-w", 1, "--steps", 8, *flags, "--out", out)

@@ -333,12 +333,14 @@ def describe(
         f |= {"classes": known.shape[1], "nmi": round(nmi(known), 4), "ari": round(ari(known), 4)}
     if len(counts):
         f |= {"empty": int((counts == 0).sum()), "counts": counts.tolist()}
+    seen: dict[str, Any] = {}  # images.show, in words
     if cfg.buckets:
         files = [entry | {"latent_shape": shape or summary.latent_shape} for entry, shape in zip(files, summary.shapes)]
+        factor = autoencoder.factor
+        seen["buckets"] = sorted({f"{shape[2] * factor}x{shape[1] * factor}" for shape in summary.shapes if shape})
     first_stage = {
         key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256", "round_trip")
     }
-    seen = {}  # images.show, in words
     if extractor:
         more = "" if cfg.buckets else f", from the source's own where it has more than {size}"
         seen["g"] = f"the centre square at {extractor.size} pixels{more}"

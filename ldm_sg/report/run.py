@@ -276,13 +276,15 @@ def _facts(
     """The cards at the top."""
     guidance, last = manifest.get("guidance") or {}, {name: points[-1] for name, points in curves.items()}
     step, steps = max((x for x, _ in last.values()), default=0), config.get("steps")
+    view = manifest.get("view")
+    buckets = view.get("buckets") if isinstance(view, Mapping) else None
     facts = {
         "images": f"{manifest['num_images']:,}" if isinstance(manifest.get("num_images"), int) else "",
-        "size": f"{manifest['size']} px" if manifest.get("size") else "",
+        "size": ", ".join(map(str, buckets)) if buckets else f"{manifest['size']} px" if manifest.get("size") else "",
         "labels": f"{guidance['num_labels']:,}" if guidance.get("num_labels") else "",
         "guided by": str(guidance.get("spatial") or ""),
         "autoencoder": str((manifest.get("autoencoder") or {}).get("name") or ""),
-        "latent": " × ".join(map(str, manifest.get("latent_shape") or [])),
+        "latent": "" if buckets else " × ".join(map(str, manifest.get("latent_shape") or [])),
         "g": str((manifest.get("features") or {}).get("name") or (manifest.get("features") or {}).get("model") or ""),
         "steps": f"{step:,.0f}" + (f" of {steps:,}" if isinstance(steps, int) and step < steps else ""),
         "batch size": str(config.get("batch_size") or ""),
