@@ -85,7 +85,7 @@ def measure(name: str, cfg: AnnotateConfig, g: FeatureExtractor, shards: list[st
             shutil.rmtree(out / folder, ignore_errors=True)
         start = time.perf_counter()
         study = Study(cfg, shards, list(stages(out, 2)), size, g, [])
-        extract(study, autoencoder, make_annotator(cfg.annotator))
+        extract(study, autoencoder, make_annotator(cfg.annotator), list(range(2)))
         times["annotate"].append(time.perf_counter() - start)
     alone, whole = (n / min(times[which]) for which in ("bare", "annotate"))
     return {
