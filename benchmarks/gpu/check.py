@@ -200,7 +200,10 @@ def configs(section: Section) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for name in sorted(names):
             config = load(TrainConfig, ROOT / f"configs/train/{name}.yaml")
-            made_by = ROOT / f"configs/annotate/{Path(config.annotation.removesuffix('/annotation').removesuffix('-data')).name}.yaml"
+            made_by = (
+                ROOT
+                / f"configs/annotate/{Path(config.annotation.removesuffix('/annotation').removesuffix('-data')).name}.yaml"
+            )
             own = load(AnnotateConfig, made_by, ["shards=x", "out=x"])
             size = 32 if "cifar" in name else next((s for s in (256, 64, 32) if str(s) in name), 64)
             truth = TRUTH.get(own.annotator.kind, own.annotator.truth)
