@@ -538,3 +538,24 @@ def test_twenty_bad_steps_in_a_row_end_the_run(colours: Path, tmp_path: Path, mo
     spoilt = False
     train(config(colours, tmp_path / "run", steps=40))
     assert (tmp_path / "run" / "pipeline").is_dir()
+
+
+def test_the_pipeline_is_never_older_than_the_checkpoint(
+    whole: Path, colours: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Who is killed while the last pipeline is written has not finished."""
+    real, calls = build.PipelineWriter.export, []
+
+    def killed(self, network, folder, lora=None):
+        calls.append(folder.name)
+        if len(calls) == 4:  # the untrained one, those of steps 4 and 8, the last
+            raise ZeroDivisionError
+        real(self, network, folder, lora)
+
+    monkeypatch.setattr(build.PipelineWriter, "export", killed)
+    wanted = config(colours, tmp_path / "run")
+    with pytest.raises(ZeroDivisionError):
+        train(wanted)
+    monkeypatch.undo()
+    train(wanted)
+    assert all(torch.equal(value, weights(tmp_path / "run")[name]) for name, value in weights(whole).items())

@@ -89,11 +89,11 @@ class SaveLast(EachStep):
         try:
             trainer.save_checkpoint(new)
             if trainer.is_global_zero:
+                if self.hooks.judge is None:  # first: who is killed in between makes it again, and none is left behind
+                    self.hooks.export(self.ema.network)
                 new.replace(self.path)
         finally:
             new.unlink(missing_ok=True)
-        if trainer.is_global_zero and self.hooks.judge is None:
-            self.hooks.export(self.ema.network)
 
     def on_step(self, trainer: pl.Trainer) -> None:
         step, every = trainer.global_step, self.config.keep_every
