@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm_sg.annotate.stage import not_finite
+from ldm_sg.data.latents import read_features
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import write_bytes
 
@@ -55,7 +56,7 @@ def normalise(features: np.ndarray | Tensor) -> np.ndarray:
 def sums_of(file: Path, centroids: Tensor, device: torch.device | str = "cpu") -> Sums:
     """The map step: one .npy file of features [n, D], normalised here, and all centroids [K, D]. Holds one block of rows, their
     scores and K x D sums, whatever n; the product runs on `device`. InputError naming file and row for one that is not finite."""
-    k, there, rows = len(centroids), centroids.to(device), np.load(file, mmap_mode="r", allow_pickle=False)
+    k, there, rows = len(centroids), centroids.to(device), read_features(file)
     bias, (n, dim) = -there.square().sum(1) / 2, rows.shape
     total = Sums(np.zeros((k, dim)), np.zeros(k, np.int64), 0.0)
     scores = torch.empty(tile(k) if there.device.type == "cpu" else BLOCK, k, device=device)
@@ -108,7 +109,7 @@ def lloyd(
     """At most `passes` over the files, from the `k` centroids of `start` -> centroids float32 [K, D] and the mean squared distance
     that each pass found before it moved them. After each of them CHECKPOINT is written; one that is there and is of the same
     fit, as `of` says, is gone on from."""
-    found = _read(checkpoint, of, (k, np.load(files[0], mmap_mode="r", allow_pickle=False).shape[1]), passes)
+    found = _read(checkpoint, of, (k, read_features(files[0]).shape[1]), passes)
     centroids, inertia = found or (start(), [])
     if found is None:
         _write(checkpoint, of, centroids, inertia)

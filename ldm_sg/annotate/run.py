@@ -60,6 +60,7 @@ def annotate_shards(cfg: AnnotateConfig, part: Part | None = None, finish: bool 
                 "command of the parts that have them again, or this one without --finish"
             )
         opened.prepare()
+    note_buckets(opened)
     pass_over(opened, mine, out / (f"failed-{part.index}-of-{part.of}.jsonl" if part else "failed.jsonl"))
     if part:
         left = sum(not stage.done for stage in opened.stages)
@@ -85,12 +86,6 @@ class Opened:
         cfg, device = self.cfg, pick_device(self.cfg.device)
         source = first_size(self.shards, cfg.buckets) if cfg.size is None or cfg.features.size is None else None
         size = cfg.size or source
-        if not cfg.buckets and (shapes := {m[1] for url in self.shards if (m := BUCKET.search(url))}):
-            print(
-                f"note: shards of `pack --buckets` ({', '.join(sorted(shapes))}): of each image its centre square is taken, {size} pixels "
-                "wide; buckets=true keeps their shapes",
-                file=sys.stderr,
-            )
         self.autoencoder = prepare_autoencoder(cfg, self.shards, size, device)
         extractor = load_extractor(cfg.features, device, source) if self.annotator.reads_g else None
         self.study = Study(cfg, self.shards, self.stages, size, extractor, [])
@@ -125,6 +120,17 @@ def open_set(cfg: AnnotateConfig) -> Opened:
         if stage.done:
             check_unchanged(opened.shards[stage.index], stage.read_meta().source)
     return opened
+
+
+def note_buckets(opened: Opened) -> None:
+    """Says so where images that were packed in their own shapes are about to be cut to squares."""
+    shapes = {m[1] for url in opened.shards if (m := BUCKET.search(url))}
+    if shapes and not opened.cfg.buckets:
+        print(
+            f"note: shards of `pack --buckets` ({', '.join(sorted(shapes))}): of each image its centre square is taken, "
+            f"{opened.study.size} pixels wide; buckets=true keeps their shapes",
+            file=sys.stderr,
+        )
 
 
 def worker(cfg: AnnotateConfig, shards: list[str], processes: int, device: str) -> Opened:
