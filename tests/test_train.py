@@ -121,7 +121,10 @@ def test_killed_run_resumes_exactly(number: int, colours: Path, tmp_path: Path) 
     assert steps == sorted(set(steps)) and steps[-1] == 60
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]])
+@pytest.mark.parametrize(
+    "launcher",
+    [[], pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], marks=pytest.mark.slow)],
+)
 def test_two_processes_train_what_one_does(launcher: list[str], whole: Path, colours: Path, tmp_path: Path) -> None:
     """DDP over gloo: the same stream of batches and noise, so the same weights up to the order of sums."""
     wanted = config(colours, tmp_path / "run", devices=1 if launcher else 2)
