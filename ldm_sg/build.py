@@ -129,12 +129,12 @@ class PipelineWriter:
         self.source_size = latents.manifest["size"] if config.crop else None
         side, full = view_side(config, latents), latents.latent_shape[1]
         self.signals = latents.signals if side in (None, full) else latents.signals.centre(side / full)
-        self.autoencoder = load_autoencoder(str(Path(config.annotation) / "autoencoder")).to(device)
+        self.autoencoder = load_autoencoder(str(latents.folder / "autoencoder")).to(device)
         self.autoencoder.check_channels(latents.latent_shape[0], str(latents.folder))
         factor = self.autoencoder.factor
         square = all(h == w and len(latents.shapes) == 1 for _, h, w in latents.shapes)
         self.sizes = None if square else " ".join(f"{w * factor}x{h * factor}" for _, h, w in latents.shapes)
-        self.annotator = Path(config.annotation) / "annotator"
+        self.annotator = latents.folder / "annotator"
         weights = pipeline_of(config.init) / "unet" / WEIGHTS if config.lora and config.init else None
         self.base = file_sha256(weights) if weights else ""
 

@@ -285,6 +285,10 @@ class TrainConfig:
     compile: Any = "auto"  # auto (on CUDA), true, false; its first step takes minutes
     channels_last: bool = False
     gradient_checkpointing: bool = False  # activations are computed twice instead of kept: large nets in little memory
+    block_shards: int | None = (
+        None  # learn from so many shards' images at a time; 0 = from all; null = 0, of a remote set 32
+    )
+    cache_gb: float = 50.0  # of a remote set's shards that are kept on this machine
     leave_out: str | None = None  # list of images of the set that are not learnt from, as `ldm-sg dedup` writes it
     init: str | None = None  # run to start from; labels that it does not know start from those like them
     lora: int = 0  # rank of adapters that are trained in place of the UNet's weights; 0 = none
@@ -309,6 +313,10 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
             _need(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         _need("compile", self.compile, self.compile in ("auto", True, False), "auto, true or false")
+        _need(
+            "block_shards", self.block_shards, self.block_shards is None or self.block_shards >= 0, "0 or more, or null"
+        )
+        _need("cache_gb", self.cache_gb, 0 < self.cache_gb < math.inf, "above 0")
         for name in ("warmup", "lora", "patience", "val_every", "sample_every", "keep_every", "weight_decay", "clip"):
             _need(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
         _need("logger", self.logger, self.logger in ("tensorboard", "wandb"), "tensorboard or wandb")

@@ -162,7 +162,7 @@ def claim(
     elif folder.is_dir() and any(not entry.name.startswith(LOCK) for entry in folder.iterdir()):
         raise InputError(f"{folder} is not empty and has no {file}: choose another folder")
     if folder / LOCK in _held:
-        _sweep(folder)
+        sweep(folder)
     kept = {key: value for key, value in there.items() if key in free} | dict(wanted)
     if kept != there or not path.is_file():
         for name in stale:
@@ -185,7 +185,7 @@ def _difference(there: Any, here: Any) -> str:
     return f"is {there!r} there and {here!r} here"
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Removes the temporaries of processes that are gone."""
     for left in list(folder.rglob("*.tmp-*")):
         name = re.search(r"\.tmp-(\d+)(?:@(.+))?$", left.name)
@@ -292,6 +292,11 @@ def copy_plain(source: Path, to: Path, without: str = "") -> None:
         if entry.is_file() and path.parts[0] != without:
             (to / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(entry, to / path)
+
+
+def cache_home() -> Path:
+    """$XDG_CACHE_HOME/ldm_sg, or the same under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm_sg"
 
 
 def pipeline_of(run: str | Path) -> Path | None:

@@ -26,7 +26,8 @@ from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
 from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.configfile import to_mapping
-from ldm_sg.data.latents import read_manifest, set_hash, write_manifest
+from ldm_sg.data.latents import finish as finish_set
+from ldm_sg.data.latents import read_manifest, set_hash
 from ldm_sg.data.shards import EMPTY, ShardWriter, expand
 from ldm_sg.data.signals import Columns, Signals, files_of, npy
 from ldm_sg.errors import InputError
@@ -193,7 +194,7 @@ def complete(opened: Opened) -> Path:
     labels, files = write_shards(opened, annotator, summary)
     write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
     manifest = describe(opened.study, annotator, opened.autoencoder, summary, labels, files)
-    write_manifest(out, manifest)
+    finish_set(out, manifest)
     shutil.rmtree(out / "work")
     return out
 

@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 from ldm_sg.data.photos import images_at
 from ldm_sg.data.progress import finished_manifest
+from ldm_sg.data.remote import RemoteSet, listing
 from ldm_sg.data.signals import Columns, Signals, columns, concatenated, extension, stacked, to_arrays, to_columns
+from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import check, file_sha256, read_mapping, whole, write_json, write_text
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
@@ -37,7 +39,7 @@ _WHERE = np.dtype([("shard", np.int32), ("latent", np.int64), ("flip", np.int64)
 MANIFEST = {
     **{"hash": str, "guidance": dict, "latent_shape": [int], "flips": bool, "num_images": int},
 }
-SHARDS = "shards.jsonl"
+SHARDS, CHECKED = "shards.jsonl", "index/checked.json"
 ENTRY = {"file": str, "bytes": int, "sha256": str}  # of a shard, and what it was made of: url, source
 _NPY_HEADER = 256  # more than the header of a plain array of few dimensions
 
@@ -53,13 +55,16 @@ class LatentSet:
     `signals`, `spec`, `manifest`, `latent_shape` (C, h, w), `flips`, `hash`; where images have several shapes (`buckets`), all
     `shapes`, the most frequent first, which is `latent_shape`. Raises InputError
     when `annotate` has not finished, or the files are not those that the manifest describes: sizes are always compared,
-    contents at the first opening, which also indexes the shards (about 20 s a million images) and keeps
-    both results in FOLDER/index."""
+    contents at the first opening, and both results are kept in FOLDER/index, which annotate makes (about 20 s a million images).
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        self.paths = _checked_shards(self.folder, self.manifest)
+    A folder may be a URL: its shards come as they are read, and `room` bytes of them are kept."""
+
+    def __init__(self, folder: str | Path, room: int = 50 * 10**9, manifest: dict[str, Any] | None = None):
+        """manifest: of a set that is just being finished."""
+        self.remote = RemoteSet(str(folder), room) if is_remote(str(folder)) else None
+        self.folder = self.remote.copy() if self.remote else Path(folder)
+        self.manifest = manifest or read_manifest(self.folder)
+        self.paths = _checked_shards(self.folder, self.manifest, there=self.remote is None)
         self.hash: str = self.manifest["hash"]
         self.spec = GuidanceSpec.from_dict(self.manifest["guidance"], str(self.folder))
         self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latent_shape"])
@@ -73,6 +78,9 @@ class LatentSet:
         self.shapes, self._bucket_of_shard = self._shapes()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_open = max(1, soft // 4)
+        if self.remote:  # a file that is open takes its room even when it is gone
+            self.remote.entries = self.manifest["shards"]
+            self._max_open = max(1, min(self._max_open, room // max(entry["bytes"] for entry in self.remote.entries)))
         self._files: dict[int, int] = {}  # shard -> file descriptor, oldest first
         self._features: dict[Path, np.ndarray] = {}
 
@@ -128,9 +136,9 @@ class LatentSet:
 
     def _shapes(self) -> tuple[list[tuple[int, int, int]], np.ndarray]:
         """`shapes`, and the place in it of each shard's."""
-        of_shard = np.bincount(self._where["shard"], minlength=len(self.paths))
+        self.counts = np.bincount(self._where["shard"], minlength=len(self.paths))  # images of each shard [S]
         often = Counter({self.latent_shape: 0})
-        for shape, images in zip(self._shard_shapes, of_shard.tolist()):
+        for shape, images in zip(self._shard_shapes, self.counts.tolist()):
             often[shape] += images
         shapes = [shape for shape, images in often.most_common() if images]
         return shapes, np.array([shapes.index(shape) if shape in shapes else 0 for shape in self._shard_shapes])
@@ -149,7 +157,10 @@ class LatentSet:
                 raise ValueError
             return found
         except (OSError, ValueError, EOFError):  # not there yet, or damaged
-            pass
+            if self.remote:
+                raise InputError(
+                    f"{self.remote.url}: its index is not of this set: give the command that annotated it"
+                ) from None
         bar = tqdm(self.paths, "index", disable=len(self.paths) < 17)
         parts = (part for i, path in enumerate(bar) if len((part := self._index_shard(path, i))["where"]))
         if not os.access(self.folder, os.W_OK) or self.spec.spatial == "mask":
@@ -224,9 +235,9 @@ class LatentSet:
             path = self.folder / "features" / f"{self.paths[shards[i]].stem}.npy"
             if path not in self._features:
                 if not path.is_file():
-                    raise InputError(
-                        f"{path} not found: this set was annotated without g, or its features were removed"
-                    )
+                    why = "this set was annotated without g, or its features were removed"
+                    why = "of a remote set there are none here: copy it to this machine" if self.remote else why
+                    raise InputError(f"{path} not found: {why}")
                 rows = int(np.searchsorted(shards, shards[i], "right") - starts[shards[i]])
                 self._features[path] = read_features(path, rows, (self.manifest.get("features") or {}).get("dim"))
             out.append(self._features[path][i - starts[shards[i]]])
@@ -239,7 +250,7 @@ class LatentSet:
         if shard not in self._files:
             if len(self._files) >= self._max_open:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            self._files[shard] = self.remote.open(shard) if self.remote else os.open(self.paths[shard], os.O_RDONLY)
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -298,29 +309,43 @@ def _is_shape(shape: Any) -> bool:
     return isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n >= 1 for n in shape)
 
 
-def _checked_shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    """The shards' paths, after comparing them with what the manifest says of them."""
+def _checked_shards(folder: Path, manifest: dict[str, Any], there: bool) -> list[Path]:
+    """The shards' paths, after comparing them, where they are `there`, with what the manifest says of them."""
     changed = "changed since annotate wrote it; annotate again, or give the run the set it was made for"
     entries = manifest["shards"]
     if set_hash(entry["sha256"] for entry in entries) != manifest["hash"]:
         raise InputError(f"{folder / 'manifest.yaml'} has been {changed}")
     paths = [folder / "shards" / entry["file"] for entry in entries]
-    remembered, now = folder / "index" / "checked.json", {}
+    if not there:
+        return paths
+    now: dict[str, Any] = {}
     try:
-        known = read_mapping(remembered)
+        known = read_mapping(folder / CHECKED)
     except InputError:  # not there yet, or damaged
         known = {}
     for path, entry in zip(tqdm(paths, "verify", disable=len(paths) < 17, unit="shard"), entries):
         if not path.is_file():
             raise InputError(f"{path} is missing: the annotation set has {changed}")
-        stat = path.stat()  # ctime: no copy and no program keeps it
-        now[path.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, entry["sha256"]]
+        now[path.name] = _mark(path, entry["sha256"])
         good = known.get(path.name) == now[path.name] or file_sha256(path) == entry["sha256"]
-        if stat.st_size != entry["bytes"] or not good:
+        if path.stat().st_size != entry["bytes"] or not good:
             raise InputError(f"{path} has {changed}")
     if now != known and os.access(folder, os.W_OK):
-        write_json(remembered, now)
+        write_json(folder / CHECKED, now)
     return paths
+
+
+def _mark(path: Path, sha256: str) -> list[Any]:
+    stat = path.stat()  # ctime: no copy and no program keeps it
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, sha256]
+
+
+def finish(folder: Path, manifest: dict[str, Any]) -> None:
+    """Makes the set of shards that were just written, and hashed for `manifest`: their index, and the manifest, which comes last."""
+    marks = {entry["file"]: _mark(folder / "shards" / entry["file"], entry["sha256"]) for entry in manifest["shards"]}
+    write_json(folder / CHECKED, marks)
+    LatentSet(folder, manifest=manifest)
+    write_manifest(folder, manifest | {"files": listing(folder)})
 
 
 def _members(file: int, path: Path) -> Iterator[tuple[str, int, int]]:

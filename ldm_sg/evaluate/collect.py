@@ -1,9 +1,7 @@
 """Batches of uint8 images -> features, and a cache for those of reference images."""
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +10,7 @@ from tqdm import tqdm
 
 from ldm_sg.data.images import to_float
 from ldm_sg.errors import InputError
-from ldm_sg.folder import whole
+from ldm_sg.folder import cache_home, whole
 
 Network = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [-1, 1] -> features [B, D]
 
@@ -42,16 +40,11 @@ def collect(
     return torch.cat(positions), {name: torch.cat(parts) for name, parts in features.items()}
 
 
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/ldm_sg/features, or the same under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm_sg" / "features"
-
-
 def cached(name: str | None, compute: Callable[[], Tensor]) -> Tensor:
     """`compute()`, or what it gave before under `name` (None: not cached)."""
     if name is None:
         return compute()
-    path = cache_folder() / f"{name}.safetensors"
+    path = cache_home() / "features" / f"{name}.safetensors"
     if path.is_file():
         return load_file(path)["features"]
     features = compute()

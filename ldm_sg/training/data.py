@@ -2,10 +2,11 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -13,10 +14,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.order import Kept, mix_seed, split, step_indices, turns
+from ldm_sg.data.order import Blocks, Kept, drawn, mix_seed, split, split_shards, turns
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.guidance.spatial import Crops
+
+Pool = Tensor | Kept | Blocks  # of indices of images
+BLOCK = 32  # shards of a remote set
 
 
 def read_left_out(path: Path, latents: LatentSet) -> Tensor:
@@ -48,7 +52,7 @@ class Steps(Sampler[list[int]]):
 
     def __init__(
         self,
-        pools: list[tuple[Tensor | Kept, int]],
+        pools: list[tuple[Pool, int]],
         seed: int,
         total: int,
         first: int,
@@ -56,9 +60,11 @@ class Steps(Sampler[list[int]]):
         world: int,
         parts: int = 1,
         one_a_step: bool = False,
+        ahead: Callable[[list[int]], None] | None = None,
     ) -> None:
+        """ahead: is told which shards come next, where the images are drawn in blocks of shards."""
         self.pools, self.seed, self.total, self.first = pools, seed, total, first
-        self.rank, self.world, self.parts, self.one_a_step = rank, world, parts, one_a_step
+        self.rank, self.world, self.parts, self.one_a_step, self.ahead = rank, world, parts, one_a_step, ahead
 
     def __len__(self) -> int:
         return self.total * self.parts  # not what is left: Lightning counts resumed steps too
@@ -69,14 +75,27 @@ class Steps(Sampler[list[int]]):
 
     def images(self, step: int) -> Tensor:
         """Dataset indices of the whole batch of a step."""
-        at, pools = step, self.pools
-        if self.one_a_step:
-            buckets, before = self._turns
-            at, pools = int(before[step]), [self.pools[buckets[step]]]
-        return torch.cat([pool[step_indices(self.seed, at, n, len(pool))] for pool, n in pools if n])
+        at, pools = self._drawn_from(step)
+        return torch.cat([drawn(pool, self.seed, at, n) for pool, n in pools if n])
+
+    def _drawn_from(self, step: int) -> tuple[int, list[tuple[Pool, int]]]:
+        """The pools of a step, and which one of those that drew from them it is."""
+        if not self.one_a_step:
+            return step, self.pools
+        buckets, before = self._turns
+        return int(before[step]), [self.pools[buckets[step]]]
+
+    def _needed(self, step: int) -> list[int]:
+        at, pools = self._drawn_from(step)
+        blocks = [pool.needed(at * n, self.seed) for pool, n in pools if isinstance(pool, Blocks)]
+        return [int(shard) for order in zip(*blocks) for shards in order for shard in shards]  # those of now first
 
     def __iter__(self) -> Iterator[list[int]]:
+        known: list[int] = []
         for step in range(self.first, self.total):
+            if self.ahead and (needed := self._needed(step)) != known:
+                self.ahead(needed)
+                known = needed
             chosen = self.images(step)
             for share in range(self.rank, self.world * self.parts, self.world):
                 yield [step, share, *chosen[share :: self.world * self.parts].tolist()]
@@ -131,6 +150,22 @@ class LatentBatches(Dataset):
         return step, share, crops(whole) if crops else whole, self.latents.guidance(indices, flip, crops)
 
 
+def _by_shards(latents: LatentSet, config: TrainConfig, per: int) -> tuple[Blocks, Tensor]:
+    """Images to learn from in blocks of `per` shards, and held-out ones, which are those of whole shards. InputError where two
+    blocks have no room in the cache of a remote set."""
+    if latents.remote:
+        largest = max(entry["bytes"] for entry in latents.manifest["shards"])
+        least = 2 * min(per, len(latents.paths)) * largest
+        if latents.remote.room < least:
+            raise InputError(
+                f"cache_gb={config.cache_gb:g}: two blocks of block_shards={per} shards of up to {largest:,} bytes need {least / 1e9:.3g}"
+            )
+    starts = np.cumsum(latents.counts) - latents.counts
+    mine, held_out = split_shards(latents.counts, config.val_share, config.seed)
+    aside = [torch.arange(int(n)) + int(start) for start, n in zip(starts[held_out], latents.counts[held_out])]
+    return Blocks(starts[mine], latents.counts[mine], per, mine), torch.cat([torch.empty(0, dtype=torch.long), *aside])
+
+
 class LatentData(pl.LightningDataModule):
     """The training stream and the held-out images of one annotation set, with images of another among them where `replay`
     is one; `side`: of the views, in latent cells, None = whole images. Every batch has images of one shape."""
@@ -140,9 +175,15 @@ class LatentData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.latents, self.config, self.side, self.replay = latents, config, side, replay
-        self.train_pool: Tensor | Kept
-        self.train_pool, self.val_pool = split(len(latents), config.val_share, config.seed)
+        self.train_pool: Pool
+        per = config.block_shards if config.block_shards is not None else BLOCK if latents.remote else 0
+        if per:
+            self.train_pool, self.val_pool = _by_shards(latents, config, per)
+        else:
+            self.train_pool, self.val_pool = split(len(latents), config.val_share, config.seed)
         if config.leave_out:
+            if per:
+                raise InputError(f"leave_out={config.leave_out!r}: needs block_shards=0, of a set on this machine")
             gone, every = read_left_out(Path(config.leave_out), latents), torch.arange(len(self.train_pool))
             pools = self.train_pool[every], self.val_pool
             self.train_pool, self.val_pool = (pool[~torch.isin(pool, gone)] for pool in pools)
@@ -150,10 +191,13 @@ class LatentData(pl.LightningDataModule):
             raise InputError(f"leave_out={config.leave_out!r}: leaves no image to learn from")
         self.first_step = 0  # set before fit when resuming
 
-    def by_shape(self, pool: Tensor | Kept) -> list[Tensor] | list[Tensor | Kept]:
+    def by_shape(self, pool: Pool) -> list[Tensor] | list[Pool]:
         """Indices of images that have one shape each; all together where the set has one."""
         if len(self.latents.shapes) == 1:
             return [pool] if len(pool) else []
+        if isinstance(pool, Blocks):
+            of = self.latents.buckets(torch.from_numpy(pool.starts)).numpy()
+            return [pool.of(of == bucket) for bucket in sorted(set(of.tolist()))]
         pool = pool[torch.arange(len(pool))]
         buckets = self.latents.buckets(pool)
         return [pool[buckets == bucket] for bucket in buckets.unique().tolist()]
@@ -190,11 +234,12 @@ class LatentData(pl.LightningDataModule):
         assert self.trainer is not None
         cfg, rank, world = self.config, self.trainer.global_rank, self.trainer.world_size
         again = round(cfg.replay.share * cfg.batch_size) if self.replay else 0
-        pools: list[tuple[Tensor | Kept, int]] = [(p, cfg.batch_size - again) for p in self.by_shape(self.train_pool)]
+        pools: list[tuple[Pool, int]] = [(p, cfg.batch_size - again) for p in self.by_shape(self.train_pool)]
         several = len(pools) > 1
         if self.replay:
             pools.append((len(self.latents) + torch.arange(len(self.replay)), again))
-        steps = Steps(pools, cfg.seed, cfg.steps, self.first_step, rank, world, cfg.accumulate, several)
+        ahead = self.latents.remote and self.latents.remote.ahead
+        steps = Steps(pools, cfg.seed, cfg.steps, self.first_step, rank, world, cfg.accumulate, several, ahead)
         return self._loader(steps, True, cfg.workers)
 
     def val_dataloader(self) -> DataLoader | list:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.progress import finished_manifest
+from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError
 from ldm_sg.folder import claim, file_sha256, holds_out, pipeline_of, read_mapping, write_json, write_text
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 # What may change between two starts of one run without making it another run.
 FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every",
-        "keep_every", "logger")  # fmt: skip
+        "keep_every", "logger", "cache_gb")  # fmt: skip
 STOPPED = "stopped.json"
 JUDGED = 200  # samples a judgement, with `patience`
 
@@ -33,7 +34,8 @@ JUDGED = 200  # samples a judgement, with `patience`
 def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
     config.check()
-    finished_manifest(Path(config.annotation))
+    if not is_remote(config.annotation):
+        finished_manifest(Path(config.annotation))
     if config.leave_out and not Path(config.leave_out).is_file():
         raise InputError(f"leave_out={config.leave_out!r}: no such file; `ldm-sg dedup {config.annotation}` writes one")
     if config.init and pipeline_of(config.init) is None:
@@ -52,7 +54,7 @@ def train(config: TrainConfig) -> Path:
     device = pick_device(config.device)
     bf16 = use_bf16(config.precision, device)
     check_shares(config, device)
-    latents = LatentSet(config.annotation)
+    latents = LatentSet(config.annotation, int(config.cache_gb * 1e9))
     replay = build.replay(config, latents)
     network = build.network(config, latents)
     if use_compile(config.compile, device):
