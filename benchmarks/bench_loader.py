@@ -1,19 +1,23 @@
-"""Samples a second of the training data path in one process, beside plain sequential webdataset:
-`python benchmarks/bench_loader.py`. Synthetic set of 10,000 float16 latents of 4x32x32 (the paper's 256 px images at factor 8)."""
+"""Samples a second of the training data path in one process, from disk and from an HTTP server of this machine through the
+cache, beside plain sequential webdataset: `python benchmarks/bench_loader.py`. Synthetic set of 10,000 float16 latents of 4x32x32 (the paper's 256 px images at factor 8)."""
 
 import io
 import json
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import torch
 import webdataset
 
-from ldm_sg.data.latents import LatentSet, file_sha256, set_hash, write_manifest
-from ldm_sg.data.order import step_indices
+from ldm_sg.data.latents import LatentSet, file_sha256, finish, set_hash
+from ldm_sg.data.order import Blocks, Kept, drawn
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.guidance.signal import GuidanceSpec
 
@@ -43,7 +47,7 @@ def write_set(folder: Path) -> None:
         "flips": False,
         "num_images": N,
     }
-    write_manifest(folder, manifest)
+    finish(folder, manifest)
 
 
 def rate(work: Callable[[], int]) -> float:
@@ -55,12 +59,23 @@ def rate(work: Callable[[], int]) -> float:
     return round(best)
 
 
-def shuffled_batches(data: LatentSet) -> int:
+def batches(data: LatentSet, pool: Kept | Blocks) -> int:
+    """An epoch; of a remote set with the shards of the next block fetched ahead, as training does."""
+    needed: list[int] = []
     for step in range(N // BATCH):
-        indices = step_indices(0, step, BATCH, len(data))
-        latents, k = data.latents(indices), data.k[indices]
-        assert latents.shape == (BATCH, *SHAPE) and k.shape == (BATCH,)
+        if data.remote and isinstance(pool, Blocks):
+            now = np.concatenate(pool.needed(step * BATCH, 0)).tolist()
+            if now != needed:
+                data.remote.ahead(needed := now)
+        indices = drawn(pool, 0, step, BATCH)
+        latents, k = data.latents(indices), data.guidance(indices).k
+        assert latents.shape == (BATCH, *SHAPE) and k is not None and k.shape == (BATCH,)
     return BATCH * (N // BATCH)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def sequential_webdataset(folder: Path) -> int:
@@ -74,19 +89,25 @@ def main() -> None:
         folder = Path(name)
         write_set(folder)
         start = time.perf_counter()
-        LatentSet(folder)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
         data = LatentSet(folder)
-        again = time.perf_counter() - start
+        opened = time.perf_counter() - start
+        pool = Blocks(np.arange(0, N, SHARD), data.counts, 2)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=name))
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        there = LatentSet(f"http://127.0.0.1:{httpd.server_port}")
+        start = time.perf_counter()
+        cold = round(batches(there, pool) / (time.perf_counter() - start))
         results = {
             "samples": N,
             "latent_shape": SHAPE,
-            "LatentSet, shuffled, batches of 128 [samples/s]": rate(lambda: shuffled_batches(data)),
+            "LatentSet, shuffled, batches of 128 [samples/s]": rate(lambda: batches(data, Kept(N, 0, 0))),
+            "in blocks of 2 shards [samples/s]": rate(lambda: batches(data, pool)),
+            "in blocks of 2 shards by HTTP, every shard fetched [samples/s]": cold,
+            "in blocks of 2 shards by HTTP, shards in the cache [samples/s]": rate(lambda: batches(there, pool)),
             "LatentSet, one by one [samples/s]": rate(lambda: sum(data[i] is not None for i in range(N))),
             "webdataset, sequential [samples/s]": rate(lambda: sequential_webdataset(folder)),
-            "first opening (indexes) [s]": round(first, 3),
-            "second opening [s]": round(again, 4),
+            "opening [s]": round(opened, 4),
         }
     print(json.dumps(results, indent=2))
 

@@ -57,13 +57,13 @@ def folder_of(path: Path, n: int = 8) -> Path:
     return path
 
 
-def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], labels: int) -> Path:
-    """Images [N, 3, H, H] in [-1, 1] through `patch2` -> an annotation set with ids k."""
+def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], labels: int, each: int = 10**6) -> Path:
+    """Images [N, 3, H, H] in [-1, 1] through `patch2` -> an annotation set with ids k, `each` images a shard."""
     from ldm_sg.annotate.clusters import Clusters
     from ldm_sg.annotate.kinds import save_annotator
     from ldm_sg.autoencoder import load_autoencoder, measure_normalisation
     from ldm_sg.config import AnnotatorConfig
-    from ldm_sg.data.latents import file_sha256, set_hash, write_manifest
+    from ldm_sg.data.latents import file_sha256, finish, set_hash
     from ldm_sg.data.shards import ShardWriter
 
     autoencoder = load_autoencoder("patch2")
@@ -74,11 +74,14 @@ def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], label
     f._take(torch.eye(labels))
     save_annotator(folder / "annotator", f, None)
     autoencoder.save(folder / "autoencoder")
-    path = folder / "shards" / "000000.tar"
-    with ShardWriter(path) as writer:
-        for i, (latent, label) in enumerate(zip(latents, k, strict=True)):
-            writer.write(f"{i:06d}", {"latent.npy": npy(latent), "k.npy": npy(np.int64(label))})
-    digest = file_sha256(path)
+    entries = []
+    for start in range(0, len(images), each):
+        path = folder / "shards" / f"{start // each:06d}.tar"
+        with ShardWriter(path) as writer:
+            for i in range(start, min(start + each, len(images))):
+                writer.write(f"{i:06d}", {"latent.npy": npy(latents[i]), "k.npy": npy(np.int64(k[i]))})
+        sizes = {"images": writer.written, "bytes": path.stat().st_size}
+        entries.append({"file": path.name, "sha256": file_sha256(path)} | sizes)
     manifest = {
         "version": 1,
         "size": images.shape[-1],
@@ -86,10 +89,10 @@ def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], label
         "latent_shape": list(latents.shape[1:]),
         "flips": False,
         "guidance": {"kind": "clusters", "num_labels": labels, "multi_hot": False},
-        "shards": [{"file": path.name, "images": len(images), "bytes": path.stat().st_size, "sha256": digest}],
-        "hash": set_hash([digest]),
+        "shards": entries,
+        "hash": set_hash(entry["sha256"] for entry in entries),
     }
-    write_manifest(folder, manifest)
+    finish(folder, manifest)
     return folder
 
 
