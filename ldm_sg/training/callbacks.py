@@ -45,6 +45,7 @@ class Hooks:
     export: Callable[[nn.Module], None]  # EMA network -> pipeline folder
     draw: Callable[[nn.Module, int], None]  # EMA network, step -> a grid on disk
     keep: Callable[[nn.Module, int], Any]  # EMA network, step -> its weights on disk
+    saved: Callable[[], None] = lambda: None  # after each checkpoint
     judge: Callable[[nn.Module], float] | None = None  # EMA network -> FD of its samples to held-out images
 
 
@@ -92,6 +93,7 @@ class SaveLast(EachStep):
                 if self.hooks.judge is None:  # first: who is killed in between makes it again, and none is left behind
                     self.hooks.export(self.ema.network)
                 new.replace(self.path)
+                self.hooks.saved()
         finally:
             new.unlink(missing_ok=True)
 

@@ -6,8 +6,10 @@ from ldm_sg.config import AnnotateConfig
 from ldm_sg.data.shards import expand
 from ldm_sg.executor import Part
 from ldm_sg.folder import holds_out
+from ldm_sg.mirror import writes_anywhere
 
 
+@writes_anywhere
 @holds_out
 def annotate(cfg: AnnotateConfig, part: Part | None = None, finish: bool = False) -> Path:
     """The annotation set's folder; a finished one of the same config returns at once. `part`, `finish`: as in `annotate_shards`."""

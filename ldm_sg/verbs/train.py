@@ -12,6 +12,7 @@ from ldm_sg.data.progress import finished_manifest
 from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError
 from ldm_sg.folder import claim, file_sha256, holds_out, pipeline_of, read_mapping, write_json, write_text
+from ldm_sg.mirror import keep, writes_anywhere
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +31,7 @@ STOPPED = "stopped.json"
 JUDGED = 200  # samples a judgement, with `patience`
 
 
+@writes_anywhere
 @partial(holds_out, ranks=True)
 def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
@@ -91,6 +93,7 @@ def train(config: TrainConfig) -> Path:
         export=lambda ema: writer.export(ema, run / "pipeline", run / "lora"),
         draw=lambda ema, step: _draw(writer.pipeline(ema, preview=True), run / "samples" / f"step_{step:07d}.png"),
         keep=lambda ema, step: snapshots.keep(writer.plain(ema), run, step),
+        saved=lambda: keep(run),
         judge=_judge(config, writer, latents, data.val_pool, device) if config.patience else None,
     )
     try:
