@@ -202,3 +202,14 @@ def test_held_out_images_of_blocks_are_whole_shards(folder: Path) -> None:
 def test_the_order_in_blocks_stays_what_it_is() -> None:
     """It may not change with a version of this project: resumed runs would see images twice."""
     assert drawn(blocks([100] * 10, 2), 0, 0, 6).tolist() == [313, 846, 865, 899, 890, 385]
+
+
+def test_errors_of_a_stores_own_library_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class OfItsOwn(Exception): ...
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OfItsOwn("no credentials")
+
+    monkeypatch.setattr("fsspec.open", refuse)
+    with pytest.raises(InputError, match="store://x: no finished annotation set.*no credentials"):
+        train(config("store://x", tmp_path / "run"))  # type: ignore[arg-type]

@@ -85,7 +85,10 @@ class RemoteSet:
         with self._alone("copy"):
             sweep(self.folder)
             new = self.folder / "manifest.new.yaml"
-            fetch(f"{self.url}/manifest.yaml", new)
+            try:
+                fetch(f"{self.url}/manifest.yaml", new)
+            except InputError as err:
+                raise InputError(f"{self.url}: no finished annotation set can be read there: {err}") from err
             here = self.folder / "manifest.yaml"
             if here.is_file() and here.read_bytes() == new.read_bytes():
                 return self.folder

@@ -59,9 +59,7 @@ def open_shard(url: str) -> IO[bytes]:
 
             return gopen(url, "rb")
         if not url.startswith(("http://", "https://")):
-            import fsspec
-
-            return fsspec.open(url, "rb").open()
+            return _open_by_fsspec(url)
         response = urllib.request.urlopen(url, timeout=_PATIENCE)
         if "html" in response.headers.get_content_type():
             raise Damaged("the server answers with an HTML page")
@@ -72,6 +70,15 @@ def open_shard(url: str) -> IO[bytes]:
         if broken or status in (408, 429) or status >= 500:
             raise Damaged(one_line(err)) from err
         raise InputError(f"shard {url!r} cannot be opened: {one_line(err)}") from err
+
+
+def _open_by_fsspec(url: str) -> IO[bytes]:
+    import fsspec
+
+    try:
+        return fsspec.open(url, "rb").open()
+    except Exception as err:  # of whatever class a store's own library has
+        raise err if isinstance(err, OSError) else ValueError(one_line(err)) from err
 
 
 class _StrictTarInfo(tarfile.TarInfo):

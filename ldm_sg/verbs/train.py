@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.progress import finished_manifest
+from ldm_sg.data.remote import RemoteSet
 from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError
 from ldm_sg.folder import claim, file_sha256, holds_out, pipeline_of, read_mapping, write_json, write_text
@@ -36,7 +37,9 @@ JUDGED = 200  # samples a judgement, with `patience`
 def train(config: TrainConfig) -> Path:
     """Trains, or goes on where the run in `config.out` stopped; returns the run folder. Ctrl-C saves and raises."""
     config.check()
-    if not is_remote(config.annotation):
+    if is_remote(config.annotation):
+        RemoteSet(config.annotation, 0).copy()
+    else:
         finished_manifest(Path(config.annotation))
     if config.leave_out and not Path(config.leave_out).is_file():
         raise InputError(f"leave_out={config.leave_out!r}: no such file; `ldm-sg dedup {config.annotation}` writes one")
