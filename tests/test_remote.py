@@ -211,5 +211,5 @@ def test_errors_of_a_stores_own_library_are_one_line(monkeypatch: pytest.MonkeyP
         raise OfItsOwn("no credentials")
 
     monkeypatch.setattr("fsspec.open", refuse)
-    with pytest.raises(InputError, match="store://x: no finished annotation set.*no credentials"):
+    with pytest.raises(InputError, match=r"store://x: no finished annotation set.*no credentials"):
         train(config("store://x", tmp_path / "run"))  # type: ignore[arg-type]
