@@ -299,6 +299,7 @@ class TrainConfig:
     )
     device: str = "auto"
     devices: int = -1  # how many; -1 = all
+    strategy: str = "auto"  # auto, ddp: the whole net on each; fsdp: each holds its share, for nets too large for one
     workers: int = 2
     val_share: float = 0.02
     logger: str = "tensorboard"  # wandb: there too
@@ -312,11 +313,14 @@ class TrainConfig:
         """Raises InputError for a value that cannot be, before anything heavy is imported."""
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
             _need(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _need("strategy", self.strategy, self.strategy in ("auto", "ddp", "fsdp"), "auto, ddp or fsdp")
         _need("compile", self.compile, self.compile in ("auto", True, False), "auto, true or false")
         _need(
             "block_shards", self.block_shards, self.block_shards is None or self.block_shards >= 0, "0 or more, or null"
         )
         _need("cache_gb", self.cache_gb, 0 < self.cache_gb < math.inf, "above 0")
+        alone = self.strategy != "fsdp" or self.compile is not True
+        _need("compile", self.compile, alone, "not with strategy=fsdp, whose blocks come and go; auto or false")
         for name in ("warmup", "lora", "patience", "val_every", "sample_every", "keep_every", "weight_decay", "clip"):
             _need(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
         _need("logger", self.logger, self.logger in ("tensorboard", "wandb"), "tensorboard or wandb")

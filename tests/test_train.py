@@ -144,6 +144,46 @@ def test_two_processes_train_what_one_does(launcher: list[str], whole: Path, col
         assert len(one) == len(two) == 2 and two == pytest.approx(one, rel=1e-3)
 
 
+@pytest.mark.slow
+def test_shares_of_the_weights_train_what_whole_ones_do(whole: Path, colours: Path, tmp_path: Path) -> None:
+    """FSDP on two processes, on one without it, on two again: one checkpoint file of whole tensors whoever writes it, a whole
+    pipeline, and the weights of one process up to the order of sums (Adam takes the sign of tiny gradients)."""
+    (tmp_path / "go.py").write_text("from ldm_sg.cli import main\nif __name__ == '__main__':\n    main()\n")
+    shares = {"devices": 2, "strategy": "fsdp", "sample_every": 4, "keep_every": 4}
+    for steps, how in ((4, shares), (8, {}), (12, shares)):
+        wanted = config(colours, tmp_path / "run", steps=steps, gradient_checkpointing=True, **how)
+        (tmp_path / "c.yaml").write_text(to_yaml(wanted))
+        command = [sys.executable, str(tmp_path / "go.py"), "train", str(tmp_path / "c.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        ours, theirs = (
+            torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (tmp_path / "run", whole)
+        )
+        assert ours["global_step"] == steps and ours.keys() == theirs.keys()
+        for part in ("state_dict", "current_model_state"):
+            assert {n: t.shape for n, t in ours[part].items()} == {n: t.shape for n, t in theirs[part].items()}
+    for column in ("val_loss_guided", "val_loss_null"):
+        one, two = ([float(row[column]) for row in rows(run) if row[column]] for run in (whole, tmp_path / "run"))
+        assert len(one) == len(two) == 2 and two == pytest.approx(one, rel=1e-4)
+    ours, theirs = weights(tmp_path / "run"), weights(whole)
+    assert ours.keys() == theirs.keys()
+    gaps = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])
+    assert gaps.max() < 1e-3 and gaps.mean() < 1e-6
+    moments = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+               for run in (tmp_path / "run", whole)]  # fmt: skip
+    assert all(torch.allclose(mine["exp_avg"], moments[1][i]["exp_avg"], atol=1e-5) for i, mine in moments[0].items())
+    assert (tmp_path / "run" / "checkpoints" / "ema_0000012.safetensors").is_file()
+    pipe = open_pipeline(tmp_path / "run", "cpu")
+    assert pipe.generate(pipe.clusters([0, 3]), steps=2, seed=0).float().std() > 0
+
+
+@pytest.mark.parametrize("change", [{"strategy": "zero"}, {"strategy": "fsdp", "compile": True}])
+def test_strategies_that_cannot_be(change: dict, colours: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="auto, ddp or fsdp|not with strategy=fsdp"):
+        train(config(colours, tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
+
+
 def test_overfits_eight_images_to_a_visible_copy(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     images = torch.nn.functional.interpolate(

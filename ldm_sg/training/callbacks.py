@@ -7,6 +7,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, WeightAveraging
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.errors import InputError
 from ldm_sg.folder import temporary
 from ldm_sg.training.metrics import MetricsCsv
+from ldm_sg.training.sharded import Sharded, gathered, put_back, share_out
 
 LOST_IN_A_ROW = 20
 COLUMNS = ["step", "train_loss", "val_loss_guided", "val_loss_null", "images_per_s", "lr", "fd_held_out"]
@@ -56,13 +59,45 @@ class EMA(WeightAveraging):
         super().__init__(multi_avg_fn=ema_update(decay))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._device = trainer.strategy.root_device  # the module itself moves there only after this
+        self.sharded, self.first = isinstance(trainer.strategy, Sharded), trainer.is_global_zero
+        # the module itself moves there only after this, and in shares after the checkpoint is read
+        self._device = None if self.sharded else trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
     @property
-    def network(self) -> nn.Module:
+    def average(self) -> AveragedModel:
         assert self._average_model is not None
-        return self._average_model.module.network
+        return self._average_model
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.sharded:
+            self.plain = deepcopy(self.average.module.network) if self.first else None
+            share_out(self.average.module.network)
+            self.average.to(trainer.strategy.root_device)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        put_back(pl_module)
+        super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["state_dict"] = gathered(checkpoint["state_dict"])
+
+    def give(self, hook: Callable[..., Any], *more: Any, device: torch.device | str = "cpu") -> Any:
+        """What `hook` makes of the averaged network, whole, on rank 0; all processes must ask. `device`: where it has to lie to
+        be whole, if it is not anyway."""
+        network = self.average.module.network
+        if not self.sharded:
+            return hook(network, *more) if self.first else None
+        state = gathered(network.state_dict())
+        if self.plain is not None:
+            self.plain.load_state_dict(state)
+            try:
+                return hook(self.plain.to(device), *more)
+            finally:
+                self.plain.cpu()
 
 
 class EachStep(Callback, ABC):
@@ -89,9 +124,9 @@ class SaveLast(EachStep):
         new = temporary(self.path)
         try:
             trainer.save_checkpoint(new)
+            if self.hooks.judge is None:  # first: who is killed in between makes it again, and none is left behind
+                self.ema.give(self.hooks.export)
             if trainer.is_global_zero:
-                if self.hooks.judge is None:  # first: who is killed in between makes it again, and none is left behind
-                    self.hooks.export(self.ema.network)
                 new.replace(self.path)
                 self.hooks.saved()
         finally:
@@ -99,8 +134,8 @@ class SaveLast(EachStep):
 
     def on_step(self, trainer: pl.Trainer) -> None:
         step, every = trainer.global_step, self.config.keep_every
-        if every and step % every == 0 and trainer.is_global_zero:
-            self.hooks.keep(self.ema.network, step)
+        if every and step % every == 0:
+            self.ema.give(self.hooks.keep, step)
         if step % self.config.checkpoint_every == 0 or step == trainer.max_steps:
             self.save(trainer)
 
@@ -123,17 +158,14 @@ class StopEarly(EachStep):
         step = trainer.global_step
         if self.hooks.judge is None or (step % self.config.val_every and step != trainer.max_steps):
             return
-        fd = torch.zeros((), device=trainer.strategy.root_device)
-        if trainer.is_global_zero:
-            fd += self.hooks.judge(self.ema.network)
-        fd = float(trainer.strategy.broadcast(fd))
+        fd = trainer.strategy.broadcast(self.ema.give(self.hooks.judge, device=trainer.strategy.root_device))
         self.best, self.best_step, self.since = (
             (fd, step, 0) if fd < self.best else (self.best, self.best_step, self.since + 1)
         )
         if trainer.is_global_zero:
             self.metrics.file.append(step=step, fd_held_out=round(fd, 5))
-            if self.best_step == step:
-                self.hooks.export(self.ema.network)
+        if self.best_step == step:
+            self.ema.give(self.hooks.export)
         self.metrics.start, self.metrics.start_step = time.perf_counter(), step
         if self.since >= self.config.patience and step != trainer.max_steps:
             tqdm.write(
@@ -247,13 +279,13 @@ class Hooked(EachStep):
         self.hooks, self.every, self.ema = hooks, every, ema
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and trainer.global_step == 0:
-            self.hooks.start(self.ema.network)
+        if trainer.global_step == 0:
+            self.ema.give(self.hooks.start)
 
     def on_step(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        if trainer.is_global_zero and self.every and (step % self.every == 0 or step == trainer.max_steps):
-            self.hooks.draw(self.ema.network, trainer.global_step)
+        if self.every and (step % self.every == 0 or step == trainer.max_steps):
+            self.ema.give(self.hooks.draw, step, device=trainer.strategy.root_device)
 
 
 class Progress(EachStep):

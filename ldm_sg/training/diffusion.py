@@ -5,6 +5,7 @@ import math
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ldm_sg.config import TrainConfig
 from ldm_sg.data.order import mix_seed
@@ -68,7 +69,8 @@ class DiffusionModule(pl.LightningModule):
         """By norm. A step whose gradient is not finite is no step: weights, moments and counts stay as they are. (In bf16
         Lightning's own clipping refuses fused optimizers, for the sake of a loss scale, which bf16 has not.)"""
         parameters = [p for p in self.network.parameters() if p.grad is not None]
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         odd = ~self.gradient_norm.isfinite()
         if optimizer.defaults.get("fused"):  # is told without waiting for the device
             optimizer.found_inf = odd.float()  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ from ldm_sg.training.callbacks import (
 from ldm_sg.training.checkpoint import read_checkpoint
 from ldm_sg.training.data import LatentData
 from ldm_sg.training.diffusion import DiffusionModule
+from ldm_sg.training.sharded import Sharded
 
 
 def checkpoint_step(path: Path) -> int:
@@ -63,7 +64,7 @@ def fit(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=here,
         num_nodes=nodes,
-        strategy="auto",
+        strategy=Sharded() if config.strategy == "fsdp" else config.strategy,
         precision="bf16-mixed" if bf16 else "32-true",
         max_steps=config.steps,
         max_epochs=-1,
@@ -105,7 +106,10 @@ def _loggers(config: TrainConfig, run: Path, first_step: int) -> list[Logger]:
 
 
 def check_shares(config: TrainConfig, device: torch.device) -> None:
-    """InputError for a batch that cannot be shared out evenly: a mean of the parts' means would weigh images unequally."""
+    """InputError for a batch that cannot be shared out evenly: a mean of the parts' means would weigh images unequally; and for
+    a device that has no company."""
+    if device.type == "mps" and config.strategy != "auto":
+        raise InputError(f"strategy={config.strategy} on mps, which is one device: give strategy=auto")
     here, nodes = _processes(config, device)
     ranks = nodes * (len(here) if isinstance(here, list) else here)
     if config.batch_size % (ranks * config.accumulate):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ldm_sg.pipeline import SelfGuidedPipeline
 
 # What may change between two starts of one run without making it another run.
-FREE = ("steps", "out", "device", "devices", "workers", "log_every", "val_every", "sample_every", "checkpoint_every",
+FREE = ("steps", "out", "device", "devices", "strategy", "workers", "log_every", "val_every", "sample_every", "checkpoint_every",
         "keep_every", "logger", "cache_gb")  # fmt: skip
 STOPPED = "stopped.json"
 JUDGED = 200  # samples a judgement, with `patience`
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> Path:
     latents = LatentSet(config.annotation, int(config.cache_gb * 1e9))
     replay = build.replay(config, latents)
     network = build.network(config, latents)
-    if use_compile(config.compile, device):
+    if config.strategy != "fsdp" and use_compile(config.compile, device):
         network.unet.compile()
     module = DiffusionModule(network, build.objective(config), config)
     data = LatentData(latents, config, build.view_side(config, latents), replay)
