@@ -27,7 +27,7 @@ from ldm_sg.training.callbacks import (
 from ldm_sg.training.checkpoint import read_checkpoint
 from ldm_sg.training.data import LatentData
 from ldm_sg.training.diffusion import DiffusionModule
-from ldm_sg.training.sharded import Sharded
+from ldm_sg.training.sharded import CPU_SHARES, Sharded
 
 
 def checkpoint_step(path: Path) -> int:
@@ -110,6 +110,8 @@ def check_shares(config: TrainConfig, device: torch.device) -> None:
     a device that has no company."""
     if device.type == "mps" and config.strategy != "auto":
         raise InputError(f"strategy={config.strategy} on mps, which is one device: give strategy=auto")
+    if device.type == "cpu" and config.strategy == "fsdp" and not CPU_SHARES:
+        raise InputError(f"strategy=fsdp on CPUs needs torch 2.8, this is {torch.__version__}: give strategy=ddp")
     here, nodes = _processes(config, device)
     ranks = nodes * (len(here) if isinstance(here, list) else here)
     if config.batch_size % (ranks * config.accumulate):

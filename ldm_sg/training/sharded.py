@@ -12,6 +12,10 @@ from torch.optim import Optimizer
 
 from ldm_sg.models.unet import GuidedUNet
 
+CPU_SHARES = hasattr(
+    FSDPModule, "set_force_sum_reduction_for_comms"
+)  # before torch 2.8, gloo's mean is a sum and nothing says so
+
 
 class Sharded(DDPStrategy):
     """Lightning's DDP, but with shares. What it saves is whole: the same checkpoint as of any other strategy, on any number of
@@ -47,7 +51,9 @@ def share_out(network: nn.Module) -> None:
     """Each block of the UNet by itself, to be whole only while it computes, and what is left."""
     assert isinstance(network, GuidedUNet)
     for block in (*network.unet.down_blocks, network.unet.mid_block, *network.unet.up_blocks, network):
-        fully_shard(block)
+        shared = fully_shard(block)
+        if next(shared.parameters()).device.type == "cpu":
+            shared.set_force_sum_reduction_for_comms(True)
 
 
 def put_back(network: nn.Module) -> None:
