@@ -1,5 +1,6 @@
 """annotate from source shards to annotation set: content, resuming, refusals, memory, report."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -442,3 +443,73 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
         peaks.append(int(done.stdout.split()[-1]))
         assert len(LatentSet(out)) == 100 * shards
     assert peaks[1] < 1.1 * peaks[0], f"peak RSS in KiB: {peaks}"
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory) -> tuple[Path, AnnotateConfig, Path, Path]:
+    """Four shards; a finished set of the first two; the set of all four with its f and its first stage."""
+    folder = tmp_path_factory.mktemp("more")
+    shards = make_shards(folder / "source", 4)
+    with ShardWriter(
+        folder / "source" / "000002.tar"
+    ) as writer:  # a class that the first ones lack, and a broken image
+        for i in range(18, 26):
+            writer.write(f"image{i:04d}", {"png": png(i), "cls": b"7"})
+        writer.write("image0026", {"png": b"none", "cls": b"0"})
+    cfg = config(folder, shards, max_skipped=0.1)
+    first = annotate_shards(
+        dataclasses.replace(cfg, shards=str(folder / "source" / "00000[01].tar"), out=str(folder / "two"))
+    )
+    own = dataclasses.replace(cfg.annotator, reuse=str(first))
+    anew = dataclasses.replace(cfg, out=str(folder / "four"), annotator=own, autoencoder=str(first / "autoencoder"))
+    return folder, cfg, first, annotate_shards(anew)
+
+
+@pytest.mark.parametrize("stop", ["pass_over", "write_shards", "write_text", "finish_set", "nowhere"])
+def test_shards_are_added_to_a_set_by_the_f_that_it_has(more, stop: str, tmp_path: Path, monkeypatch) -> None:
+    """Byte for byte what annotating all of them with that f gives, though it is killed on the way; the old shards are not
+    even opened for writing."""
+    _, cfg, first, four = more
+    out = shutil.copytree(first, tmp_path / "set")
+    times = [path.stat().st_mtime_ns for path in sorted((out / "shards").iterdir())]
+    cfg = dataclasses.replace(cfg, out=str(out))
+    if stop != "nowhere":
+        with monkeypatch.context() as patch:
+            patch.setattr(run, stop, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                annotate_shards(cfg)
+        with pytest.raises(InputError, match="not finished"):
+            LatentSet(out)
+        with pytest.raises(InputError, match="belongs to another config"):  # there is no way back
+            annotate_shards(dataclasses.replace(cfg, shards=str(Path(cfg.shards).parent / "00000[01].tar")))
+    assert annotate(cfg) == out and (out / "report.html").is_file() and not (out / "work").exists()
+    names = [f"{i:06d}.tar" for i in range(4)]
+    assert all((out / "shards" / n).read_bytes() == (four / "shards" / n).read_bytes() for n in names)
+    assert [path.stat().st_mtime_ns for path in sorted((out / "shards").iterdir())][:2] == times
+    ours, theirs = read_manifest(out), read_manifest(four)
+    for manifest in (ours, theirs):
+        for key in ("files", "features"):
+            manifest.pop(key)
+        manifest["annotator"].pop("reuse", None)
+        manifest["autoencoder"] = None
+    assert ours == theirs and ours["annotator"]["classes"] == 4 and ours["num_skipped"] == 1
+    assert (out / "skipped.jsonl").read_bytes() == (four / "skipped.jsonl").read_bytes()
+    again = dict(np.load(out / "tally.npz")), dict(np.load(four / "tally.npz"))
+    assert again[0].keys() == again[1].keys() and all(
+        np.array_equal(again[0][name], again[1][name]) for name in again[0]
+    )
+    assert np.array_equal(LatentSet(out).features(torch.arange(35)), LatentSet(four).features(torch.arange(35)))
+
+
+def test_shards_are_not_added_where_signals_depend_on_all_images(more, tmp_path: Path) -> None:
+    _, cfg, first, _ = more
+    for kind in (AnnotatorConfig(kind="oracle"), AnnotatorConfig(k=3, shuffle=0.5)):
+        small = dataclasses.replace(cfg, shards=str(Path(cfg.shards).parent / "000000.tar"), annotator=kind)
+        out = annotate_shards(dataclasses.replace(small, out=str(tmp_path / kind.kind)))
+        with pytest.raises(InputError, match="has the first 1 of these 4 shards"):
+            annotate_shards(dataclasses.replace(cfg, out=str(out), annotator=kind))
+        assert len(LatentSet(out)) == 9
+    old = shutil.copytree(first, tmp_path / "old")
+    (old / "tally.npz").unlink()
+    with pytest.raises(InputError, match=r"older version.*annotator\.reuse="):
+        annotate_shards(dataclasses.replace(cfg, out=str(old)))

@@ -57,6 +57,7 @@ class Annotator(ABC):
     reads_truth: ClassVar[bool] = False  # looks at labels, boxes and masks of the shards, where there are any
     whole: ClassVar[bool] = False  # looks at uncropped images, where shards hold them and g reads any shape
     gives_ids: ClassVar[bool] = True  # one cluster id an image, which `annotator.shuffle` can shuffle
+    grows: ClassVar[bool] = True  # an image's signal does not depend on what other images there are, once f is fitted
     # settings that only `fit` and what follows it read: another value needs no second look at the images
     late: ClassVar[frozenset[str]] = frozenset(
         {"k", "niter", "restarts", "seed", "sample", "fit", "shuffle", "neighbours", "extend"}

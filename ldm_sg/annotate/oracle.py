@@ -27,6 +27,7 @@ class Oracle(Annotator):
     kind = "oracle"
     reads_g = False
     reads_truth = True
+    grows = False  # K is the highest number that occurs
 
     def __init__(self, cfg: AnnotatorConfig):
         if cfg.truth not in TRUTHS:

@@ -1,6 +1,7 @@
 """annotate: source shards -> annotation set. One streaming pass decodes each image once for g and the autoencoder; then f
 is fitted on the features and the annotated shards are written; the manifest comes last."""
 
+import io
 import json
 import re
 import shutil
@@ -32,7 +33,17 @@ from ldm_sg.data.shards import EMPTY, ShardWriter, expand
 from ldm_sg.data.signals import Columns, Signals, files_of, npy
 from ldm_sg.errors import InputError
 from ldm_sg.executor import Part
-from ldm_sg.folder import claim, file_sha256, flat, others_work_in, turn, write_text
+from ldm_sg.folder import (
+    claim,
+    file_sha256,
+    flat,
+    others_work_in,
+    read_mapping,
+    turn,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from ldm_sg.hardware import pick_device
 
 # what may change between two starts of one annotation without making it another one
@@ -41,6 +52,8 @@ FREE = (
 )  # fmt: skip
 FEW = 9  # folders of source shards that the manifest names, beside the shards' own lines
 BUCKET = re.compile(r"-(\d+x\d+)\.tar$")
+TALLY = "tally.npz"  # what is added up over the shards of a set, for more of them: counts, table, classes, total/NAME
+BEFORE = "before.json"  # in OUT/work: the finished set that shards are added to
 TRIES = 3  # of a shard whose worker is lost
 MOST_SHARDS = 16  # that a worker is handed at once
 
@@ -54,7 +67,7 @@ def annotate_shards(cfg: AnnotateConfig, part: Part | None = None, finish: bool 
         opened = open_set(cfg)
         if (out / "manifest.yaml").is_file():
             return out
-        mine = [stage.index for stage in opened.stages if not stage.done and (part is None or stage.index in part)]
+        mine = [stage.index for stage in opened.fresh if not stage.done and (part is None or stage.index in part)]
         if finish and mine:
             raise InputError(
                 f"{out}: {len(mine)} of {len(opened.stages)} shards are not through, the first is {opened.shards[mine[0]]}: give the "
@@ -64,7 +77,7 @@ def annotate_shards(cfg: AnnotateConfig, part: Part | None = None, finish: bool 
     note_buckets(opened)
     pass_over(opened, mine, out / (f"failed-{part.index}-of-{part.of}.jsonl" if part else "failed.jsonl"))
     if part:
-        left = sum(not stage.done for stage in opened.stages)
+        left = sum(not stage.done for stage in opened.fresh)
         print(
             f"part {part} of {out} is done"
             + (f"; {left} shards of others are not" if left else "; so are all others: --finish")
@@ -80,7 +93,16 @@ class Opened:
         self.cfg, self.out, self.shards = cfg, Path(cfg.out), shards
         self.stages = list(stages(self.out, len(shards)))
         self.annotator = make_annotator(cfg.annotator)
-        self.fitted = (self.out / "annotator" / "annotator.yaml").is_file()
+        self.before: Before | None = None
+
+    @property
+    def fitted(self) -> bool:
+        return (self.out / "annotator" / "annotator.yaml").is_file()
+
+    @property
+    def fresh(self) -> list[Stage]:
+        """Of the shards that no finished set has."""
+        return self.stages[len(self.before.manifest["shards"]) if self.before else 0 :]
 
     def prepare(self) -> None:
         """g, the first stage, and what f must know before the pass; what takes long is kept in OUT."""
@@ -90,12 +112,13 @@ class Opened:
         self.autoencoder = prepare_autoencoder(cfg, self.shards, size, device)
         extractor = load_extractor(cfg.features, device, source) if self.annotator.reads_g else None
         self.study = Study(cfg, self.shards, self.stages, size, extractor, [])
-        if source_of_f := cfg.annotator.reuse or cfg.annotator.extend:
+        if source_of_f := str(self.out) if self.fitted else cfg.annotator.reuse or cfg.annotator.extend:
             check_same_g(source_of_f, extractor)
-        if cfg.annotator.reuse and not self.fitted:
+        if self.fitted:
+            self.annotator, _ = load_f(self.out / "annotator")
+        elif cfg.annotator.reuse:
             save_annotator(self.out / "annotator", self.annotator, extractor)
-            self.fitted = True
-        if not self.fitted:
+        else:
             self.annotator.prepare(self.study)
 
     def __call__(self, todo: list[int]) -> list[tuple[int, str]]:
@@ -112,12 +135,17 @@ def open_set(cfg: AnnotateConfig) -> Opened:
             f"buckets=true: annotator.kind={cfg.annotator.kind} says where things are, which is for square images; with buckets "
             "clusters, or what else says what an image shows"
         )
-    take(opened.out, cfg, opened.shards, opened.annotator.late)
+    take(opened)
     if (opened.out / "manifest.yaml").is_file():
-        for entry in read_manifest(opened.out)["shards"]:
+        manifest = read_manifest(opened.out)
+        for entry in manifest["shards"]:
             check_unchanged(entry["url"], entry["source"])
-        return opened
-    for stage in opened.stages:
+        if len(manifest["shards"]) == len(opened.shards):
+            return opened
+        put_aside(opened.out, manifest)
+    if (opened.out / "work" / BEFORE).is_file():
+        opened.before = Before.read(opened.out)
+    for stage in opened.fresh:
         if stage.done:
             check_unchanged(opened.shards[stage.index], stage.read_meta().source)
     return opened
@@ -185,30 +213,88 @@ def _progress(bar: tqdm, passing: list[Stage]) -> None:
 
 def complete(opened: Opened) -> Path:
     """What follows when all shards are through: f, the annotated shards, the manifest."""
-    cfg, out, all_stages, annotator = opened.cfg, opened.out, opened.stages, opened.annotator
-    summary = summarise(all_stages, cfg.max_skipped, cfg.shards)
+    out, annotator = opened.out, opened.annotator
+    summary = summarise(opened)
     if not opened.fitted:
         annotator.fit(replace(opened.study, counts=[source["images"] for source in summary.sources]))
         save_annotator(out / "annotator", annotator, opened.study.extractor)
     annotator, _ = load_f(out / "annotator")
     labels, files = write_shards(opened, annotator, summary)
+    totals = total(opened.fresh)
+    if opened.before:
+        labels, totals = opened.before.with_more(labels, summary.classes, totals)
+        files = opened.before.manifest["shards"] + files
     write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
-    manifest = describe(opened.study, annotator, opened.autoencoder, summary, labels, files)
+    sums = {"counts": labels[0], "table": labels[1], "classes": summary.classes}
+    np.savez_compressed(tally := io.BytesIO(), **sums, **{f"total/{name}": value for name, value in totals.items()})
+    write_bytes(out / TALLY, tally.getvalue())
+    manifest = describe(opened.study, annotator, opened.autoencoder, summary, labels, totals, files)
     finish_set(out, manifest)
     shutil.rmtree(out / "work")
     return out
 
 
-def take(out: Path, cfg: AnnotateConfig, shards: list[str], late: frozenset[str]) -> None:
+def take(opened: Opened) -> None:
     """Makes OUT this config's. As long as no shard is done the folder binds nobody, and until f is fitted its `late` settings
-    stay free: features are kept when k was too large."""
-    wanted = flat(to_mapping(cfg)) | {"shards": list(map(str, shards))}
+    stay free: features are kept when k was too large. More shards may follow those that it has."""
+    out, cfg, shards = opened.out, opened.cfg, list(map(str, opened.shards))
+    wanted = flat(to_mapping(cfg)) | {"shards": shards}
     for key in FREE:
         wanted.pop(key)
     begun = (out / "manifest.yaml").is_file() or any((out / "work").glob("*.json")) or others_work_in(out)
-    free = () if (out / "annotator" / "annotator.yaml").is_file() else {f"annotator.{key}" for key in late}
+    free = set() if opened.fitted else {f"annotator.{key}" for key in opened.annotator.late}
+    there = read_mapping(out / "config.yaml").get("shards") if (out / "config.yaml").is_file() else None
+    if isinstance(there, list) and there == shards[: len(there)] != shards:
+        free.add("shards")
+        if opened.fitted and (cfg.annotator.shuffle or not opened.annotator.grows):
+            raise InputError(
+                f"{out} has the first {len(there)} of these {len(shards)} shards, and its signals depend on all of them "
+                f"(annotator.kind={cfg.annotator.kind}, shuffle={cfg.annotator.shuffle}): annotate into another out="
+            )
     # what was learnt before the first shard was done may be of other images or settings
     claim(out, "config.yaml", wanted, free, () if begun else ("autoencoder", "annotator", "work"))
+
+
+def put_aside(out: Path, manifest: dict[str, Any]) -> None:
+    """Makes the finished set OUT an unfinished one, whose first shards are known: until the manifest goes it is finished."""
+    if not (out / TALLY).is_file():
+        raise InputError(
+            f"{out} was made by an older version, which kept no {TALLY} to add shards to: annotate all of them into another out=, "
+            f"with annotator.reuse={out} autoencoder={out / 'autoencoder'}"
+        )
+    lines = (out / "skipped.jsonl").read_text().splitlines()
+    write_bytes(out / "work" / TALLY, (out / TALLY).read_bytes())
+    write_json(out / "work" / BEFORE, {"manifest": manifest, "skipped": [json.loads(line) for line in lines]})
+    (out / "report.html").unlink(missing_ok=True)
+    (out / "manifest.yaml").unlink()
+
+
+@dataclass
+class Before:
+    """The finished set that shards are added to."""
+
+    manifest: dict[str, Any]
+    skipped: list[dict[str, str]]
+    tally: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, out: Path) -> "Before":
+        found = read_mapping(
+            out / "work" / BEFORE, {"manifest": {"shards": [dict], "latent_shape": [int]}, "skipped": [dict]}
+        )
+        with np.load(out / "work" / TALLY, allow_pickle=False) as arrays:
+            return cls(found["manifest"], found["skipped"], dict(arrays))
+
+    def with_more(
+        self, labels: "Labels", classes: np.ndarray, totals: dict[str, np.ndarray]
+    ) -> tuple["Labels", dict[str, np.ndarray]]:
+        """The sums over all shards, of those over the new ones; `classes`: of all."""
+        (counts, table), old = labels, self.tally
+        table[:, [*np.searchsorted(classes, old["classes"]), -1]] += old["table"]
+        names = {*totals, *(name.removeprefix("total/") for name in old if name.startswith("total/"))}
+        return (counts + old["counts"], table), {
+            name: totals.get(name, 0) + old.get(f"total/{name}", 0) for name in sorted(names)
+        }
 
 
 @dataclass
@@ -221,10 +307,15 @@ class Summary:
     shapes: list[list[int] | None]  # of each shard, None where it has no image
 
 
-def summarise(all_stages: list[Stage], max_skipped: float, shards: str) -> Summary:
+def summarise(opened: Opened) -> Summary:
     """Counts over all shards; InputError when there is no image, or too large a share was skipped."""
+    max_skipped, shards, before = opened.cfg.max_skipped, opened.cfg.shards, opened.before
     sources, skipped, shapes, classes = [], [], [], np.empty(0, np.int64)
-    for stage in all_stages:
+    if before:
+        old, classes = before.manifest, before.tally["classes"]
+        sources = [{key: entry[key] for key in ("images", "url", "source")} for entry in old["shards"]]
+        skipped, shapes = [*before.skipped], [entry.get("latent_shape", old["latent_shape"]) for entry in old["shards"]]
+    for stage in opened.fresh:
         meta = stage.read_meta()
         sources.append({"images": len(meta.keys), "url": meta.url, "source": meta.source})
         skipped += [dict(zip(("shard", "key", "reason"), entry)) for entry in meta.skipped]
@@ -267,17 +358,18 @@ Labels = tuple[np.ndarray, np.ndarray]
 
 def write_shards(opened: Opened, annotator: Annotator, summary: Summary) -> tuple[Labels, list[dict[str, Any]]]:
     """Annotated shards in source order, those that are missing, by all workers; and the manifest's entry of each."""
-    cfg, device, all_stages = opened.cfg, pick_device(opened.cfg.device), opened.stages
+    cfg, device, all_stages = opened.cfg, pick_device(opened.cfg.device), opened.fresh
     ids = corrupted_ids(all_stages, annotator)
-    ends = np.cumsum([source["images"] for source in summary.sources])
+    sources = summary.sources[-len(all_stages) :]
+    ends = np.cumsum([source["images"] for source in sources])
     tasks = [
         (stage.index, None if ids is None else ids[end - source["images"] : end])
-        for stage, source, end in zip(all_stages, summary.sources, ends)
+        for stage, source, end in zip(all_stages, sources, ends)
     ]
     make = partial(Writing, opened.out, cfg.flips, summary.classes)
     bar = tqdm(executor.in_order(make, tasks, cfg, device), desc="write", unit=" shards", total=len(tasks))
     counts, tables, files = zip(*bar)
-    return (sum(counts), sum(tables)), [entry | source for entry, source in zip(files, summary.sources)]
+    return (sum(counts), sum(tables)), [entry | source for entry, source in zip(files, sources)]
 
 
 class Writing:
@@ -328,11 +420,12 @@ def describe(
     autoencoder: Autoencoder,
     summary: Summary,
     labels: Labels,
+    totals: dict[str, np.ndarray],
     files: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """manifest.yaml: what made the set, how many of what, and the hash of its content."""
     cfg, extractor, size, (counts, table) = study.config, study.extractor, study.size, labels
-    f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(total(study.stages))
+    f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(totals)
     known = table[:, :-1]
     if table.any():
         f |= {"entropy": round(entropy(counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}

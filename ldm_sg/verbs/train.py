@@ -129,7 +129,8 @@ def _remember_annotation(run: Path, config: TrainConfig, found: str) -> None:
         if known != found:
             raise InputError(
                 f"annotation={config.annotation!r} changed under {run}: its hash is {found[:12]}, the run was "
-                f"trained on {known[:12]}; restore it, or train into another out="
+                f"trained on {known[:12]}; restore it, or train into another out= "
+                "(init= that run starts from its weights, and labels of the same f stay what they are)"
             )
         return
     write_json(path, {"folder": config.annotation, "hash": found})
