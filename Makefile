@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all lint bench gpu-bundle clean
+.PHONY: setup demo test test-all lint audit bench gpu-bundle clean
 
 setup: .venv/.done
 
@@ -26,6 +26,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of all that is installed, by pip-audit in an environment of its own; it asks for them over the network.
+audit: setup
+	test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install --quiet pip-audit; } \
+		|| { echo "make audit: pip-audit cannot be installed, nothing was checked: is there a network?" >&2; exit 2; }
+	$(BIN)/python -m pip list --format=freeze --exclude-editable | sed 's/+.*//' > .venv/audit/all.txt
+	.venv/audit/bin/pip-audit --strict --disable-pip --no-deps -r .venv/audit/all.txt 2> .venv/audit/log \
+		|| { tail -n 1 .venv/audit/log >&2; echo "make audit: something is known, or could not be asked (no network?)" >&2; exit 2; }
 
 bench: setup
 	for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done

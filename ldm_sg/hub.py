@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -11,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from ldm_sg.errors import InputError, one_line
+from ldm_sg.folder import WEIGHTS, cache_home, file_sha256, read_mapping, write_json
 
+PINS = "pins.json"  # in our cache: name of weights -> sha256
 PATIENCE = 3.0  # seconds for a hub to answer; its own library asks for half a minute
 
 
@@ -29,6 +33,8 @@ def hub(what: str, way_out: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except InputError:
+        raise
     except Exception as err:  # hub, HTTP, SSL, timm and diffusers errors have no common base
         why = one_line(err)[:200]
         if constants.HF_HUB_OFFLINE:
@@ -37,6 +43,39 @@ def hub(what: str, way_out: str) -> Iterator[None]:
     finally:
         constants.HF_HUB_OFFLINE = asked
         logging.disable(logging.NOTSET)
+
+
+def weights_on_hub(repository: str, subfolder: str | None, sha256: str | None) -> tuple[Path, str]:
+    """ID[@REVISION] -> the folder with config.json and the weights, and their sha256, checked before anything reads them."""
+    name, _, revision = repository.partition("@")
+    where = {"repo_id": name, "subfolder": subfolder, "revision": revision or None}
+    config = Path(hf_hub_download(filename="config.json", **where))
+    try:
+        path = Path(hf_hub_download(filename=WEIGHTS, **where))
+    except EntryNotFoundError:  # an old repository; torch reads it without running code in it
+        path = Path(hf_hub_download(filename=WEIGHTS.replace(".safetensors", ".bin"), **where))
+    check_pinned(f"{repository}/{subfolder or ''}".rstrip("/"), digest := file_sha256(path), sha256)
+    return config.parent, digest
+
+
+def check_pinned(name: str, digest: str, sha256: str | None = None) -> None:
+    """InputError where weights from a hub are not those of `sha256`, which a manifest gives, or else not those that came first to
+    this machine under that name."""
+    kept = cache_home() / PINS
+    first = read_mapping(kept) if kept.is_file() else {}
+    known = sha256 or first.get(name)
+    if known is None:
+        write_json(kept, first | {name: digest})
+        print(
+            f"note: not pinned: {name}: what came now, sha256 {digest}, is what {kept} asks for from now on",
+            file=sys.stderr,
+        )
+    elif known != digest:
+        who = "its manifest asks for" if sha256 else f"came first and {kept} asks for"
+        raise InputError(
+            f"{name}: the hub gives weights of sha256 {digest}, not {known}, which {who}: name the old ones by their revision "
+            "(ID@REVISION), or if the new ones are right take that line out"
+        )
 
 
 def upload(folder: Path, name: str, private: bool = False) -> str:

@@ -141,7 +141,7 @@ def test_manifest_tells_what_made_it(finished):
     assert [Path(folder).name for folder in manifest["source"]] == ["source"]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         ["annotator", "autoencoder", "clusters", "config.yaml", "features", "index", "manifest.yaml", "report.html",
-         "shards", "shards.jsonl", "skipped.jsonl"]
+         "shards", "shards.jsonl", "skipped.jsonl", "tally.npz"]
     )  # fmt: skip
 
 

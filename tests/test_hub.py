@@ -1,5 +1,6 @@
 """Without network: one line, at once, with the way out; and the cache is read."""
 
+import ast
 import logging
 import os
 import socket
@@ -11,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import folder_of
 from diffusers import AutoencoderTiny
@@ -23,6 +25,7 @@ from ldm_sg.config import FeaturesConfig
 from ldm_sg.configfile import ROOT
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.evaluate.inception import load_inception
+from ldm_sg.folder import file_sha256
 from ldm_sg.hub import answers, hub
 from ldm_sg.verbs.pack import pack
 
@@ -77,6 +80,64 @@ def test_the_cache_is_read_without_network(blocked: Path) -> None:
     (blocked / "hub" / "models--madebyollin--taesd" / "refs" / "main").write_text("a" * 40)
     with pytest.raises(InputError, match="manifest says factor: 8, but its network has 2"):  # it was read
         load_autoencoder("taesd")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_of_the_hub_are_checked_before_they_are_read(suffix: str, blocked: Path, monkeypatch, capsys) -> None:
+    """Against the manifest, or else against those that came first; a pickle is not read as one either way."""
+    snapshot = blocked / "hub" / "models--madebyollin--taesd" / "snapshots" / ("a" * 40)
+    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
+                    num_decoder_blocks=(1,) * 4).save_pretrained(snapshot, safe_serialization=suffix != "bin")  # fmt: skip
+    (blocked / "hub" / "models--madebyollin--taesd" / "refs").mkdir()
+    (blocked / "hub" / "models--madebyollin--taesd" / "refs" / "main").write_text("a" * 40)
+    [weights] = snapshot.glob("*." + suffix)
+    digest = file_sha256(weights)
+    assert load_autoencoder("taesd").manifest["sha256"] == digest
+    assert f"not pinned: madebyollin/taesd: what came now, sha256 {digest}" in capsys.readouterr().err
+    load_autoencoder("taesd")
+    assert "pinned" not in capsys.readouterr().err  # once
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    monkeypatch.setattr(AutoencoderTiny, "from_pretrained", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(InputError, match=f"not {digest}, which came first and .*pins.json"):
+        load_autoencoder("taesd")
+    pinned = blocked / "pinned"
+    pinned.mkdir()
+    manifest = (ROOT / "autoencoders" / "taesd" / "manifest.yaml").read_text()
+    (pinned / "manifest.yaml").write_text(manifest + f"sha256: {'f' * 64}\n")
+    with pytest.raises(InputError, match=f"not {'f' * 64}, which its manifest asks for"):
+        load_autoencoder(str(pinned))
+
+
+def test_g_by_name_is_what_came_first(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: real(name, **kwargs))
+    torch.manual_seed(0)
+    load_extractor(FeaturesConfig(model="resnet10t.c3_in1k"))
+    assert "not pinned: resnet10t.c3_in1k at 176 pixels" in capsys.readouterr().err
+    torch.manual_seed(0)
+    load_extractor(FeaturesConfig(model="resnet10t.c3_in1k"))
+    with pytest.raises(InputError, match="which came first"):  # other weights under that name
+        load_extractor(FeaturesConfig(model="resnet10t.c3_in1k"))
+
+
+def test_code_of_others_is_never_trusted() -> None:
+    """No call passes trust_remote_code, nor reads a pickle that may run code: the one that is read otherwise gets no class at all."""
+    calls = [
+        (path, node)
+        for path in (ROOT / "ldm_sg").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
+    keywords = [(path, word.arg, word.value) for path, call in calls for word in call.keywords]
+    assert not [path for path, name, _ in keywords if name == "trust_remote_code"]
+    loads = [
+        (path.name, {word.arg: ast.unparse(word.value) for word in call.keywords})
+        for path, call in calls
+        if ast.unparse(call.func) in ("torch.load", "pickle.load", "pickle.loads", "torch.hub.load_state_dict_from_url")
+    ]
+    odd = [(name, asked.get("pickle_module")) for name, asked in loads if asked.get("weights_only") != "True"]
+    assert len(loads) > 3 and odd == [("stego_official.py", "inert")], loads
 
 
 def test_a_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

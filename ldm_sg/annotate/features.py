@@ -25,7 +25,7 @@ from ldm_sg.configfile import ASSETS, read_yaml
 from ldm_sg.errors import InputError, choices, one_line
 from ldm_sg.folder import file_sha256
 from ldm_sg.hardware import use_bf16
-from ldm_sg.hub import hub
+from ldm_sg.hub import check_pinned, hub
 from ldm_sg.weights import check_finite, read_weights
 
 EXTRACTORS = ASSETS / "extractors"
@@ -220,6 +220,8 @@ def load_extractor(
     chosen = {"layer": cfg.layer, "pool": cfg.pool, "precision": cfg.precision}
     manifest = {"name": cfg.model, "model": cfg.model, "weights": weights, **own, **chosen}
     manifest["sha256"] = weights_sha256(tower)
+    if weights is None:
+        check_pinned(f"{cfg.model} at {own['size']} pixels", manifest["sha256"])
     return FeatureExtractor(tower, manifest, device)
 
 

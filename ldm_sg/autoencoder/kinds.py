@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm_sg.autoencoder.compvis import to_diffusers
 from ldm_sg.autoencoder.manifest import WAY_OUT
 from ldm_sg.errors import InputError
-from ldm_sg.hub import hub
+from ldm_sg.hub import hub, weights_on_hub
 from ldm_sg.weights import check_finite, read_weights
 
 Manifest = dict[str, Any]
@@ -157,11 +157,11 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: Path) -> bool:
 
 
 def _from_hub(cls: type[Any], manifest: Manifest) -> nn.Module:
-    name, _, revision = manifest["source"]["hub"].partition("@")
+    """The manifest then says which weights they were."""
+    name = manifest["source"]["hub"]
     with hub(f"autoencoder {manifest['name']!r} ({name!r} on the Hugging Face hub)", WAY_OUT):
-        return cls.from_pretrained(
-            name, revision=revision or None, subfolder=manifest.get("subfolder"), low_cpu_mem_usage=False
-        )
+        folder, manifest["sha256"] = weights_on_hub(name, manifest.get("subfolder"), manifest.get("sha256"))
+        return cls.from_pretrained(folder, low_cpu_mem_usage=False)
 
 
 def plain_config(net: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ KEYS = {
     "kind": "kl, tiny, vq, vqmodel, patch",
     "source": "{hub: ID[@REVISION]}, {file: NAME beside the manifest}, {folder: diffusers folder} or none",
     "subfolder": "of a hub repository",
-    "sha256": "of the weights file; checked at load",
+    "sha256": "of the weights file, here or on the hub; checked before it is read",
     "licence": "of the weights",
     "channels": "of a latent",
     "factor": "image side / latent side",
