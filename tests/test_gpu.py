@@ -47,8 +47,9 @@ def test_the_average_lives_where_training_goes_before_the_module_is_there() -> N
     module = pl.LightningModule()
     module.network = torch.nn.Linear(2, 2)
     ema = EMA(0.9)
-    ema.setup(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta"))), module, "fit")
-    assert module.network.weight.device.type == "cpu" and ema.network.weight.device.type == "meta"
+    strategy = SimpleNamespace(root_device=torch.device("meta"))
+    ema.setup(SimpleNamespace(strategy=strategy, is_global_zero=True), module, "fit")
+    assert module.network.weight.device.type == "cpu" and ema.give(lambda net: net.weight.device.type) == "meta"
 
 
 def test_emulated_bf16_is_not_taken_for_fast(monkeypatch: pytest.MonkeyPatch) -> None:
