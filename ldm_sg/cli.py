@@ -76,6 +76,9 @@ Checkpoint = Annotated[
     typer.Option(help="Step whose EMA weights the run keeps (keep_every=), or best: by fd. Default: its pipeline."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
+Processes = Annotated[int, typer.Option(help="At once; 0 = one a GPU (ray: of the cluster's), or one.")]
+Executor = Annotated[str, typer.Option(help="local, or ray.")]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster, ray://HOST:PORT; default $RAY_ADDRESS, or none.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and build nothing.")]
 
 
@@ -291,7 +294,7 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(help="Solver steps; default 25.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m (the default), ddim, ddpm, unipc or euler.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Samples of a worker's task; changes no figure.")] = 64,
     size: Annotated[int | None, typer.Option(help="Side to which images are cropped; default the run's.")] = None,
     precision: Annotated[str | None, typer.Option(help="Of the sampling: auto (the default), fp32 or bf16.")] = None,
     run: Annotated[
@@ -303,6 +306,9 @@ def evaluate(
     interval: Annotated[str | None, typer.Option(help="As in sample.")] = None,
     checkpoint: Checkpoint = None,
     out: Annotated[str | None, typer.Option(help="JSON file.")] = None,
+    processes: Processes = 0,
+    executor: Executor = "local",
+    address: Address = None,
     device: Device = "auto",
 ) -> None:
     """Samples against real images -> numbers with everything needed to reproduce them."""
@@ -311,7 +317,7 @@ def evaluate(
     judge(source, reference, metrics, features=features, resize=resize, n=n, w=w, steps=steps, scheduler=scheduler,
         spacing=spacing, strategy=strategy, rescale=rescale, interval=_numbers("--interval", interval, float) or None,
         seed=seed, batch_size=batch_size, size=size, precision=precision, run=run, checkpoint=checkpoint, out=out,
-        device=device)  # fmt: skip
+        processes=processes, executor=executor, address=address, device=device)  # fmt: skip
 
 
 @app.command(

@@ -133,9 +133,7 @@ class AnnotateConfig:
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be, before anything heavy is imported."""
-        _need("executor", self.executor, self.executor in ("local", "ray"), "local or ray")
-        _need("processes", self.processes, self.processes >= 0, "0 (one a GPU, or one) or more")
-        _need("address", self.address, not self.address or self.executor == "ray", "belongs to executor=ray")
+        check_workers(self)
         for name in ("k", "niter", "restarts", "sample", "k_patches", "neighbours"):
             value = getattr(self.annotator, name)
             _need(f"annotator.{name}", value, value >= 1, "at least 1")
@@ -437,6 +435,13 @@ def check_timesteps(name: str, value: Any) -> None:
     """InputError where a schedule cannot have so many times; `name` says where they are asked for."""
     right = type(value) is int and 2 <= value <= MOST_TIMESTEPS
     _need(name, value, right, f"a whole number from 2 to {MOST_TIMESTEPS:,}")
+
+
+def check_workers(of: Any) -> None:
+    """InputError where `executor`, `processes` and `address` mean nothing."""
+    _need("executor", of.executor, of.executor in ("local", "ray"), "local or ray")
+    _need("processes", of.processes, of.processes >= 0, "0 (one a GPU, or one) or more")
+    _need("address", of.address, not of.address or of.executor == "ray", "belongs to executor=ray")
 
 
 def _need(name: str, value: Any, right: bool, what: str) -> None:

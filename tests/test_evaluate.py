@@ -6,7 +6,10 @@ import re
 import shutil
 import tarfile
 import weakref
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -17,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_sample import invoke
 
+from ldm_sg import executor
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.features import file_sha256, load_extractor
 from ldm_sg.annotate.kinds import save_annotator
@@ -26,8 +30,10 @@ from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
-from ldm_sg.evaluate.collect import collect
-from ldm_sg.evaluate.options import DRAWING
+from ldm_sg.evaluate.collect import Look, Passes
+from ldm_sg.evaluate.evaluation import _look
+from ldm_sg.evaluate.options import DRAWING, Options
+from ldm_sg.evaluate.subjects import open_subject
 from ldm_sg.pipeline import SelfGuidedPipeline
 from ldm_sg.sampling.request import SampleOptions
 from ldm_sg.verbs.evaluate import evaluate
@@ -109,17 +115,40 @@ def test_a_perfect_generator_reaches_the_ceiling(run: Path, monkeypatch: pytest.
 def untrained(run: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.undo()
-        noise = torch.randint(0, 256, (60, 3, 16, 16), generator=torch.Generator().manual_seed(1)).byte()
-        patch.setattr(SelfGuidedPipeline, "generate", lambda self, guidance, **_: noise[: len(guidance)])
+        noise = torch.randint(0, 256, (64, 3, 16, 16), generator=torch.Generator().manual_seed(1)).byte()
+        patch.setattr(
+            SelfGuidedPipeline,
+            "generate",
+            lambda self, guidance, first_index, **_: noise[first_index:][: len(guidance)],
+        )
         return evaluate(run, str(run.parent / "real.tar"), "fd", n=60, batch_size=60, device="cpu")
 
 
-def test_the_real_pipeline_and_any_batch_size_give_the_same(run: Path, tmp_path: Path) -> None:
-    args = {"metrics": "fd,consistency", "n": 10, "steps": 2, "device": "cpu", "out": tmp_path / "r.json"}
-    a = evaluate(run, str(run.parent / "real.tar"), batch_size=10, **args)["metrics"]["tiny-g"]
-    b = evaluate(run / "pipeline", str(run.parent / "real.tar"), batch_size=3, **args)["metrics"]["tiny-g"]
-    assert a == pytest.approx(b, rel=1e-3)
-    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == {"tiny-g": b}
+def look_of(run: Path, n: int, **options: Any) -> Passes:
+    options = Options(str(run), str(run.parent / "real.tar"), "fd", n=n, steps=3, device="cpu", **options)
+    subject, real = open_subject(options, []), sources.open_images(options.reference)
+    seen = {("pixels", ""): lambda x: x.flatten(1)}
+    return Passes(Look(subject, real, seen, CPU), partial(_look, options, ["fd"], real), options, {})
+
+
+def test_samples_and_figures_are_the_same_for_any_batch_size_and_processes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: sample i is that of (seed, i), however many are drawn, and the figures are those of one process."""
+    pixels = {n: look_of(run, n)(False, [("pixels", "")])[1]["pixels", ""] for n in (5, 16, 40)}
+    assert torch.equal(pixels[40][:5], pixels[5]) and torch.equal(pixels[40][:16], pixels[16])
+    asked, real = [], executor.in_order
+    monkeypatch.setattr(executor, "in_order", lambda make, tasks, *a: asked.append(len(tasks)) or real(make, tasks, *a))
+    args = {"metrics": "fd,kid,prdc,consistency", "n": 40, "steps": 2, "device": "cpu", "out": tmp_path / "r.json"}
+    found = {}
+    for batch_size, processes in ((1, 1), (7, 1), (16, 2), (64, 1)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"{batch_size}"))  # reference features are made anew
+        where = run if batch_size > 1 else run / "pipeline"
+        result = evaluate(where, str(run.parent / "real.tar"), batch_size=batch_size, processes=processes, **args)
+        found[batch_size] = result["metrics"]["tiny-g"]
+    assert found[1] == found[7] == found[16] == found[64]
+    assert asked == [1, 1, 1, 1, 3, 4, 1, 1]
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == {"tiny-g": found[1]}
 
 
 def test_reference_features_are_remembered(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,9 +256,9 @@ def test_several_judges_see_the_same_samples_and_each_figure_says_its_space(
     monkeypatch.setattr(
         SelfGuidedPipeline, "generate", lambda self, *a, **k: calls.append(k["first_index"]) or draw(self, *a, **k)
     )
-    args = {"metrics": "fd,prdc,consistency", "n": 10, "steps": 2, "batch_size": 5, "device": "cpu"}
+    args = {"metrics": "fd,prdc,consistency", "n": 20, "steps": 2, "device": "cpu"}
     result = evaluate(run, str(run.parent / "real.tar"), features=f"own,{tmp_path / 'fine.yaml'}", **args)
-    assert calls == [0, 5]
+    assert calls == [0, 16]
     found, shown = result["metrics"], capsys.readouterr().out
     assert found.keys() == result["judges"].keys() == {"tiny-g", "fine"}
     assert "consistency" in found["tiny-g"] and "consistency" not in found["fine"]
@@ -238,8 +267,8 @@ def test_several_judges_see_the_same_samples_and_each_figure_says_its_space(
         alone = {"tiny-g": "own", "fine": str(tmp_path / "fine.yaml")}[space]
         again = evaluate(run, str(run.parent / "real.tar"), features=alone, **args)["metrics"][space]
         assert again == pytest.approx({name: values[name] for name in again})
-    assert (run / "evaluations" / "w2_dpmpp_2m2_seed0_n10_own_fine.json").is_file()
-    assert any("10 of the 64 reference images, chosen at random" in note for note in result["notes"])
+    assert (run / "evaluations" / "w2_dpmpp_2m2_seed0_n20_own_fine.json").is_file()
+    assert any("20 of the 64 reference images, chosen at random" in note for note in result["notes"])
 
 
 def test_a_network_that_is_the_runs_own_g_is_one_judge(run: Path, tmp_path: Path) -> None:
@@ -312,7 +341,8 @@ def test_samples_are_dropped_once_they_are_seen() -> None:
     """Of 50,000 images features stay in memory, never pixels."""
     alive: list[weakref.ref] = []
 
-    def batches():
+    def batches(part, on_skip):
+        on_skip("x.png", "bad")
         for i in range(5):
             images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
             alive.append(weakref.ref(images))
@@ -320,8 +350,12 @@ def test_samples_are_dropped_once_they_are_seen() -> None:
             yield torch.tensor([2 * i, 2 * i + 1]), images
             del images
 
-    places, found = collect(batches(), {"a": lambda x: x.mean((2, 3)), "b": lambda x: x[:, :1, 0, 0]}, CPU, 10, "test")
-    assert places.tolist() == list(range(10)) and found["a"].shape == (10, 3) and found["b"].shape == (10, 1)
+    networks = {("a", ""): lambda x: x.mean((2, 3)), ("b", ""): lambda x: x[:, :1, 0, 0]}
+    look = Look(SimpleNamespace(batches=batches), None, networks, CPU)
+    places, (a, b), skipped = look((False, list(networks), slice(None)))
+    assert (
+        places.tolist() == list(range(10)) and a.shape == (10, 3) and b.shape == (10, 1) and skipped == {"x.png": "bad"}
+    )
     assert not any(ref() is not None for ref in alive)
 
 

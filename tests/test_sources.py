@@ -38,7 +38,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path: Path) -> None:
 
 
 def test_a_limit_spreads_over_the_whole_set(tmp_path: Path) -> None:
-    assert sources.spread(10, 4) == [0, 2, 5, 7] and sources.spread(3, 10) == [0, 1, 2]
+    assert sources.spread(10, 4) == [0, 2, 5, 7] and list(sources.spread(3, 10)) == [0, 1, 2]
     for shard in range(2):
         with ShardWriter(tmp_path / f"{shard}.tar") as writer:
             for i in range(5):

@@ -1,12 +1,14 @@
 """An evaluation: subject -> judges -> features -> figures."""
 
 import time
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ldm_sg.evaluate import figures, sources
-from ldm_sg.evaluate.collect import collect
+from ldm_sg.evaluate.collect import Look, Passes
 from ldm_sg.evaluate.judges import guide, open_judges, parse_features
 from ldm_sg.evaluate.options import DRAWING, Options
 from ldm_sg.evaluate.reference import Reference
@@ -25,7 +27,6 @@ def assess(options: Options) -> tuple[dict[str, Any], Path]:
     real = sources.open_images(options.reference)
     subject = open_subject(options, list(parse_features(options.features)))
     precision = options.precision or DRAWING["precision"]
-    reference = Reference(real, subject, options.batch_size, device, precision, skipped.__setitem__)
     made_by = guide(subject.pipe)
     wanted = wanted or _default(subject, made_by)
     figures.check_enough(wanted, subject.total, subject.where)
@@ -35,8 +36,10 @@ def assess(options: Options) -> tuple[dict[str, Any], Path]:
     file = figures.prepare(Path(options.out) if options.out is not None else figures.free(subject.out, asked))
     judges = open_judges(wanted, options, subject, device)
 
-    networks = {(judge.space, judge.sees): judge.network for judge in judges}
-    places, seen = collect(subject.batches(reference.on_skip), networks, device, subject.total, "samples")
+    look = Look(subject, real, {(judge.space, judge.sees): judge.network for judge in judges}, device)
+    passes = Passes(look, partial(_look, _resolved(options, subject), wanted, real), options, skipped)
+    reference = Reference(real, subject, passes, device, precision)
+    places, seen = passes(False, list(look.networks))
     values: dict[str, dict[str, float]] = {}
     for judge in judges:
         found = judge.measure(seen[judge.space, judge.sees], places, reference)
@@ -58,6 +61,22 @@ def assess(options: Options) -> tuple[dict[str, Any], Path]:
     }
     result["notes"] = subject.notes + figures.remarks(result, sources.first_size(real), skipped)
     return result, file
+
+
+def _resolved(options: Options, subject: Subject) -> Options:
+    """What was said of it once need not be said by every worker, and is the same in all."""
+    if subject.pipe is None or subject.asked is None:
+        return options
+    step = subject.pipe.checkpoint
+    return replace(options, w=subject.sampling["w"], checkpoint=None if step is None else str(step))
+
+
+def _look(options: Options, wanted: list[str], real: sources.ImageSet, on: str) -> Look:
+    """What a worker looks with."""
+    options, device = replace(options, device=on), pick_device(on)
+    subject = open_subject(options, [])
+    judges = open_judges(wanted, options, subject, device)
+    return Look(subject, real, {(judge.space, judge.sees): judge.network for judge in judges}, device)
 
 
 def _default(subject: Subject, made_by: str | None) -> list[str]:

@@ -43,7 +43,9 @@ def distances(space: str, network: Inception | FeatureExtractor, wanted: list[st
     """Samples against real images by their features: fd, kid, prdc, is."""
 
     def measure(samples: Tensor, _: Tensor, reference: Reference) -> dict[str, float]:
-        return figures.compute(wanted, samples, reference.features(network), network, seed)
+        return figures.compute(
+            wanted, samples, reference.features((space, "features"), network.manifest), network, seed
+        )
 
     return Judge(space, "features", network.manifest, network, measure)
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ldm_sg.config import check_workers
 from ldm_sg.data.images import MAX_SIDE
 from ldm_sg.errors import InputError, choices
 from ldm_sg.evaluate.inception import RESIZES
@@ -35,14 +36,18 @@ class Options:
     interval: list[float] | None = None
     precision: str | None = None
     seed: int = 0
-    batch_size: int = 64
+    batch_size: int = 64  # samples of a worker's task, in whole passes; changes no figure
     checkpoint: str | None = None  # a step of the run that keeps its weights, or best
     run: str | None = None  # whose g and f judge images on disk; default the run that holds them
     out: str | None = None
     device: str = "auto"
+    executor: str = "local"  # as in AnnotateConfig
+    processes: int = 0
+    address: str | None = None
 
     def check(self) -> None:
         """InputError where values mean nothing."""
+        check_workers(self)
         if self.size is not None and not 1 <= self.size <= MAX_SIDE:
             raise InputError(f"size={self.size}: from 1 to {MAX_SIDE:,} pixels")
         if self.n < 1 or self.batch_size < 1 or not math.isfinite(self.w or 0):

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.kinds import LoadedAnnotator
 from ldm_sg.annotate.stream import encode
 from ldm_sg.data.images import to_float, to_uint8
 from ldm_sg.evaluate import sources
-from ldm_sg.evaluate.collect import Network, cached, collect
-from ldm_sg.evaluate.inception import Inception
+from ldm_sg.evaluate.collect import MOST, Key, Network, Passes, cached
 from ldm_sg.evaluate.subjects import Subject
 from ldm_sg.hardware import use_bf16
 
-MOST = 50_000  # images, spread over the whole set
 CEILING = 1_000  # of them pass through the autoencoder, for the best that a sample can reach
 IDENTITY = ("name", "sha256", "layer", "pool", "size", "precision", "resize")  # of a network, in its manifest
 
@@ -30,23 +27,16 @@ class Reference:
 
     images: sources.ImageSet
     subject: Subject
-    batch_size: int
+    passes: Passes
     device: torch.device
     precision: str  # of the autoencoder
-    on_skip: sources.OnSkip
     used: int = 0  # images that figures were made of
 
-    def features(self, network: Inception | FeatureExtractor) -> Tensor:
-        """[M, D] of up to MOST images, seen as the subject's are."""
-        size, within = self.subject.size, self.subject.within
-
-        def compute() -> Tensor:
-            batches = sources.batches(self.images, size, self.batch_size, MOST, self.on_skip, within)
-            total = self.images.total and min(self.images.total, MOST)
-            return collect(batches, {"real": network}, self.device, total, "real")[1]["real"]
-
-        identity = {key: network.manifest.get(key) for key in IDENTITY}
-        return self._remembered(compute, 0, size=size, within=within, limit=MOST, network=identity)
+    def features(self, of: Key, manifest: dict[str, Any]) -> Tensor:
+        """[M, D] of up to MOST images, seen as the subject's are by the network `of`, whose `manifest` this is."""
+        identity = {key: manifest.get(key) for key in IDENTITY}
+        settings = {"size": self.subject.size, "within": self.subject.within, "limit": MOST, "network": identity}
+        return self._remembered(lambda: self.passes(True, [of])[1][of], 0, **settings)
 
     def ceiling(self, own: LoadedAnnotator, judge: Network, what: str) -> tuple[Tensor, Tensor]:
         """What `judge`, which is `what` of the run's own g and f, says of real images, seen as annotate saw them, and of their
@@ -59,7 +49,7 @@ class Reference:
         def compute() -> Tensor:
             photos, before, after = sources.pictures(self.images, limit), [], []
             with tqdm(desc="real, rebuilt", total=min(self.images.total or limit, limit), unit="image") as bar:
-                while batch := list(itertools.islice(photos, self.batch_size)):
+                while batch := list(itertools.islice(photos, self.subject.at_once)):
                     squares, seen = own.see(batch, pipe.image_size, pipe.source_size)
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                         pixels = to_uint8(

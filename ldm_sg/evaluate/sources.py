@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,11 +39,15 @@ class ImageSet:
     records: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
     @functools.cached_property
-    def total(self) -> int | None:
-        """How many images there are at most (damaged ones count), or None where only downloading would tell."""
+    def counts(self) -> list[int] | None:
+        """Images of each of `paths` at most (damaged ones count), or None where only downloading would tell."""
         if not self.in_shards:
-            return len(self.paths)
-        return None if any(map(is_remote, self.paths)) else sum(map(count_images, self.paths))
+            return [1] * len(self.paths)
+        return None if any(map(is_remote, self.paths)) else list(map(count_images, self.paths))
+
+    @property
+    def total(self) -> int | None:
+        return None if self.counts is None else sum(self.counts)
 
     def ids(self) -> Tensor:
         """The cluster id each image was asked for [N]. Raises InputError where the set does not say."""
@@ -117,16 +122,17 @@ def _records(folder: Path) -> tuple[dict[str, Any], ...]:
     return tuple(records)
 
 
-def spread(total: int, limit: int) -> list[int]:
+def spread(total: int, limit: int) -> Sequence[int]:
     """`limit` positions spread evenly over range(total): sorted shards are not cut off at their first classes."""
-    return list(range(total)) if limit >= total else [i * total // limit for i in range(limit)]
+    return range(total) if limit >= total else [i * total // limit for i in range(limit)]
 
 
 def batches(
-    images: ImageSet, size: int, batch_size: int, limit: int, on_skip: OnSkip, within: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(positions [B] long, uint8 [B, 3, size, size]) of at most `limit` images, spread over the whole set; `within` as in
-    crop_resize.
+    images: ImageSet, size: int, batch_size: int, limit: int, on_skip: OnSkip, within: int | None = None,
+    part: slice = slice(None),
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """(positions [B] long, uint8 [B, 3, size, size]) of at most `limit` images, spread over the whole set, and of these the
+    `part`; `within` as in crop_resize.
 
     Remote shards, whose number of images is not known, give their first `limit`. Images that cannot be read are left
     out (a batch is short there) and reported. Threads read and decode two batches ahead: Pillow frees the interpreter."""
@@ -139,7 +145,7 @@ def batches(
             return position, name, err.reason
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        loaded = in_order(pool, load, _chosen(images, limit, on_skip), 2 * batch_size)
+        loaded = in_order(pool, load, _chosen(images, limit, on_skip, part), 2 * batch_size)
         while group := list(itertools.islice(loaded, batch_size)):
             for _, name, found in group:
                 if isinstance(found, str):
@@ -156,36 +162,46 @@ def pictures(images: ImageSet, limit: int) -> Iterator[Image.Image]:
             yield _open(data)
 
 
-def _chosen(images: ImageSet, limit: int, on_skip: OnSkip) -> Iterator[tuple[int, tuple[str, Path | bytes]]]:
-    """(position, (name, file or encoded image)) of at most `limit` images."""
-    total, entries = images.total, enumerate(_encoded(images, on_skip))
-    if total is None:
-        return itertools.islice(entries, limit)
-    if limit >= total:
-        return entries  # reading on to the end reports what is damaged there
-    wanted = dict.fromkeys(spread(total, limit))
-    return (entry for entry in itertools.islice(entries, max(wanted) + 1) if entry[0] in wanted)
+def _chosen(
+    images: ImageSet, limit: int, on_skip: OnSkip, part: slice = slice(None)
+) -> Iterator[tuple[int, tuple[str, Path | bytes]]]:
+    """(position, (name, file or encoded image)) of at most `limit` images. Shards with none of them are not read; the others are
+    up to the first image beyond, so that what is damaged at their end is reported."""
+    if images.total is None:
+        every = (entry for shard in images.paths for entry in _encoded(shard, on_skip))
+        yield from itertools.islice(enumerate(every), limit)
+        return
+    wanted, first = spread(images.total, limit)[part], 0
+    keep = wanted if isinstance(wanted, range) else set(wanted)
+    start, last = (wanted[0], wanted[-1]) if wanted else (0, -1)
+    for path, count in zip(images.paths, images.counts or ()):
+        if first <= last + (not count) and first + max(1, count) > start:
+            entries = _encoded(path, on_skip) if images.in_shards else iter([(path, Path(path))])
+            for position, entry in enumerate(entries, first):
+                if position > last:
+                    break
+                if position in keep:
+                    yield position, entry
+        first += count
 
 
 def _open(source: Path | bytes) -> Image.Image:
     return decode(source if isinstance(source, bytes) else read_bytes(source))
 
 
-def _encoded(images: ImageSet, on_skip: OnSkip) -> Iterator[tuple[str, Path | bytes]]:
-    """(name, file or encoded image) of every image, in order."""
+def _encoded(shard: str, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
+    """(name, encoded image) of every image, in order."""
 
     def skip(shard: str, key: str, reason: str) -> None:
         on_skip(f"{shard}: {key}" if key else shard, reason)
 
-    if not images.in_shards:
-        yield from ((path, Path(path)) for path in images.paths)
-    for shard in images.paths if images.in_shards else ():
-        yield from ((f"{shard}: {sample.key}", sample.image) for sample in read_shard(shard, skip))
+    for sample in read_shard(shard, skip):
+        yield f"{shard}: {sample.key}", sample.image
 
 
 def first_size(images: ImageSet) -> int:
     """Side in pixels of the first readable image's centre square."""
-    for _, data in _encoded(images, lambda *_: None):
+    for _, (_, data) in _chosen(images, sys.maxsize, lambda *_: None):
         with contextlib.suppress(BadImage):
             return min(_open(data).size)
     raise InputError(f"{images.where}: no readable image")

@@ -14,6 +14,7 @@ from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
 from ldm_sg.evaluate.options import DRAWING, Options
 from ldm_sg.folder import pipeline_of
+from ldm_sg.hardware import pick_device
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.sampling.request import SampleOptions
 
@@ -25,8 +26,10 @@ class Subject:
     where: str
     total: int
     size: int
-    batches: Callable[[sources.OnSkip], Iterator[tuple[Tensor, Tensor]]]  # -> positions [B], uint8 [B, 3, H, W]
+    at_once: int  # images that pass through networks together
+    batches: Callable[[slice, sources.OnSkip], Iterator[tuple[Tensor, Tensor]]]  # -> positions [B], uint8 [B, 3, H, W]
     ids: Callable[[], Tensor]  # the cluster each was asked for, by position; InputError where nothing says
+    images: sources.ImageSet | None  # where they lie on disk
     asked: Signals | None  # the whole signals, where they were drawn from a run
     sampling: dict[str, Any]  # w, steps, scheduler, seed, as far as they are known
     out: Path  # where the result goes when nothing else is said
@@ -46,6 +49,12 @@ class Subject:
     def within(self) -> int | None:
         """Pixels at which reference images are seen before their centre is taken, for a run that learnt crops."""
         return self.pipe.source_size if self.pipe and self.pipe.image_size == self.size else None
+
+
+def fitting(size: int, device: torch.device) -> int:
+    """How many images of `size` pixels a side pass through networks together: by nothing else, so that results are the same to the
+    bit for any batch_size and processes; as many as 8 GB hold and as are faster than fewer."""
+    return max(1, min(16 if device.type == "cpu" else 64, 2**20 // size**2))
 
 
 def open_subject(options: Options, judges: list[str]) -> Subject:
@@ -71,7 +80,8 @@ def _run_of(source: Path, named: str | Path | None) -> Path | None:
 
 
 def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: list[str]) -> Subject:
-    """n samples drawn as they are read; image i and its signal depend on (seed, i) only."""
+    """n samples drawn as they are read; image i and its signal depend on (seed, i) only, to the bit: other numbers at once would
+    move single pixels by a grey level, so the last ones are drawn with further ones, which are dropped."""
     n, own = options.n, pipe.image_size
     if options.size not in (None, own):
         raise InputError(f"size={options.size}: the samples of {folder} have {own} pixels, and so the reference")
@@ -79,12 +89,15 @@ def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: 
     w = pipe.usual_w if options.w is None else pipe.strength(options.w)
     settings = DRAWING | given | {"w": w, "seed": options.seed}
     solving = SampleOptions(**settings | {"interval": settings["interval"] or []}).solving()
-    drawn = pipe.draw(n, options.seed)
+    at_once = fitting(own, pipe.device)
+    padded = pipe.draw(n + -n % at_once, options.seed)
+    drawn = padded[torch.arange(n)]
 
-    def batches(_: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, n, options.batch_size):
-            places = torch.arange(start, min(start + options.batch_size, n))
-            yield places, squares(pipe.generate(drawn[places], w=w, first_index=start, **solving))
+    def batches(part: slice, _: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(n)[part][::at_once]:
+            places = torch.arange(start, start + at_once)
+            images = squares(pipe.generate(padded[places], w=w, first_index=start, **solving))
+            yield places[: n - start], images[: n - start]
 
     def ids() -> Tensor:
         if drawn.k is None or drawn.k.ndim != 1:
@@ -98,7 +111,7 @@ def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: 
     inside = (folder / "model_index.json").is_file()  # a pipeline folder, which training replaces, of a run
     home, prefix = (folder.parent, f"{folder.name}_") if inside else (folder, "")
     file = home / "evaluations" / f"{prefix}{name}_n{n}_{'_'.join(judges)[:80]}.json"
-    return Subject(str(folder), n, own, batches, ids, drawn, made, file, folder, pipe)
+    return Subject(str(folder), n, own, at_once, batches, ids, None, drawn, made, file, folder, pipe)
 
 
 def _from_disk(
@@ -106,11 +119,14 @@ def _from_disk(
 ) -> Subject:
     """At most n images, spread over the set."""
     n, total, size = options.n, images.total, options.size or sources.first_size(images)
+    at_once = fitting(size, pick_device(options.device))
 
-    def batches(on_skip: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
-        return sources.batches(images, size, options.batch_size, n, on_skip)
+    def batches(part: slice, on_skip: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
+        return sources.batches(images, size, at_once, n, on_skip, part=part)
 
     folder = Path(images.where)
     out = (folder if folder.is_dir() else Path()) / "evaluation.json"
     count = n if total is None else min(n, total)
-    return Subject(images.where, count, size, batches, images.ids, None, images.sampling(), out, run, pipe)
+    return Subject(
+        images.where, count, size, at_once, batches, images.ids, images, None, images.sampling(), out, run, pipe
+    )
