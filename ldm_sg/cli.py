@@ -129,7 +129,9 @@ def pack(
     image_format: Annotated[str, typer.Option("--format", help="jpg, png or webp.")] = "jpg",
     quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
     max_skipped: Annotated[float, typer.Option(help="Share of unreadable images above which packing fails.")] = 0.01,
-    workers: Annotated[int, typer.Option(help="Processes; -1 = one a core.")] = -1,
+    workers: Annotated[int, typer.Option(help="Processes; -1 = one a core (ray: as the cluster has room for).")] = -1,
+    executor: Executor = "local",
+    address: Address = None,
     annotations: Annotated[
         Path | None,
         typer.Option(help='Boxes: COCO\'s instances JSON, or {"FILE NAME": [[x0, y0, x1, y1, label], ...], ...}.'),
@@ -154,7 +156,7 @@ def pack(
 
     run(src, dst, size=size, shard_size=shard_size, format=image_format, quality=quality, max_skipped=max_skipped,
         workers=workers, annotations=annotations, masks=masks, merge=merge, ignore_index=ignore_index,
-        split=split, crop=crop, allow_damaged=allow_damaged,
+        split=split, crop=crop, allow_damaged=allow_damaged, executor=executor, address=address,
         buckets=_shapes("--buckets", buckets) if buckets is not None else [])  # fmt: skip
 
 

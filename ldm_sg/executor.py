@@ -113,14 +113,14 @@ def in_order(make: Make, tasks: Sequence[Task], settings: Settings, device: "tor
         yield from map(make(str(device)), tasks)
         return
     found: dict[int, Any] = {}
-    numbered = run(partial(_numbered, make), list(enumerate(tasks)), settings, device)
-    for place, task in enumerate(tasks):
-        while place not in found:
-            (number, _), found_now = next(numbered)
-            found[number] = found_now
-        if isinstance(result := found.pop(place), Lost):
+    place = 0
+    for (number, task), result in run(partial(_numbered, make), list(enumerate(tasks)), settings, device):
+        if isinstance(result, Lost):
             raise InputError(f"{str(task)[:200]}: {result.why}; give the same command again")
-        yield result
+        found[number] = result
+        while place in found:
+            yield found.pop(place)
+            place += 1
 
 
 def _numbered(make: Make, device: str) -> Callable[[tuple[int, Task]], Result]:

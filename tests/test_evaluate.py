@@ -2,9 +2,15 @@
 
 import io
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import sys
 import tarfile
+import threading
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -30,7 +36,7 @@ from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.shards import ShardWriter
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
-from ldm_sg.evaluate.collect import Look, Passes
+from ldm_sg.evaluate.collect import Look, Passes, Task
 from ldm_sg.evaluate.evaluation import _look
 from ldm_sg.evaluate.options import DRAWING, Options
 from ldm_sg.evaluate.subjects import open_subject
@@ -137,18 +143,59 @@ def test_samples_and_figures_are_the_same_for_any_batch_size_and_processes(
     """To the bit: sample i is that of (seed, i), however many are drawn, and the figures are those of one process."""
     pixels = {n: look_of(run, n)(False, [("pixels", "")])[1]["pixels", ""] for n in (5, 16, 40)}
     assert torch.equal(pixels[40][:5], pixels[5]) and torch.equal(pixels[40][:16], pixels[16])
-    asked, real = [], executor.in_order
-    monkeypatch.setattr(executor, "in_order", lambda make, tasks, *a: asked.append(len(tasks)) or real(make, tasks, *a))
     args = {"metrics": "fd,kid,prdc,consistency", "n": 40, "steps": 2, "device": "cpu", "out": tmp_path / "r.json"}
-    found = {}
+    found, asked = {}, []
+
+    def beside(make, tasks, *_):  # as two workers do it, in this process
+        workers = [make("cpu"), make("cpu")]
+        asked.append([str(task) for task in tasks])
+        yield from (workers[i % 2](task) for i, task in enumerate(tasks))
+
     for batch_size, processes in ((1, 1), (7, 1), (16, 2), (64, 1)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"{batch_size}"))  # reference features are made anew
         where = run if batch_size > 1 else run / "pipeline"
-        result = evaluate(where, str(run.parent / "real.tar"), batch_size=batch_size, processes=processes, **args)
+        with pytest.MonkeyPatch.context() as patch:
+            if processes > 1:
+                patch.setattr(executor, "in_order", beside)
+            result = evaluate(where, str(run.parent / "real.tar"), batch_size=batch_size, processes=processes, **args)
         found[batch_size] = result["metrics"]["tiny-g"]
     assert found[1] == found[7] == found[16] == found[64]
-    assert asked == [1, 1, 1, 1, 3, 4, 1, 1]
+    assert asked[0] == ["samples 0 to 15", "samples 16 to 31", "samples 32 to 39"] and len(asked[1]) == 4
     assert json.loads((tmp_path / "r.json").read_text())["metrics"] == {"tiny-g": found[1]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_two_processes_give_the_figures_of_one(
+    kind: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "ray":
+        pytest.importorskip("ray", reason="pip install 'ldm-sg[distributed]'")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    args = {"metrics": "fd,kid,prdc,consistency", "n": 40, "batch_size": 16, "steps": 2, "device": "cpu"}
+    found = []
+    for processes, how in ((1, "local"), (2, kind)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"{processes}"))
+        real, out = str(run.parent / "real.tar"), tmp_path / f"{processes}.json"
+        found.append(evaluate(run, real, processes=processes, executor=how, out=out, **args))
+    assert found[0]["metrics"] == found[1]["metrics"] and found[0]["samples"] == found[1]["samples"] == 40
+
+
+def test_a_killed_worker_is_one_line(run: Path, tmp_path: Path) -> None:
+    def kill() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.05)
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(
+        InputError, match=r"^samples \d+ to \d+: its worker was killed by signal 9; give the same command"
+    ):
+        evaluate(run, str(run.parent / "real.tar"), "fd", n=40, batch_size=16, device="cpu", processes=2,
+                 out=tmp_path / "r.json")  # fmt: skip
+    killer.join()
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_reference_features_are_remembered(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +262,9 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
         ((run, real), {"out": plain}, "cannot be written"),
         ((run, real), {"out": plain / "000.png" / "x.json"}, "give another --out"),
         ((run, real), {"device": "gpu"}, "device='gpu'"),
+        ((run, real), {"executor": "dask"}, "executor=dask: local or ray"),
+        ((run, real), {"processes": -1}, "processes=-1: 0"),
+        ((run, real), {"address": "ray://10.0.0.1:10001"}, "belongs to executor=ray"),
     ]
     before = sorted(run.rglob("*"))
     for args, extra, wrong in cases:
@@ -352,7 +402,7 @@ def test_samples_are_dropped_once_they_are_seen() -> None:
 
     networks = {("a", ""): lambda x: x.mean((2, 3)), ("b", ""): lambda x: x[:, :1, 0, 0]}
     look = Look(SimpleNamespace(batches=batches), None, networks, CPU)
-    places, (a, b), skipped = look((False, list(networks), slice(None)))
+    places, (a, b), skipped = look(Task(False, list(networks), slice(None)))
     assert (
         places.tolist() == list(range(10)) and a.shape == (10, 3) and b.shape == (10, 1) and skipped == {"x.png": "bad"}
     )

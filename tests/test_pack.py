@@ -19,6 +19,8 @@ from PIL import Image
 from ldm_sg.data import pack as module
 from ldm_sg.data.images import crop_or_fit, crop_resize, decode
 from ldm_sg.data.shards import Sample, ShardWriter, read_shard
+from ldm_sg.data.datasets import open_source
+from ldm_sg.data.pack import Form, pack_source
 from ldm_sg.data.sources import Item, make_key
 from ldm_sg.errors import InputError
 from ldm_sg.verbs.pack import pack
@@ -102,6 +104,38 @@ def test_processes_and_this_process_write_the_same_bytes(tmp_path):
         run(src, tmp_path / str(workers), workers=workers, shard_size=32, format="jpg")
     for name in ("000000.tar", "000001.tar", "000002.tar"):
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="pip install 'ldm-sg[distributed]'")
+    monkeypatch.chdir(tmp_path)
+    src = folder_of(tmp_path / "src", [f"{i:03d}.png" for i in range(70)])
+    (src / "bad.png").write_bytes(b"x")
+    for dst, options in (("here", {}), ("ray", {"executor": "ray", "workers": 2})):
+        run(src, dst, shard_size=32, max_skipped=0.1, **options)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir() if path.is_file()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "ray").iterdir() if path.is_file()}
+    assert len(files) == 6
+
+
+def test_whole_shards_by_other_workers_are_the_same(tmp_path):
+    src = folder_of(tmp_path / "src", [f"{i:03d}.png" for i in range(10)])
+    form, source = Form(8, "png", 95), open_source(str(src))
+    asked = []
+
+    def beside(make, names):
+        asked.extend(names)
+        return map(make("cpu"), names)
+
+    run(src, tmp_path / "here")
+    again = pack_source(source, tmp_path / "beside", form, 4, 0, 0, beside)
+    assert asked == ["000000.tar", "000001.tar", "000002.tar"] and again.images == 10
+    for name in (*asked, "shards.jsonl", "pack.yaml"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "beside" / name).read_bytes()
+    (tmp_path / "beside" / "000001.tar").unlink()
+    pack_source(source, tmp_path / "beside", form, 4, 0, 0, beside)
+    assert asked[3:] == ["000001.tar"]
 
 
 def test_list_file(tmp_path):

@@ -1,6 +1,6 @@
 """Images of any source -> square, or whole, images in webdataset shards, over all cores, resumable, with flat memory.
 
-Processes decode, crop and encode small chunks; this process alone writes, shard after shard. A shard that is whole and
+Processes decode, crop and encode small chunks, and this process writes, shard after shard; on Ray a shard is a task. A shard that is whole and
 has its line in shards.jsonl is never made again."""
 
 import functools
@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +40,10 @@ from ldm_sg.folder import claim, disk_errors, read_mapping, write_text
 FORMATS = ("jpg", "png", "webp")
 _CHUNK = 16  # images a process works on at a time
 _LOGS = (INDEX, "skipped.jsonl")
+Made = tuple[str, dict[str, int], list[dict[str, str]], dict[str, int]]  # of a shard what `Log.add` is told
+Beside = Callable[
+    [Callable[[str], Callable[[str], Made]], list[str]], Iterator[Made]
+]  # workers for shards, by their names
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,12 @@ class Summary:
     buckets: dict[str, int] = field(default_factory=dict)  # images of each
 
 
-def pack_source(source: Source, dst: Path, form: Form, shard_size: int, workers: int, max_skipped: float) -> Summary:
-    """Makes what is missing of DST/*.tar; InputError when DST belongs to another pack, or too much is unreadable."""
+def pack_source(
+    source: Source, dst: Path, form: Form, shard_size: int, workers: int, max_skipped: float,
+    beside: Beside | None = None,
+) -> Summary:  # fmt: skip
+    """Makes what is missing of DST/*.tar, shard for shard, each by all `workers`, or many at once by `beside`; InputError when DST
+    belongs to another pack, or too much is unreadable."""
     settings = {"source": source.identity, **form.settings(), "shard_size": shard_size}
     claim(dst, "pack.yaml", {"version": 1, "settings": settings}, free=("done",))
     names = {"classes": source.classes, "mask_classes": source.mask_classes}
@@ -117,21 +125,53 @@ def pack_source(source: Source, dst: Path, form: Form, shard_size: int, workers:
         write_text(dst / "classes.json", json.dumps(names, indent=1, ensure_ascii=False))
     log = Log(dst)
     allowed = None if source.total is None else max_skipped * source.total
-    chunks = _chunks(source.shards(shard_size, log.done))
-    with (
-        DecoderPool(workers if workers > 0 else cores()) if workers else nullcontext() as pool,
-        tqdm(total=source.total, initial=log.total["images"] + log.total["skipped"], desc="pack", unit="image") as bar,
-    ):
-        work = functools.partial(_pack_chunk, form)
-        results = pool.in_order(work, chunks) if pool else map(work, chunks)
-        for name, group in itertools.groupby(results, key=lambda result: result[0]):
-            _write_shard(dst / name, (packed for _, chunk in group for packed in chunk), log, bar)
+    with tqdm(total=source.total, initial=log.total["images"] + log.total["skipped"], desc="pack", unit="image") as bar:
+        if beside:
+            todo = [name for name, _ in source.shards(shard_size, log.done)]
+            shards = beside(functools.partial(_packer, source, dst.absolute(), form, shard_size), todo)
+        else:
+            shards = _here(source.shards(shard_size, log.done), dst, form, workers, bar.update)
+        for made in shards:
+            log.add(*made)
+            bar.update(log.total["images"] + log.total["skipped"] - bar.n)
             if allowed is not None and log.total["skipped"] > allowed:
                 break  # it can only get worse
     total = Summary(**log.total, buckets=dict(log.buckets.most_common()))
     _check(total, dst, max_skipped)
     finish(dst, total)
     return total
+
+
+def _here(
+    shards: Iterable[tuple[str, Iterator[Item]]], dst: Path, form: Form, workers: int, told: Callable[[int], object]
+) -> Iterator[Made]:
+    """By processes that share each shard, or by this one."""
+    work = functools.partial(_pack_chunk, form)
+    with DecoderPool(workers if workers > 0 else cores()) if workers else nullcontext() as pool:
+        results = pool.in_order(work, _chunks(shards)) if pool else map(work, _chunks(shards))
+        for name, group in itertools.groupby(results, key=lambda result: result[0]):
+            yield _write_shard(dst / name, (packed for _, chunk in group for packed in chunk), told)
+
+
+def _packer(source: Source, dst: Path, form: Form, size: int, _: str) -> Callable[[str], Made]:
+    """A worker that makes whole shards, each asked for by its name."""
+
+    def work(wanted: str) -> Made:
+        for name, items in source.shards(size, _Others(wanted)):
+            made = _write_shard(dst / name, (pack_item(form, item) for item in items))
+        return made
+
+    return work
+
+
+@dataclass(frozen=True)
+class _Others:
+    """All shards but one."""
+
+    name: str
+
+    def __contains__(self, name: object) -> bool:
+        return name != self.name
 
 
 def _check(total: Summary, dst: Path, max_skipped: float) -> None:
@@ -198,13 +238,13 @@ def renumber(mask: Image.Image, table: tuple[int, ...]) -> Image.Image:
     return Image.fromarray(indices)
 
 
-def _write_shard(path: Path, results: Iterable[Packed], log: "Log", bar: tqdm) -> None:
-    """One shard, with buckets one of each shape that occurs, and its lines in the logs; none is written without an image."""
+def _write_shard(path: Path, results: Iterable[Packed], told: Callable[[int], object] = int) -> Made:
+    """One shard, with buckets one of each shape that occurs; none is written without an image."""
     skipped, noted = [], {"empty_boxes": 0, "enlarged": 0}
     writers: dict[str, ShardWriter] = {}
     with ExitStack() as stack:
         for packed in results:
-            bar.update()
+            told(1)
             if packed.files is None:
                 skipped.append({"shard": path.name, "source": packed.source, "reason": packed.reason})
                 continue
@@ -215,7 +255,7 @@ def _write_shard(path: Path, results: Iterable[Packed], log: "Log", bar: tqdm) -
             writers[packed.bucket].write(packed.key, packed.files)
             for name in noted:
                 noted[name] += getattr(packed, name)
-    log.add(path.name, {bucket: writer.written for bucket, writer in writers.items()}, skipped, noted)
+    return path.name, {bucket: writer.written for bucket, writer in writers.items()}, skipped, noted
 
 
 def _file(name: str, bucket: str) -> str:

@@ -20,11 +20,22 @@ from ldm_sg.folder import cache_home, whole
 
 Network = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [-1, 1] -> features [B, D]
 Key = tuple[str, str]  # of a network: the space of a judge, and what it sees
-Task = tuple[bool, list[Key], slice]  # of real images or samples those of a part, through these networks
 Seen = tuple[
     np.ndarray, list[np.ndarray], dict[str, str]
 ]  # positions [N], features [N, D] of each, what was left out and why
 MOST = 50_000  # real images, spread over the whole set
+
+
+@dataclass(frozen=True)
+class Task:
+    """Samples, or real images, of which a part goes through these networks."""
+
+    real: bool
+    keys: list[Key]
+    part: slice
+
+    def __str__(self) -> str:
+        return f"{'real images' if self.real else 'samples'} {self.part.start} to {self.part.stop - 1}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Look:
 
     @torch.no_grad()
     def __call__(self, task: Task) -> Seen:
-        real, keys, part = task
+        real, keys, part = task.real, task.keys, task.part
         skipped, places, features = dict[str, str](), [np.empty(0, int)], [[np.empty((0, 0), "f")] for _ in keys]
         for positions, images in self._real(part, skipped) if real else self._samples(part, skipped):
             pixels = to_float(images.to(self.device))
@@ -79,7 +90,7 @@ class Passes:
         label, here = "real" if real else "samples", executor.alone(self.options, device)
         with tqdm(total=total, desc=label, unit="image", dynamic_ncols=True) as bar:
             make = (lambda _: replace(self.look, told=bar.update)) if here else self.make
-            tasks = [(real, keys, part) for part in self._parts(real, total, here)]
+            tasks = [Task(real, keys, part) for part in self._parts(real, total, here)]
             parts = []
             for places, features, skipped in executor.in_order(make, tasks, self.options, device):
                 self.skipped.update(skipped)
@@ -98,7 +109,7 @@ class Passes:
         each += -each % subject.at_once
         if here or (images is not None and images.total is None):
             each = total
-        return [slice(start, start + each) for start in range(0, total, each)]
+        return [slice(start, min(start + each, total)) for start in range(0, total, each)]
 
 
 def cached(name: str | None, compute: Callable[[], Tensor]) -> Tensor:

@@ -3,12 +3,16 @@ or whole, images."""
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+from ldm_sg.config import check_workers
 from ldm_sg.data.datasets import Beside, open_source
 from ldm_sg.data.images import MAX_SIDE
 from ldm_sg.data.pack import FORMATS, Form, Summary, pack_source
 from ldm_sg.errors import InputError, choices
+from ldm_sg.executor import in_order
 from ldm_sg.folder import locked
 
 CROPS = ("square", "none")
@@ -31,6 +35,8 @@ def pack(
     allow_damaged: bool = False,
     crop: str = "square",
     buckets: Sequence[Sequence[int]] = (),
+    executor: str = "local",
+    address: str | None = None,
 ) -> Summary:
     """Packs `src` into DST/000000.tar, ...; what is finished already is kept.
 
@@ -38,6 +44,8 @@ def pack(
     folder (objects marked difficult are kept). size: pixels. crop: square (centre), or none: the whole image, its short
     side `size`. buckets: in place of `size`, (width, height) of shapes: each image is cropped to the one that is nearest
     to its own, and each shard holds one. workers: processes, -1 = one a core, 0 = this one.
+    executor: local, or ray: `workers` actors (-1 = as the cluster has room for) make a shard each, on a disk that all see;
+    address: of its cluster.
     max_skipped: share of unusable images above which it fails. allow_damaged: of shards that are cut off, what is whole.
 
     Beside an image folder: annotations, a JSON of boxes (COCO's instances, crowds left out, or {"FILE NAME": [[x0, y0,
@@ -64,6 +72,10 @@ def pack(
     if buckets and (size != 256 or crop != "square"):
         odd = f"size={size}" if size != 256 else f"crop={crop!r}"
         raise InputError(f"{odd}: buckets say what images are cropped to; leave it out")
+    from torch import device
+
+    settings = SimpleNamespace(executor=executor, processes=max(0, workers), address=address)
+    check_workers(settings)
     started = time.monotonic()
     annotations, masks = (Path(path) if path is not None else None for path in (annotations, masks))
     source = open_source(str(src), Beside(annotations, masks, merge, ignore_index, split), allow_damaged)
@@ -75,6 +87,7 @@ def pack(
             shard_size,
             workers,
             max_skipped,
+            partial(in_order, settings=settings, device=device("cpu")) if executor == "ray" else None,
         )
     seconds = time.monotonic() - started
     shape = f"of {size} x {size}" if crop == "square" else f"with a short side of {size}"
