@@ -78,7 +78,7 @@ def test_every_command_of_scale(tmp_path: Path) -> None:
             command = command.replace(f"configs/{name}/churches256.yaml", path)
         command = command.replace("https://host/sets", f"file://{tmp_path}/annotations")
         done = subprocess.run(
-            ["bash", "-c", command.replace("annotator.k=300", "annotator.k=2")],
+            ["bash", "-c", command.replace("annotator.k=300", "annotator.k=2").replace("-n 50000", "-n 24 --steps 2")],
             cwd=tmp_path, env=env | more, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stderr[-2000:])

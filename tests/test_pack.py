@@ -17,10 +17,10 @@ from packing import run, samples, skips
 from PIL import Image
 
 from ldm_sg.data import pack as module
-from ldm_sg.data.images import crop_or_fit, crop_resize, decode
-from ldm_sg.data.shards import Sample, ShardWriter, read_shard
 from ldm_sg.data.datasets import open_source
+from ldm_sg.data.images import crop_or_fit, crop_resize, decode
 from ldm_sg.data.pack import Form, pack_source
+from ldm_sg.data.shards import Sample, ShardWriter, read_shard
 from ldm_sg.data.sources import Item, make_key
 from ldm_sg.errors import InputError
 from ldm_sg.verbs.pack import pack
