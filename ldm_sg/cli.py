@@ -3,6 +3,8 @@
 import errno
 import os
 import sys
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,8 +88,6 @@ def _config_verb(
     schema: str, module: str, config: Path, overrides: list[str] | None, dry_run: bool, **more: Any
 ) -> None:
     """Load the config as `ldm_sg.config.SCHEMA` and hand it to ldm_sg.verbs.MODULE.MODULE."""
-    from importlib import import_module
-
     from ldm_sg import config as configs
     from ldm_sg.configfile import load, to_yaml
 
@@ -97,7 +97,12 @@ def _config_verb(
             loaded.model = configs.model_config(loaded.model)
         print(to_yaml(loaded), end="")
         return
-    getattr(import_module(f"ldm_sg.verbs.{module}"), module)(loaded, **more)
+    _verb(module)(loaded, **more)
+
+
+def _verb(module: str, name: str | None = None) -> Any:
+    """ldm_sg.verbs.MODULE.NAME, which takes what its command does, under the same names."""
+    return getattr(import_module(f"ldm_sg.verbs.{module}"), name or module)
 
 
 @app.command(
@@ -254,18 +259,14 @@ def sample(
     device: Device = "auto",
 ) -> None:
     """Run -> PNGs, grid.png and one JSON line an image."""
+    given = {**locals()}
+    for name, kind in (("box", float), ("interval", float), ("sweep_w", float), ("interpolate", int)):
+        given[name] = _numbers(f"--{name.replace('_', '-')}", given[name], kind)
+    given |= {"cluster": list(cluster or []), "size": _numbers("--size", size.replace("x", ",") if size else None, int)}
     from ldm_sg.sampling.request import SampleOptions, apply_preset
-    from ldm_sg.verbs.sample import sample as draw
 
-    options = SampleOptions(
-        cluster=list(cluster or []), box=_numbers("--box", box, float), mask=mask, like=like, vary=vary, n=n, w=w,
-        steps=steps, scheduler=scheduler, spacing=spacing, eta=eta, strategy=strategy, rescale=rescale,
-        interval=_numbers("--interval", interval, float), seed=seed, batch_size=batch_size,
-        sweep_w=_numbers("--sweep-w", sweep_w, float), interpolate=_numbers("--interpolate", interpolate, int),
-        trajectory=trajectory, precision=precision, device=device, checkpoint=checkpoint, lora=lora,
-        size=_numbers("--size", size.replace("x", ",") if size else None, int),
-    )  # fmt: skip
-    print(draw(run, apply_preset(options, preset), out, overwrite) / "grid.png")
+    options = SampleOptions(**{field.name: given[field.name] for field in fields(SampleOptions)})
+    print(_verb("sample")(run, apply_preset(options, preset), out, overwrite) / "grid.png")
 
 
 @app.command(
@@ -339,9 +340,7 @@ def export(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps: of the samples in the card.")] = "auto",
 ) -> None:
     """Run -> a folder that diffusers alone can load, with a model card; here or on the hub."""
-    from ldm_sg.verbs.export import export as run_export
-
-    run_export(run, to, checkpoint, onnx, device)
+    _verb("export")(**locals())
 
 
 @app.command("configs", epilog=examples("configs"))
@@ -360,9 +359,7 @@ def demo(
     device: Device = "auto",
 ) -> None:
     """The whole main job on the embedded fruit photos, with a report at the end."""
-    from ldm_sg.verbs.demo import demo as run
-
-    run(out, config, steps=steps, device=device)
+    _verb("demo")(**locals())
 
 
 @app.command(
@@ -389,20 +386,7 @@ def finetune(
     device: Device = "auto",
 ) -> None:
     """A run -> a run on new, unlabelled images."""
-    from ldm_sg.verbs.finetune import finetune as tune
-
-    tune(
-        run,
-        images,
-        k=k,
-        clusters=clusters,
-        steps=steps,
-        lora=lora,
-        replay=replay,
-        out=out,
-        device=device,
-        overrides=overrides,
-    )
+    _verb("finetune")(**locals())
 
 
 @app.command(epilog=examples("dedup annotations/photos", "dedup annotations/photos --threshold 0.9 --outliers 0.01"))
@@ -413,9 +397,7 @@ def dedup(
     out: Annotated[Path | None, typer.Option(help="The list; default ANNOTATION/leave_out.jsonl.")] = None,
 ) -> None:
     """Near-duplicates and outliers -> a list that `train leave_out=` reads, and a picture. Nothing is deleted."""
-    from ldm_sg.verbs.dedup import dedup as run
-
-    run(annotation, threshold, outliers, out)
+    _verb("dedup")(**locals())
 
 
 @app.command(
@@ -452,9 +434,7 @@ app.add_typer(first_stages, name="autoencoder")
 @first_stages.command("list", epilog=examples("autoencoder list"))
 def list_autoencoders() -> None:
     """The shipped autoencoders and those under ./autoencoders."""
-    from ldm_sg.verbs.autoencoder import show
-
-    show()
+    _verb("autoencoder", "show")()
 
 
 @first_stages.command(
@@ -472,9 +452,7 @@ def import_autoencoder(
 ) -> None:
     """A KL or VQ autoencoder of latent-diffusion, taming-transformers, Stable Diffusion or Flux -> a folder that
     autoencoder=FOLDER uses. Code that the file may hold is not run."""
-    from ldm_sg.verbs.autoencoder import import_checkpoint
-
-    import_checkpoint(file, config, out)
+    _verb("autoencoder", "import_checkpoint")(**locals())
 
 
 @first_stages.command(
@@ -498,10 +476,7 @@ def measure_autoencoder(
     device: Device = "auto",
 ) -> None:
     """How well an autoencoder gives images back (PSNR, SSIM, LPIPS, rFID), and its latents' mean and std."""
-    from ldm_sg.verbs.autoencoder import measure
-
-    measure(name, data, n, size, picture, out, lpips=lpips, inception=inception, batch_size=batch_size, device=device,
-        overwrite=overwrite)  # fmt: skip
+    _verb("autoencoder", "measure")(**locals())
 
 
 def _numbers(flag: str, text: str | None, kind: type) -> list:
