@@ -18,10 +18,10 @@ def pick_device(name: str) -> torch.device:
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda", "mps"):
         raise InputError(f"device={name!r}; {choices(name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps'])}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device={name!r}, but torch sees no CUDA device here: use device=cpu or device=auto")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise InputError(f"device={name!r}, but torch sees no MPS device here: use device=cpu or device=auto")
+    if kind != "cpu" and not (torch.cuda if kind == "cuda" else torch.backends.mps).is_available():
+        raise InputError(
+            f"device={name!r}, but torch sees no {kind.upper()} device here: use device=cpu or device=auto"
+        )
     return torch.device(name)
 
 

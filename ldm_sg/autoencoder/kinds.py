@@ -74,18 +74,6 @@ class KL(Diffusers):
         return F.pixel_shuffle(self.net.decode(z).sample, self.patch)
 
 
-class Tiny(Diffusers):
-    """AutoencoderTiny: TAESD and its kin."""
-
-    cls = AutoencoderTiny
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.net.encode(images).latents
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.net.decode(z).sample
-
-
 class DiffusersVQ(Diffusers):
     """diffusers' VQModel: latents before quantisation; decoding quantises."""
 
@@ -96,6 +84,12 @@ class DiffusersVQ(Diffusers):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.net.decode(z).sample
+
+
+class Tiny(DiffusersVQ):
+    """AutoencoderTiny: TAESD and its kin; nothing is quantised."""
+
+    cls = AutoencoderTiny
 
 
 class VQ(Codec):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
-from xml.parsers import expat
 
 from ldm_sg.data.images import BadImage, Size, fitted, part_of, sides
 from ldm_sg.errors import InputError, choices
@@ -204,20 +203,15 @@ def _parse(data: bytes) -> ElementTree.Element:
     """XML without a document type: that is where entities, which read files or grow without end, are declared."""
     if len(data) > _MAX_XML:
         raise BadImage(f"its XML has {len(data):,} bytes, more than {_MAX_XML:,}")
-    builder = ElementTree.TreeBuilder()
-    parser = expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
-    parser.CharacterDataHandler = builder.data
-    parser.StartDoctypeDeclHandler = _refuse_doctype
     try:
-        parser.Parse(data, True)
-    except (expat.ExpatError, LookupError, ValueError) as err:  # the last two: encodings that are not known
+        return ElementTree.fromstring(data, ElementTree.XMLParser(target=_NoDoctype()))
+    except (ElementTree.ParseError, LookupError, ValueError) as err:  # the last two: encodings that are not known
         raise BadImage(f"its XML is malformed: {err}") from None
-    return builder.close()
 
 
-def _refuse_doctype(*declaration: Any) -> None:
-    raise BadImage("its XML has a DOCTYPE, which may hide entities: VOC's have none")
+class _NoDoctype(ElementTree.TreeBuilder):
+    def doctype(self, *declaration: Any) -> None:
+        raise BadImage("its XML has a DOCTYPE, which may hide entities: VOC's have none")
 
 
 def crop_meta(meta: dict[str, Any], original: tuple[int, int], size: Size, crop: bool = True) -> dict[str, Any]:

@@ -29,7 +29,7 @@ METRICS = {  # key in a JSON -> what a reader sees
 }
 SHORT = {"fd": "FD ↓", "kid": "KID ↓", "is": "IS ↑", "consistency": "Consist. ↑", "consistency_top3": "Top 3 ↑"}
 SHARES = ("consistency", "consistency_top3", "layout_agreement", "layout_miou", "layout_iou")  # shown as percentages
-VARIANTS = ("untrained", "real", "chance", "shuffled")
+VARIANTS = {"untrained": 0, "real": 3, "chance": 4, "shuffled": 5}  # and their places among 1 (none) and 2 (of a w)
 LABELS = {"refit": "new ones (refit)", "reuse": "its base's (reuse)", "extend": "its base's and new ones (extend)"}
 MAIN = {  # the picture that says most -> heading, sentence
     "clusters.png": ("Clusters", "Each row is one cluster: real members on the left, samples on the right."),
@@ -170,20 +170,20 @@ def show(name: str, value: float) -> str:
 
 
 def _variant_order(variant: str) -> tuple[int, float]:
-    if variant in VARIANTS:
-        return {"untrained": 0, "real": 3, "chance": 4, "shuffled": 5}[variant], 0.0
-    return (2, float(variant[1:])) if variant else (1, 0.0)
+    of_w = variant and variant not in VARIANTS
+    return (2, float(variant[1:])) if of_w else (VARIANTS.get(variant, 1), 0.0)
+
+
+def _judged(run: Path) -> list[tuple[str, dict[str, Any], str, dict[str, Any]]]:
+    """(name, content, judge, figures) of each judge of each JSON that `ldm-sg evaluate` left in the run."""
+    found = [(path.stem, _read(path)) for path in sorted((run / "evaluations").glob("*.json"))]
+    judges = [(stem, result, *judge) for stem, result in found for judge in (result.get("metrics") or {}).items()]
+    return [judge for judge in judges if isinstance(judge[-1], dict)]
 
 
 def evaluations(run: Path) -> tuple[list[str], list[list[str]]]:
-    """A head, and a row for each judge of each JSON that `ldm-sg evaluate` left in the run."""
-    found = [(path.stem, _read(path)) for path in sorted((run / "evaluations").glob("*.json"))]
-    judged = [
-        (stem, result, space, values)
-        for stem, result in found
-        for space, values in (result.get("metrics") or {}).items()
-        if isinstance(values, dict)
-    ]
+    """A head, and a row for each judge."""
+    judged = _judged(run)
     names = [name for name in METRICS if any(name in values for *_, values in judged)]
     rows = []
     for stem, result, space, values in judged:
@@ -199,9 +199,7 @@ def evaluations(run: Path) -> tuple[list[str], list[list[str]]]:
 
 def _consistency(run: Path) -> str:
     """What real images reach, where an evaluation says so."""
-    metrics = [_read(path).get("metrics") or {} for path in sorted((run / "evaluations").glob("*.json"))]
-    judged = [values for spaces in metrics for values in spaces.values() if isinstance(values, dict)]
-    bounds = [_numbers(values) for values in judged if _has(values, "consistency_real")]
+    bounds = [numbers for *_, values in _judged(run) if "consistency_real" in (numbers := _numbers(values))]
     text = (
         "Consistency: real images reach {consistency_real:.1%} after the autoencoder, chance {consistency_chance:.1%}."
     )
@@ -261,10 +259,6 @@ def _signals(annotation: Path | None, manifest: Mapping[str, Any]) -> str:
         html.chart(charts.sizes(counts)),
         *(html.picture(annotation / name, alt=name) for name in (BOXES, MASKS) if annotation),
     )
-
-
-def _has(mapping: Mapping[str, Any], key: str) -> bool:
-    return _number(mapping.get(key)) is not None
 
 
 def _facts(

@@ -54,9 +54,14 @@ def _crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     if full == size:
         return images
     side = int(torch.randint(size, full + 1, (), generator=generator))
-    images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    images = shrink(images, side)
     top, left = torch.randint(side - size + 1, (2,), generator=generator).tolist()
     return images[:, :, top : top + size, left : left + size]
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """[N, 3, S, S] in [-1, 1] -> [N, 3, side, side]."""
+    return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def perceptual_distance(weights: str | None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,11 +51,10 @@ class _Log:
         self._reset()
 
     def _reset(self) -> None:
-        self.sums, self.steps, self.start = {}, 0, time.monotonic()
+        self.sums, self.steps, self.start = Counter[str](), 0, time.monotonic()
 
     def add(self, losses: dict[str, float]) -> None:
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums.update(losses)  # adds
         self.steps += 1
 
     def write(self, step: int, batch_size: int) -> dict[str, float]:

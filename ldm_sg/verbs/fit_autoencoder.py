@@ -19,7 +19,7 @@ from ldm_sg.errors import InputError
 from ldm_sg.folder import claim, file_sha256, holds_out, write_bytes
 from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.report.grids import labelled_rows, save
-from ldm_sg.training.autoencoder import Fit, Source
+from ldm_sg.training.autoencoder import Fit, Source, shrink
 from ldm_sg.training.autoencoder_loop import loop
 from ldm_sg.training.checkpoint import read_checkpoint
 
@@ -135,13 +135,10 @@ def current(fit: Fit, source: Source, out: Path, images: int) -> Autoencoder:
 
 
 def _normalise(autoencoder: Autoencoder, images: Tensor, size: int) -> None:
-    measure_normalisation(autoencoder, (_shrink(to_float(batch), size) for batch in images.split(64)))
-
-
-def _shrink(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size:
-        return images
-    return torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    measure_normalisation(
+        autoencoder,
+        (batch if batch.shape[-1] == size else shrink(batch, size) for batch in map(to_float, images.split(64))),
+    )
 
 
 @torch.no_grad()
