@@ -424,7 +424,6 @@ first_stages = typer.Typer(
         "autoencoder list",
         "autoencoder measure sd-vae-ft-mse --data 'data/mine/*.tar' -n 500 --picture out.png",
         "autoencoder import kl-f8/model.ckpt --config kl-f8/config.yaml --out autoencoders/kl-f8",
-        "autoencoder import v1-5-pruned.safetensors --out autoencoders/sd15",
     ),
     help="First stages: what there is, how well one gives images back, checkpoints of others.",
 )

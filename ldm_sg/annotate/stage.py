@@ -166,13 +166,17 @@ def stages(out: Path, count: int) -> Iterator[Stage]:
     return (Stage(out, index) for index in range(count))
 
 
+def subset(count: int, limit: int, seed: int) -> np.ndarray:
+    """Which of `count` images are learnt from: all, or `limit` drawn evenly without replacement; in rising order."""
+    if count <= limit:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
+
+
 def sample_features(all_stages: list[Stage], counts: list[int], limit: int, seed: int) -> np.ndarray:
     """At most `limit` features [n, D] float32, drawn evenly without replacement when there are more; one shard's file is
     open at a time."""
-    total = sum(counts)
-    chosen = np.arange(total)
-    if total > limit:
-        chosen = np.sort(np.random.default_rng(seed).choice(total, limit, replace=False))
+    chosen = subset(sum(counts), limit, seed)
     starts = np.concatenate([[0], np.cumsum(counts)])
     out: np.ndarray | None = None
     for stage, start, end in zip(all_stages, starts[:-1], starts[1:]):

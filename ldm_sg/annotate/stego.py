@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_sg.annotate.clusters import kmeans, normalise
-from ldm_sg.annotate.stego_head import Head, fit_head, subset
+from ldm_sg.annotate.stage import subset
+from ldm_sg.annotate.stego_head import Head, fit_head
 from ldm_sg.annotate.stego_official import official
 from ldm_sg.config import SegmentsConfig
 from ldm_sg.errors import InputError, one_line

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm_sg.annotate.clusters import normalise
+from ldm_sg.annotate.stage import subset
 from ldm_sg.config import SegmentsConfig
 from ldm_sg.errors import InputError
 from ldm_sg.folder import write_bytes
@@ -97,13 +98,6 @@ def nearest_images(features: np.ndarray, n: int) -> Tensor:
         similar.diagonal(start).fill_(-2)  # not the image itself
         rows.append(similar.topk(min(n, len(unit) - 1), dim=1).indices)
     return torch.cat(rows)
-
-
-def subset(count: int, limit: int, seed: int) -> np.ndarray:
-    """Which of `count` images are learnt from: all, or `limit` drawn evenly; in rising order."""
-    if count <= limit:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
 
 
 class Fit:

@@ -5,8 +5,8 @@ import io
 import math
 import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,25 +71,32 @@ def decode(data: bytes, key: str = "", least: int = 0) -> Image.Image:
     and nothing that a person sees where `least` is twice the pixels that are kept. Raises BadImage."""
     if not data:
         raise BadImage("empty file", key)
+    with _opened(data, FORMATS, f"not an image ({', '.join(FORMATS)})", key=key) as image:
+        turn = _UPRIGHT.get(_orientation(image))
+        if least:
+            image.draft(image.mode, (least, least))
+        with _large if image.width * image.height > LARGE else nullcontext():
+            rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+@contextmanager
+def _opened(data: bytes, formats: Sequence[str], unknown: str, what: str = "", key: str = "") -> Iterator[Image.Image]:
+    """An image file of at most MAX_PIXELS; all that goes wrong with it within `with` is a BadImage."""
+    claims = f"{what or 'its header '}claims"
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadImage(f"its header claims {width} x {height} pixels, more than {MAX_PIXELS:,}", key)
-            turn = _UPRIGHT.get(_orientation(image))
-            if least:
-                image.draft(image.mode, (least, least))
-            with _large if image.width * image.height > LARGE else nullcontext():
-                rgb = _to_rgb(image)
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{claims} {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}", key)
+            yield image
     except BadImage:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, for headers far beyond ours
-        raise BadImage(f"its header claims more than {MAX_PIXELS:,} pixels", key) from None
+        raise BadImage(f"{claims} more than {MAX_PIXELS:,} pixels", key) from None
     except Image.UnidentifiedImageError:
-        raise BadImage(f"not an image ({', '.join(FORMATS)})", key) from None
+        raise BadImage(unknown, key) from None
     except Exception as err:  # damaged files make Pillow raise OSError, ValueError, SyntaxError, struct.error ...
-        raise BadImage(f"cannot be decoded: {one_line(err)}", key) from err
-    return rgb if turn is None else rgb.transpose(turn)
+        raise BadImage(f"{what}cannot be decoded: {one_line(err)}", key) from err
 
 
 def _orientation(image: Image.Image) -> int:
@@ -258,21 +265,10 @@ def to_uint8(images: "Tensor") -> "Tensor":
 
 def decode_index(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     """An index PNG (segmentation mask), which belongs to an image of `size` -> its indices, mode P or L. Raises BadImage."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
-            if size is not None and mask.size != size:
-                raise BadImage(f"its mask is {mask.size[0]} x {mask.size[1]}, the image {size[0]} x {size[1]}")
-            if mask.mode not in ("P", "L"):
-                raise BadImage(f"its mask has mode {mask.mode}: an index image is 8-bit greyscale or palette")
-            if mask.width * mask.height > MAX_PIXELS:
-                raise BadImage(f"its mask has {mask.width} x {mask.height} pixels, more than {MAX_PIXELS:,}")
-            mask.load()
-            return mask.copy()
-    except BadImage:
-        raise
-    except Image.DecompressionBombError:
-        raise BadImage(f"its mask has more than {MAX_PIXELS:,} pixels") from None
-    except Image.UnidentifiedImageError:
-        raise BadImage("its mask cannot be decoded: it is no PNG") from None
-    except Exception as err:  # as in `decode`
-        raise BadImage(f"its mask cannot be decoded: {one_line(err)}") from err
+    with _opened(data, ("PNG",), "its mask cannot be decoded: it is no PNG", "its mask ") as mask:
+        if size is not None and mask.size != size:
+            raise BadImage(f"its mask is {mask.size[0]} x {mask.size[1]}, the image {size[0]} x {size[1]}")
+        if mask.mode not in ("P", "L"):
+            raise BadImage(f"its mask has mode {mask.mode}: an index image is 8-bit greyscale or palette")
+        mask.load()
+        return mask.copy()

@@ -44,20 +44,15 @@ def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Pat
     signals, sections = latents.signals, []
     sizes = signals.counts()
     if signals.k is not None and signals.k.ndim == 1:
-        sections.append(_wall(latents, sizes))
+        for k, groups in extremes(latents, chosen_clusters(sizes, ROWS)).items():
+            grids.save(grids.strip(groups), folder / WALL / f"{k:06d}.webp")
+        sections.append(wall(folder, latents.manifest, "RUN"))
     if signals.spec.spatial:
         sections.append(_spatial(folder, latents))
     if len(sizes):
         sections.append(html.section("Sizes", "Images with each label.", html.chart(charts.sizes(sizes.tolist()))))
     write_text(folder / "report.html", document(folder, latents.manifest, sections))
     return folder / "report.html"
-
-
-def _wall(latents: LatentSet, sizes: np.ndarray) -> str:
-    """Saves one strip of real members a cluster."""
-    for k, groups in extremes(latents, chosen_clusters(sizes, ROWS)).items():
-        grids.save(grids.strip(groups), latents.folder / WALL / f"{k:06d}.webp")
-    return wall(latents.folder, latents.manifest, "RUN")
 
 
 def wall(folder: Path, manifest: Mapping[str, Any], run: str) -> str:

@@ -171,10 +171,12 @@ class Fit:
         fitted = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(fitted, config.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.perceptual = perceptual_distance(config.lpips_weights).to(device) if config.lpips > 0 else None
+        self.parts: dict[str, Any] = {"net": self.net, "optimizer": self.optimizer}  # of a checkpoint
         self.critic: nn.Module | None = None
         if config.gan > 0:
             self.critic = NLayerDiscriminator(ndf=32, n_layers=2).apply(weights_init).to(device).train()
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), config.lr, betas=(0.5, 0.9))
+            self.parts |= {"critic": self.critic, "critic_optimizer": self.critic_optimizer}
 
     def step(self, images: Tensor, generator: torch.Generator) -> dict[str, float]:
         """One update on `images` [B, 3, S, S] in [-1, 1] -> the losses."""
@@ -264,20 +266,13 @@ class Fit:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed fit needs: tensors and plain containers only."""
-        state = {"steps": self.steps, "net": self.net.state_dict(), "average": self.average}
-        state["optimizer"] = self.optimizer.state_dict()
-        if self.critic is not None:
-            state.update(critic=self.critic.state_dict(), critic_optimizer=self.critic_optimizer.state_dict())
-        return state
+        return {"steps": self.steps, "average": self.average, **{k: v.state_dict() for k, v in self.parts.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        self.net.load_state_dict(state["net"])
         self.average = {k: v.to(self.device) for k, v in state["average"].items()}
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
-            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 def enlarge(images: Tensor, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,21 +31,18 @@ def dedup(
         raise InputError(f"--out {str(path)!r}: give a NAME.jsonl beside which no NAME.png of yours lies")
     latents = LatentSet(annotation)
     found = left_out(latents.features().numpy(), threshold, outliers)
-    lines = [
-        {
-            "index": left.index,
-            "why": "outlier" if left.kept is None else f"like {left.kept}",
-            "cosine": round(left.cosine, 4),
-        }
-        for left in found
-    ]
-    write_text(path, "".join(json.dumps({"set": latents.hash[:16], **line}) + "\n" for line in lines))
+    write_text(path, "".join(json.dumps({"set": latents.hash[:16], **_line(left)}) + "\n" for left in found))
     _picture(latents, found, path.with_suffix(".png"))
     twins = sum(left.kept is not None for left in found)
     print(
         f"{twins:,} near-duplicates and {len(found) - twins:,} outliers of {len(latents):,} images: train leave_out={path}"
     )
     return path
+
+
+def _line(left: Left) -> dict[str, Any]:
+    why = "outlier" if left.kept is None else f"like {left.kept}"
+    return {"index": left.index, "why": why, "cosine": round(left.cosine, 4)}
 
 
 def _picture(latents: LatentSet, found: list[Left], path: Path) -> None:

@@ -98,14 +98,10 @@ def read_images(config: FitAutoencoderConfig) -> tuple[list[Source], dict[str, T
 
 
 def _read(name: str, urls: str, side: int, workers: int) -> Tensor:
-    bar = tqdm(desc=f"reading {name}", unit=" images", leave=False)
-    parts = []
-    for batch in image_batches(
+    batches = image_batches(
         expand(urls), side, 64, workers, lambda *skipped: tqdm.write(f"skipped: {skipped}", file=sys.stderr)
-    ):
-        parts.append(batch.images)
-        bar.update(len(batch.images))
-    bar.close()
+    )
+    parts = [batch.images for batch in tqdm(batches, f"reading {name}", unit=" batches", leave=False)]
     if not parts:
         raise InputError(f"shards.{name}={urls!r}: no readable image")
     return torch.cat(parts)
@@ -170,6 +166,5 @@ def export(fit: Fit, sources: list[Source], held: dict[str, Tensor], out: Path) 
     autoencoder.manifest["psnr"] = {name: scores[name] for name in held}
     if held:
         autoencoder.manifest["psnr_noisy"] = {"std": NOISE_SHOWN, **{name: scores[f"{name}+noise"] for name in held}}
-    autoencoder.manifest["source"] = {"file": "model.safetensors"}
     manifests.write(autoencoder.manifest, out)
     return autoencoder
