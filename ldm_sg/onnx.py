@@ -51,7 +51,6 @@ def need() -> None:
 @torch.no_grad()
 def export_onnx(pipe: "SelfGuidedPipeline", folder: Path) -> dict[str, float]:
     """unet.onnx and decoder.onnx, for any batch size -> file name, the largest difference from torch (nan without onnxruntime)."""
-    need()
     assert pipe.dtype == torch.float32, pipe.dtype
     pipe = pipe.to("cpu")
     guidance = vars(pipe.guidance(pipe.draw(BATCH)))

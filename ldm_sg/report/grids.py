@@ -16,7 +16,6 @@ GAP = 24  # between groups of images: real members and samples
 
 def grid(images: Tensor, columns: int, pad: int = PAD, scale: float = 1) -> Image.Image:
     """uint8 [N, 3, H, W] -> rows of `columns` images with `pad` pixels between them; an unfilled place stays white."""
-    _check(images)
     columns = min(columns, len(images))
     rows = [[row] for row in images.split(columns)]
     return _draw(rows, captions=None, headers=None, pad=pad, gap=0, scale=scale)
@@ -58,10 +57,6 @@ def save(image: Image.Image, path: Path) -> Path:
     return path
 
 
-def _check(images: Tensor) -> None:
-    assert images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3, (images.dtype, images.shape)
-
-
 def _draw(
     rows: Sequence[Sequence[Tensor]],
     captions: Sequence[str] | None,
@@ -72,7 +67,7 @@ def _draw(
 ) -> Image.Image:
     """Rows of groups of images: captions on the left, a header above each group, `gap` pixels between groups."""
     for group in (group for row in rows for group in row):
-        _check(group)
+        assert group.dtype == torch.uint8 and group.dim() == 4 and group.shape[1] == 3, (group.dtype, group.shape)
     height, width = (max(1, round(side * scale)) for side in rows[0][0].shape[-2:])
     places = [max(len(row[g]) for row in rows) for g in range(len(rows[0]))]  # images wide, each group
     spans = [n * width + (n - 1) * pad for n in places]

@@ -54,7 +54,7 @@ def demo(out: Path | None = None, config: str = "demo", steps: int | None = None
         picture = _pictures(out, annotation, device)
     with timings.stage("evaluate"):
         metrics = _evaluate(out, shards, device)
-    metrics["seconds"] = round(timings.total, 1)
+    metrics["seconds"] = round(sum(timings.seconds.values()), 1)
     write_json(out / "metrics.json", metrics)
     write_json(out / "timings.json", timings.seconds)
     (out / "command.txt").write_text(f"ldm-sg demo --config {config} --out {out}\n")
@@ -83,10 +83,6 @@ class _Timings:
                 self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 1)
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self.path, self.seconds)
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
 
 
 def _evaluate(run: Path, shards: Path, device: str) -> dict[str, Any]:

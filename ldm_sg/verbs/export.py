@@ -3,15 +3,16 @@
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 
 from ldm_sg.errors import InputError
 from ldm_sg.folder import read_mapping, whole, write_text
 from ldm_sg.hub import answers, upload
+from ldm_sg.onnx import export_onnx, need
 from ldm_sg.parts import PARTS
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.report.card import card
@@ -29,23 +30,21 @@ def export(
     name = str(to).removeprefix(HUB) if str(to).startswith(HUB) else None
     _check(str(to), name)
     if onnx:
-        from ldm_sg.onnx import need
-
         need()
     pipe = open_pipeline(run, device, checkpoint)
-    with _destination(Path(to), name) as folder:
+    place: AbstractContextManager[Any] = tempfile.TemporaryDirectory() if name else whole(Path(to))
+    with place as new:
+        folder = Path(new)
         pipe.save_pretrained(folder)
         images = pipe.generate(pipe.draw(SHOWN), w=pipe.usual_w, precision="auto")
         save(grid(images, columns=8, scale=best_scale(images)), folder / "grid.png")
         if onnx:
-            from ldm_sg.onnx import export_onnx
-
             for file, difference in export_onnx(pipe, folder / "onnx").items():
                 print(f"{file}: at most {difference:.1e} from torch in onnxruntime", file=sys.stderr)
         write_text(folder / "README.md", _card(pipe, name or str(to), Path(run), onnx))
-        place = upload(folder, name) if name else str(to)
-    print(place)
-    return place
+        where = upload(folder, name) if name else str(to)
+    print(where)
+    return where
 
 
 def _check(to: str, name: str | None) -> None:
@@ -66,16 +65,6 @@ def _check(to: str, name: str | None) -> None:
         raise InputError(
             f"{to}: no network, {constants.ENDPOINT} does not answer; export into a folder: ldm-sg export RUN DIR"
         )
-
-
-@contextmanager
-def _destination(to: Path, name: str | None) -> Iterator[Path]:
-    if name is None:
-        with whole(to) as new:
-            yield new
-    else:
-        with tempfile.TemporaryDirectory() as new:
-            yield Path(new)
 
 
 def _card(pipe: SelfGuidedPipeline, source: str, run: Path, onnx: bool) -> str:
