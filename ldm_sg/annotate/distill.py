@@ -46,20 +46,17 @@ def read_images(source: str) -> list[tuple[bytes, str]]:
             raise InputError(f"images: {source}: the Python package {name!r} is not installed")
         path = str(Path(spec.origin).parent / inside)
     if path.endswith(".parquet"):
-        return _read_parquet(path, *columns.split(","))
+        import pyarrow.parquet  # extra `fruit`: only those who make the shipped g again need it
+
+        image, label = columns.split(",")
+        table = pyarrow.parquet.read_table(path, columns=[image, label])
+        return list(zip(table[image].to_pylist(), table[label].to_pylist()))
     if path.endswith(".tar"):
         return [(s.image, str(s.cls)) for url in expand(path) for s in read_shard(url, _refuse)]
     files = sorted(Path(f) for f in glob.glob(path, recursive=True))  # noqa: PTH207 (patterns may be absolute)
     if not files:
         raise InputError(f"images: nothing matches {source!r}")
     return [(file.read_bytes(), file.parent.name) for file in files]
-
-
-def _read_parquet(path: str, image: str, label: str) -> list[tuple[bytes, str]]:
-    import pyarrow.parquet  # extra `fruit`: only those who make the shipped g again need it
-
-    table = pyarrow.parquet.read_table(path, columns=[image, label])
-    return list(zip(table[image].to_pylist(), table[label].to_pylist()))
 
 
 def _refuse(shard: str, key: str, reason: str) -> None:
@@ -206,14 +203,12 @@ def distill(cfg: DistillConfig) -> Path:
 def probe_nmi(extractor: FeatureExtractor, source: str, size: int, batch_size: int = 64) -> float:
     """Mean NMI over 5 seeds of k-means (k = number of classes) on a labelled source whose images have `size` pixels."""
     images, labels = zip(*read_images(source))
-    names = sorted(set(labels))
     features = []
     for start in tqdm(range(0, len(images), batch_size), desc="probe", mininterval=1):
         batch = [to_tensor(crop_resize(decode(data), size)) for data in images[start : start + batch_size]]
         features.append(extractor(to_float(torch.stack(batch))).cpu())
-    points, classes = torch.cat(features), np.array([names.index(label) for label in labels])
-    k, found = len(names), []
-    for seed in range(5):
-        ids = Clusters(AnnotatorConfig(k=k, seed=seed)).fit_features(points).assign(points).numpy()
-        found.append(nmi(contingency(ids, classes, (k, k))))
+    points, (names, classes) = torch.cat(features), np.unique(labels, return_inverse=True)
+    k = len(names)
+    fits = [Clusters(AnnotatorConfig(k=k, seed=seed)).fit_features(points) for seed in range(5)]
+    found = [nmi(contingency(fit.assign(points).numpy(), classes, (k, k))) for fit in fits]
     return round(float(np.mean(found)), 4)
