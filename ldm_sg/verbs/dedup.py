@@ -1,7 +1,6 @@
 """dedup: an annotation set -> a list of near-duplicates and outliers for `train leave_out=`; nothing is deleted."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,6 @@ def _picture(latents: LatentSet, found: list[Left], path: Path) -> None:
     if shown:
         autoencoder = load_autoencoder(str(latents.folder / "autoencoder"))
         with torch.no_grad():
-            own = partial(
-                rebuilt, latents, decode=lambda z: to_uint8(autoencoder.decode(z)), size=latents.manifest["size"]
-            )
-            images = [own(at) for at in shown.values()]
+            decode, size = (lambda z: to_uint8(autoencoder.decode(z))), latents.manifest["size"]
+            images = [rebuilt(latents, at, decode=decode, size=size) for at in shown.values()]
         grids.save(grids.labelled_rows(list(shown), images), path)

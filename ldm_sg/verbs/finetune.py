@@ -55,11 +55,8 @@ def finetune(
     if pipeline_of(run) != run / "pipeline" or not (run / "config.yaml").is_file():
         raise InputError(f"{run}: give the folder of a trained run, with config.yaml and pipeline/ in it")
     base = from_mapping(TrainConfig, read_mapping(run / "config.yaml"), str(run / "config.yaml"))
-    out = (
-        Path(out)
-        if out is not None
-        else run.with_name(f"{run.name}-{Path(images).resolve().stem.strip('*') or 'tuned'}")
-    )
+    of = Path(images).resolve().stem.strip("*") or "tuned"
+    out = run.with_name(f"{run.name}-{of}") if out is None else Path(out)
     data = out.with_name(out.name + "-data")
     if bound := [o for o in overrides or [] if o.partition("=")[0] in ("annotation", "out", "init", "lora", "steps")]:
         raise InputError(f"{bound[0]}: this command decides that: by RUN, IMAGES and its flags")
@@ -138,12 +135,8 @@ def _look(
     judged = {int(step): fd for step, fd in read_curves(out / "metrics.csv").get("fd_held_out", [])}
     if judged:
         best = min(judged, key=lambda step: judged[step])
-        found |= {
-            "steps": max(judged),
-            "best_step": best,
-            "fd_held_out": judged[best],
-            "fd_held_out_first": judged[min(judged)],
-        }
+        found |= {"steps": max(judged), "best_step": best}
+        found |= {"fd_held_out": judged[best], "fd_held_out_first": judged[min(judged)]}
     latents, g = LatentSet(annotation), load_annotator(annotation / "annotator", tuned.device)
     samples, real, cosine = nearby.nearest(tuned, g, latents, PAIRS)
     found["nearest_cosine"] = float(cosine.mean())

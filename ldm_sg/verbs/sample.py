@@ -88,12 +88,10 @@ def _write(folder: Path, batches: Iterator[Batch], columns: int, captions: list[
 def _grid(images: Tensor, layouts: Tensor | None, columns: int, captions: list[str]) -> Image.Image:
     """Rows of samples; above each row, where the signals are spatial, what was asked for."""
     scale = best_scale(images)
+    if layouts is None and not captions:
+        return grid(images, columns, scale=scale)
     if layouts is None:
-        return (
-            labelled_rows(captions, images.split(columns), scale=scale)
-            if captions
-            else grid(images, columns, scale=scale)
-        )
+        return labelled_rows(captions, images.split(columns), scale=scale)
     rows = [row for pair in zip(layouts.split(columns), images.split(columns), strict=True) for row in pair]
     names = [name for caption in captions or [""] * (len(rows) // 2) for name in ("asked", caption or "sample")]
     return labelled_rows(names, rows, scale=scale)
