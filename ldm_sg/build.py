@@ -24,6 +24,20 @@ from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.sampling.schedules import noise_scheduler, objective_of
 
 
+def annotation(config: TrainConfig) -> LatentSet:
+    """The set to learn from, with the parts of its signals that `guidance.parts` names. InputError where it has none of them."""
+    latents = LatentSet(config.annotation, int(config.cache_gb * 1e9))
+    if config.guidance.parts:
+        latents.spec = dataclasses.replace(latents.spec, concepts_only=True)
+        latents.signals = latents.signals.replace(spec=latents.spec)
+        if not latents.spec.num_concepts:
+            raise InputError(
+                f"guidance.parts={config.guidance.parts}: the signals of {latents.folder} ({latents.spec.kind}) name one thing an image; "
+                "concepts are those of masks, boxes or several labels: annotate with annotator.kind=segments"
+            )
+    return latents
+
+
 def view_side(config: TrainConfig, latents: LatentSet) -> int | None:
     """Side in latent cells of what the network sees: `config.crop` pixels of an image, or None: the whole image."""
     full = latents.latent_shape[1]

@@ -210,7 +210,7 @@ class ModelConfig:
     attention: list[int] = field(default_factory=lambda: [4])  # downsampling factors that have attention
     heads: int = 8
     dropout: float = 0.0
-    inject: str = "concat"  # how k meets the time embedding: concat (paper, ImageNet) or add (its VOC/COCO net)
+    inject: str = "concat"  # how k meets the time embedding: concat (paper, ImageNet), add (its VOC/COCO net), none (tokens alone)
     hidden: int = 256  # width of the two-layer SiLU MLP that embeds k
     tokens: str = "vector"  # cross-attention reads: vector (T tokens made of k), concepts (one a present id), none
     num_tokens: int = 8
@@ -230,6 +230,10 @@ class ReplayConfig:
 @dataclass
 class GuidanceConfig:
     drop: float = 0.1  # share of samples trained with the null; 1.0 = the no-guidance baseline
+    attention: float = 0.0  # weight of a loss that ties the attention of each concept's token to where the concept is
+    parts: list[str] = field(
+        default_factory=list
+    )  # of the signals that are read: [] = all, [concepts] = the ids of what is there
 
 
 @dataclass
@@ -330,6 +334,17 @@ class TrainConfig:
         for name, share in (("guidance.drop", self.guidance.drop), ("decay", self.decay)):
             _need(name, share, 0 <= share <= 1, "a share between 0 and 1")
         _need("replay.share", self.replay.share, 0 <= self.replay.share < 1, "a share from 0 to below 1")
+        attention = self.guidance.attention
+        _need("guidance.attention", attention, 0 <= attention < math.inf, "0 or more")
+        _need(
+            "guidance.attention",
+            attention,
+            not attention or bool(self.guidance.parts),
+            "with guidance.parts=[concepts]",
+        )
+        _need(
+            "guidance.parts", self.guidance.parts, self.guidance.parts in ([], ["concepts"]), "[] (all) or [concepts]"
+        )
         _need(
             "replay.share",
             self.replay.share,

@@ -177,7 +177,10 @@ class Signals:
         if spatial is not None and self.mask is not None:
             k = present(spatial)
         concepts = concept_ids(k) if k is not None and k.ndim == 2 else None
-        return Guidance(keep, k, concepts, feature, spatial)
+        if not self.spec.concepts_only:
+            return Guidance(keep, k, concepts, feature, spatial)
+        concepts = concept_ids(present(spatial)) if self.box is not None else concepts
+        return Guidance(keep, concepts=concepts, spatial=spatial)  # where they are: for a loss alone
 
     def centre(self, share: float) -> "Signals":
         """The same images' signals in the centre square of `share` of their sides; a box without a part of it there has

@@ -69,6 +69,7 @@ class GuidanceSpec:
     multi_hot: bool = False  # k is [B, K] multi-hot instead of [B] ids
     spatial: str | None = None  # k_s: box (one channel) or mask (one channel a label)
     feature_dim: int = 0  # D of `feature`; 0 = none
+    concepts_only: bool = False  # a network reads nothing but the ids of what is present, one token each
 
     @property
     def one_id(self) -> bool:
@@ -78,7 +79,12 @@ class GuidanceSpec:
     @property
     def spatial_channels(self) -> int:
         """S of k_s."""
-        return {None: 0, "box": 1, "mask": self.num_labels}[self.spatial]
+        return 0 if self.concepts_only else {None: 0, "box": 1, "mask": self.num_labels}[self.spatial]
+
+    @property
+    def num_concepts(self) -> int:
+        """How many ids `concepts` can hold: of boxes one, the object."""
+        return 1 if self.spatial == "box" else self.num_labels if self.multi_hot or self.spatial == "mask" else 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -90,7 +96,12 @@ class GuidanceSpec:
             rest = dict(fields)
             spec = cls(rest.pop("kind"), **rest)
             counts = [count for count in (spec.num_labels, spec.feature_dim) if type(count) is int and count >= 0]
-            if len(counts) < 2 or type(spec.multi_hot) is not bool or spec.spatial not in (None, "box", "mask"):
+            if (
+                len(counts) < 2
+                or type(spec.multi_hot) is not bool
+                or type(spec.concepts_only) is not bool
+                or spec.spatial not in (None, "box", "mask")
+            ):
                 raise ValueError(f"{fields}")
             return spec
         except (KeyError, TypeError, ValueError) as err:

@@ -15,7 +15,7 @@ from ldm_sg.guidance.signal import Guidance
 class Condition:
     """What one guided pass of the UNet takes besides x_t and t."""
 
-    vector: Tensor  # [B, E]
+    vector: Tensor | None  # [B, E]
     tokens: Tensor | None  # [B, T, D]
     mask: Tensor | None  # [B, T] bool, True = read it
     spatial: Tensor | None  # [B, S, h, w]
@@ -25,7 +25,8 @@ class Conditioner(ModelMixin, ConfigMixin):
     """Embeds k by a two-layer SiLU MLP (paper, appendix C.1) and makes the cross-attention's tokens; owns the null.
 
     tokens: `vector` (T tokens of width D that are linear in k, as in the paper), `concepts` (one embedding a present
-    id, masked), `none`. The null is learned, for vector, tokens and spatial channels alike."""
+    id, masked), `none`. `tokens_only`: no vector; concepts are then read beside a learned background. The null is learned,
+    for vector, tokens and spatial channels alike."""
 
     @register_to_config
     def __init__(
@@ -38,36 +39,44 @@ class Conditioner(ModelMixin, ConfigMixin):
         token_width: int = 32,
         spatial_channels: int = 0,
         feature_dim: int = 0,
+        tokens_only: bool = False,
     ) -> None:
         super().__init__()
-        if num_labels:
+        if num_labels and not tokens_only:
             self.labels = nn.Parameter(torch.randn(num_labels, hidden))  # Linear(K, hidden) read by row
-        self.null = nn.Parameter(torch.randn(hidden))
-        self.out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, embed_dim))
+        if not tokens_only:
+            self.null = nn.Parameter(torch.randn(hidden))
+            self.out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, embed_dim))
         self.token_shape = {"vector": (num_tokens, token_width), "concepts": (1, token_width), "none": None}[tokens]
         if self.token_shape:
             if num_labels:
                 self.token_labels = nn.Parameter(torch.randn(num_labels, *self.token_shape))
             self.token_null = nn.Parameter(torch.randn(*self.token_shape))
+            if tokens_only and tokens == "concepts":
+                self.token_background = nn.Parameter(torch.randn(*self.token_shape))
         if feature_dim:
-            self.feature = nn.Linear(feature_dim, hidden)
+            if not tokens_only:
+                self.feature = nn.Linear(feature_dim, hidden)
             if self.token_shape:
                 self.token_feature = nn.Linear(feature_dim, math.prod(self.token_shape))
         if spatial_channels:
             self.spatial_null = nn.Parameter(torch.zeros(spatial_channels, 1, 1))
 
     def forward(self, guidance: Guidance) -> Condition:
+        vector = None if self.config.tokens_only else self._vector(guidance)
+        tokens, mask = self._tokens(guidance)
+        spatial = None
+        if guidance.spatial is not None and self.config.spatial_channels:
+            spatial = torch.where(guidance.keep[:, None, None, None], guidance.spatial, self.spatial_null)
+        return Condition(vector, tokens, mask, spatial)
+
+    def _vector(self, guidance: Guidance) -> Tensor:
         kept = torch.zeros_like(self.null)  # the sum of what there is, [B, hidden]
         if guidance.k is not None:
             kept = kept + self._lookup(self.labels, guidance.k)
         if guidance.feature is not None:
             kept = kept + self.feature(self._scaled(guidance.feature))
-        hidden = torch.where(guidance.keep[:, None], kept, self.null)
-        tokens, mask = self._tokens(guidance)
-        spatial = None
-        if guidance.spatial is not None:
-            spatial = torch.where(guidance.keep[:, None, None, None], guidance.spatial, self.spatial_null)
-        return Condition(self.out(hidden), tokens, mask, spatial)
+        return self.out(torch.where(guidance.keep[:, None], kept, self.null))
 
     def _tokens(self, guidance: Guidance) -> tuple[Tensor | None, Tensor | None]:
         if self.token_shape is None:
@@ -82,6 +91,10 @@ class Conditioner(ModelMixin, ConfigMixin):
         there = guidance.concepts >= 0  # [B, T]
         tokens = self.token_labels[guidance.concepts.clamp(min=0), 0] * there[..., None]  # [B, T, D]
         tokens = torch.where(guidance.keep[:, None, None], tokens, self.token_null)
+        if self.config.tokens_only:  # the background is always read, in its place the null
+            first = torch.where(guidance.keep[:, None, None], self.token_background, self.token_null)
+            read = torch.cat([torch.ones_like(there[:, :1]), there & guidance.keep[:, None]], 1)
+            return torch.cat([first, tokens], 1), read
         # a null sample reads one null token, one without any concept one zero token: attention over nothing is not defined
         alone = torch.arange(there.shape[1], device=there.device) == 0
         any_read = (guidance.keep & there.any(1))[:, None]
@@ -94,4 +107,4 @@ class Conditioner(ModelMixin, ConfigMixin):
 
     def _scaled(self, feature: Tensor) -> Tensor:
         """Unit vectors [B, D] -> entries of size one, which is what a linear layer's initialisation expects."""
-        return feature.to(self.null.dtype) * feature.shape[1] ** 0.5
+        return feature.to(self.dtype) * feature.shape[1] ** 0.5

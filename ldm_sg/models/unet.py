@@ -16,6 +16,7 @@ from ldm_sg.models.conditioner import Conditioner
 if TYPE_CHECKING:
     from ldm_sg.config import ModelConfig
 
+INJECT = ("concat", "add", "none")
 TOKENS = ("vector", "concepts", "none")
 
 
@@ -108,29 +109,32 @@ def make_unet(config: "ModelConfig", spec: GuidanceSpec, *latent_shapes: tuple[i
         cross_attention_dim=config.token_width,
         attention_head_dim=config.heads,  # which cross-attention blocks read as the number of heads; PlainUNet sees to the others
         resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
-        class_embed_type="identity",
+        class_embed_type=None if config.inject == "none" else "identity",
         class_embeddings_concat=config.inject == "concat",
     )
     nn.init.zeros_(unet.conv_out.weight)
     nn.init.zeros_(unet.conv_out.bias)
     conditioner = Conditioner(
-        num_labels=spec.num_labels,
+        num_labels=spec.num_concepts if spec.concepts_only else spec.num_labels,
         embed_dim=embed_dim,
         hidden=config.hidden,
         tokens=config.tokens,
         num_tokens=config.num_tokens,
         token_width=config.token_width,
         spatial_channels=spec.spatial_channels,
-        feature_dim=spec.feature_dim,
+        feature_dim=0 if spec.concepts_only else spec.feature_dim,
+        tokens_only=config.inject == "none",
     )
     return GuidedUNet(unet, conditioner)
 
 
 def _check(config: "ModelConfig", latent_shape: tuple[int, int, int]) -> None:
-    if config.inject not in ("concat", "add"):
-        raise InputError(f"model.inject={config.inject!r}; {choices(config.inject, ['concat', 'add'])}")
+    if config.inject not in INJECT:
+        raise InputError(f"model.inject={config.inject!r}; {choices(config.inject, INJECT)}")
     if config.tokens not in TOKENS:
         raise InputError(f"model.tokens={config.tokens!r}; {choices(config.tokens, TOKENS)}")
+    if config.inject == "none" and config.tokens == "none":
+        raise InputError("model.inject=none and model.tokens=none: the network would read no signal; give one of them")
     if config.residual_updown and config.tokens != "none":
         raise InputError(
             f"model.residual_updown=true with tokens={config.tokens!r}: diffusers' cross-attention blocks halve and double by "

@@ -11,6 +11,7 @@ from ldm_sg.config import TrainConfig
 from ldm_sg.data.order import mix_seed
 from ldm_sg.guidance.compose import Denoiser
 from ldm_sg.guidance.signal import Guidance
+from ldm_sg.models.attention import attention_loss, reading
 from ldm_sg.objective import Objective
 
 TRAIN, VAL = 1, 2  # streams of randomness
@@ -41,9 +42,16 @@ class DiffusionModule(pl.LightningModule):
         torch.manual_seed(mix_seed(self.config.seed, TRAIN, step, share))  # the network's dropout
         mine = slice(share, None, self.trainer.world_size * self.config.accumulate)
         noise, t, keep = self._draw(x0, TRAIN, step, mine)
-        loss = self._loss(self.network, x0, noise, t, guidance.with_keep(keep)).mean()
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
+        guidance = guidance.with_keep(keep)
+        if not self.config.guidance.attention:
+            loss = self._loss(self.network, x0, noise, t, guidance).mean()
+            self.log("train_loss", loss, prog_bar=True)
+            return loss
+        with reading(self.network.unet) as seen:
+            loss = self._loss(self.network, x0, noise, t, guidance).mean()
+        tied = (self.objective.alpha_sigma(t)[0].flatten() * attention_loss(seen, guidance)).mean()
+        self.log_dict({"train_loss": loss, "attention_loss": tied}, prog_bar=True)
+        return loss + self.config.guidance.attention * tied
 
     def _loss(self, denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
         prediction = denoiser(self.objective.add_noise(x0, noise, t), t, guidance)

@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> Path:
         raise InputError(f"init={config.init!r}: no pipeline/ there; give the folder of a trained run")
 
     from ldm_sg import build
-    from ldm_sg.data.latents import LatentSet, set_hash
+    from ldm_sg.data.latents import set_hash
     from ldm_sg.hardware import note_busy_cores, pick_device, use_bf16, use_compile
     from ldm_sg.models import snapshots
     from ldm_sg.report.run import write_report
@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> Path:
     device = pick_device(config.device)
     bf16 = use_bf16(config.precision, device)
     check_shares(config, device)
-    latents = LatentSet(config.annotation, int(config.cache_gb * 1e9))
+    latents = build.annotation(config)
     replay = build.replay(config, latents)
     network = build.network(config, latents)
     if config.strategy != "fsdp" and use_compile(config.compile, device):
