@@ -21,6 +21,7 @@ class Seen:
 
     maps: list[Tensor] = field(default_factory=list)
     activations: list[Tensor] = field(default_factory=list)
+    ratio: float = 1.0  # of height to width
 
 
 def decoder_attention(unet: nn.Module) -> dict[nn.Module, list[Attention]]:
@@ -56,7 +57,12 @@ def attention_loss(seen: Seen, guidance: Guidance) -> Tensor:
 def reading(unet: nn.Module) -> Iterator[Seen]:
     """Within it a pass of `unet` leaves behind what it saw, with its gradients. Attention that is read is computed by an explicit
     softmax; outside the network is what it was."""
-    seen, handles, before = Seen(), [], []
+    seen, before = Seen(), []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.ratio = args[0].shape[2] / args[0].shape[3]
+
+    handles = [unet.register_forward_pre_hook(look)]
     for block, layers in decoder_attention(unet).items():
         handles.append(block.register_forward_hook(lambda module, args, out: seen.activations.append(out)))
         for layer in layers:
@@ -77,7 +83,7 @@ def _recorder(layer: Attention, seen: Seen) -> Any:
     def scores(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
         probabilities = Attention.get_attention_scores(layer, query, key, mask)  # [B * heads, h * w, T]
         mean = probabilities.unflatten(0, (-1, layer.heads)).mean(1)
-        side = int(mean.shape[1] ** 0.5)  # TODO
+        side = round((mean.shape[1] * seen.ratio) ** 0.5)
         seen.maps.append(mean.transpose(1, 2).unflatten(2, (side, -1)))
         return probabilities
 
