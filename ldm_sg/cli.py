@@ -271,6 +271,51 @@ def sample(
 
 @app.command(
     epilog=examples(
+        "edit runs/scenes --seed 3 --move 5=0.2,0",
+        "edit runs/scenes --like photo.jpg --resize 5=1.5 --strength 10,20,40",
+        "edit runs/scenes --seed 3 --layout-from other.jpg",
+    )
+)
+def edit(
+    run: Annotated[str, typer.Argument(help="Run that was trained with a token for each concept.")],
+    move: Annotated[
+        list[str] | None, typer.Option(help="CONCEPT=DX,DY: shares of the sides, right and down. Repeatable.")
+    ] = None,
+    resize: Annotated[list[str] | None, typer.Option(help="CONCEPT=TIMES its area. Repeatable.")] = None,
+    like: Annotated[str | None, typer.Option(help="A photo to edit, in place of what the run draws.")] = None,
+    layout_from: Annotated[str | None, typer.Option(help="A photo whose shapes are taken.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Images to draw and edit.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the images, as in sample.")] = 0,
+    strength: Annotated[str, typer.Option(help="How hard; several, with commas, make a strip.")] = "20",
+    w: Annotated[float, typer.Option(help="Guidance strength, as in sample.")] = 2.0,
+    steps: Annotated[int, typer.Option(help="Solver steps.")] = 25,
+    checkpoint: Checkpoint = None,
+    out: Annotated[str | None, typer.Option(help="Folder; default RUN/edits/WHAT.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Move, resize or re-lay the concepts of an image, by the run's own attention."""
+    from ldm_sg.verbs.edit import EditOptions
+    from ldm_sg.verbs.edit import edit as run_edit
+
+    moves = {k: (v[0], v[1]) for k, v in (_pair("--move", text, 2) for text in move or [])}
+    sizes = {k: v[0] for k, v in (_pair("--resize", text, 1) for text in resize or [])}
+    strengths = _numbers("--strength", strength, float)
+    options = EditOptions(moves, sizes, like, layout_from, n, seed, strengths, w, steps, device, checkpoint)
+    print(run_edit(run, options, out) / "edits.png")
+
+
+def _pair(flag: str, text: str, count: int) -> tuple[int, list[float]]:
+    concept, equals, values = text.partition("=")
+    numbers = _numbers(flag, values, float) if equals and concept.isdecimal() else []
+    if len(numbers) != count:
+        raise InputError(
+            f"{flag} {text}: CONCEPT={'DX,DY' if count == 2 else 'TIMES'}, for example 5={'0.2,0' if count == 2 else '1.5'}"
+        )
+    return int(concept), numbers
+
+
+@app.command(
+    epilog=examples(
         "evaluate runs/demo --reference 'data/demo/*.tar' --metrics fd,prdc,consistency -n 2000",
         "evaluate runs/demo --reference 'data/demo/*.tar' --features own,inception --resize clean",
     )

@@ -3,8 +3,6 @@
 Maps are [..., h, w], of any scale: an energy of c * A is that of A. Targets are constants; gradients go through the maps alone,
 in `appearance` through the activations alone. Energies are means, [...] one a map."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

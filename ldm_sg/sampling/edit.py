@@ -1,0 +1,176 @@
+"""Editing by the model's own attention (Epstein et al., 2023): where the concepts of a source image are and what they look like is
+recorded at each step; the sampler is then drawn towards the same, but for what is edited."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm_sg.errors import InputError
+from ldm_sg.guidance import selfguide
+from ldm_sg.guidance.compose import Denoiser, Strategy, cfg
+from ldm_sg.guidance.signal import Guidance
+from ldm_sg.models.attention import Seen, reading
+from ldm_sg.objective import Objective
+from ldm_sg.sampling.solvers import Grid
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What becomes of one concept: it moves by dx, dy (shares of the sides, right and down) after growing by `scale`."""
+
+    concept: int
+    dx: float = 0.0
+    dy: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the energies: of the edited concepts, and of all others that are there."""
+
+    shape: float = 1.0
+    centroid: float = 1.0
+    look: float = 0.5
+    others_shape: float = 0.5
+    others_look: float = 0.5
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Of B images at one step, by the ids of K concepts: which are `there` [B, K]; attention `maps` [B, K, h, w]; `looks` [B, K, C], in
+    each of the decoder's activations."""
+
+    there: Tensor
+    maps: Tensor
+    looks: list[Tensor]
+
+    def but(self, other: "Observed", concepts: Sequence[int]) -> "Observed":
+        """The same with these concepts as they are in `other`."""
+        theirs = torch.zeros(self.there.shape[1], dtype=torch.bool, device=self.there.device)
+        theirs[list(concepts)] = True
+        pick = lambda a, b: torch.where(theirs.view(1, -1, *[1] * (a.ndim - 2)), b, a)  # noqa: E731
+        looks = [pick(a, b) for a, b in zip(self.looks, other.looks)]
+        return Observed(pick(self.there, other.there), pick(self.maps, other.maps), looks)
+
+
+def observe(seen: Seen, guidance: Guidance, count: int) -> Observed:
+    """What was seen of `count` concepts, on the finest grid, averaged over the layers."""
+    assert guidance.concepts is not None
+    grid = max((m.shape[2:] for m in seen.maps), key=lambda shape: shape.numel())
+    tokens = torch.stack([selfguide.resized(m.float(), grid) for m in seen.maps]).mean(0)[:, 1:]  # but the background's
+    which = guidance.concepts[..., None] == torch.arange(count, device=tokens.device)  # [B, T, K]
+    maps = torch.einsum("btk,bthw->bkhw", which.to(tokens), tokens)
+    return Observed(which.any(1), maps, [selfguide.look(maps, psi.float()[:, None]) for psi in seen.activations])
+
+
+def record(
+    network: nn.Module, states: Sequence[Tensor], times: Tensor, guidance: Guidance, count: int
+) -> list[Observed]:
+    """Of the states x_t [B, C, h, w] of each time: what the network sees of them under its own condition."""
+    found = []
+    for x, t in zip(states, times):
+        with torch.no_grad(), reading(network.unet) as seen:
+            network(x, t.expand(len(x)), guidance)
+        found.append(observe(seen, guidance, count))
+    return found
+
+
+def noised(latents: Tensor, noise: Tensor, grid: Grid) -> list[Tensor]:
+    """The states of real images: noised to each time; no inversion."""
+    return [alpha * latents + sigma * noise for alpha, sigma in zip(grid.alpha[:-1], grid.sigma[:-1])]
+
+
+def remembering(strategy: Strategy, states: list[Tensor]) -> Strategy:
+    """`strategy`, which leaves in `states` the x_t of each step."""
+
+    def guided_by(denoiser: Denoiser, w: float, objective: Objective) -> Denoiser:
+        inside = strategy(denoiser, w, objective)
+
+        def guided(x: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
+            states.append(x)
+            return inside(x, t, guidance)
+
+        return guided
+
+    return guided_by
+
+
+def active(step: int, steps: int) -> bool:
+    """The paper's schedule: all of the first 3/16 of the steps, then every other, not in the last 1/32."""
+    return step < steps * 3 / 16 or (step % 2 == 0 and step < steps * 31 / 32)
+
+
+def energy(now: Observed, aim: Observed, edits: Sequence[Edit], weights: Weights) -> Tensor:
+    """[B], >= 0: how far the concepts that are there are from `aim`, edited; 0 where nothing is edited and all is as in it."""
+    masks, centroids = selfguide.soft(aim.maps), selfguide.centroid(aim.maps)
+    edited = torch.zeros_like(now.there)
+    for edit in edits:
+        k = edit.concept
+        masks[:, k] = selfguide.transformed(masks[:, k], (edit.dx, edit.dy), edit.scale)
+        centroids[:, k] += centroids.new_tensor([edit.dx, edit.dy])
+        edited[:, k] = True
+    there = now.there & aim.there
+    edited, others = there & edited, there & ~edited
+    shape = selfguide.shape_energy(now.maps, masks)
+    total = shape * (weights.shape * edited + weights.others_shape * others)
+    total = total + weights.centroid * edited * selfguide.centroid_energy(now.maps, centroids)
+    for look, wanted in zip(now.looks, aim.looks):
+        far = (look - wanted).abs().mean(-1) / wanted.abs().mean(-1).clamp(min=1e-6)  # whatever the block's scale
+        total = total + far * (weights.look * edited + weights.others_look * others) / len(aim.looks)
+    return total.sum(1)
+
+
+def selfguided(
+    network: nn.Module, aims: Sequence[Observed], edits: Sequence[Edit], strength: float,
+    weights: Weights = Weights(), base: Strategy = cfg,
+) -> Strategy:  # fmt: skip
+    """`base`, drawn towards the edits at each active step: eps + strength * |CFG's step| * grad energy / |grad energy|."""
+    count = aims[0].there.shape[1]
+
+    def guided_by(denoiser: Denoiser, w: float, objective: Objective) -> Denoiser:
+        inside, steps = base(denoiser, w, objective), iter(range(len(aims)))
+        sign = -1.0 if objective.kind == "x0" else 1.0
+
+        def guided(x: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
+            step, prediction = next(steps), inside(x, t, guidance)
+            if not strength or not active(step, len(aims)):
+                return prediction
+            with torch.enable_grad(), reading(network.unet) as seen:
+                conditional = denoiser(x := x.detach().requires_grad_(), t, guidance)
+                total = energy(observe(seen, guidance, count), aims[step], edits, weights)
+                [grad] = torch.autograd.grad(total.sum(), x)
+            if not grad.isfinite().all():
+                raise InputError(f"strength={strength:g}: the gradient is not finite at step {step}; give less")
+            size = _norm(prediction - conditional.detach())
+            return prediction + sign * strength * size * grad / _norm(grad).clamp(min=1e-12)
+
+        return guided
+
+    return guided_by
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+def check(edits: Sequence[Edit], source: Observed) -> None:
+    """InputError where an edit names a concept that is not in every image, names it twice, or leads out of the image."""
+    present = {k: float(source.maps[:, k].mean()) for k in source.there.all(0).nonzero()[:, 0].tolist()}
+    named = [edit.concept for edit in edits]
+    if twice := next((k for k in named if named.count(k) > 1), None):
+        raise InputError(f"concept {twice}: edited twice; give one --move and one --resize of it at most")
+    for edit in edits:
+        if edit.concept not in present:
+            there = ", ".join(f"{k} ({share:.0%})" for k, share in sorted(present.items(), key=lambda item: -item[1]))
+            raise InputError(
+                f"concept {edit.concept} is not in the source; there are (with their share of the image) {there}"
+            )
+        centre = selfguide.centroid(source.maps[:, edit.concept]) + torch.tensor([edit.dx, edit.dy])
+        if not ((centre > 0) & (centre < 1)).all():
+            raise InputError(
+                f"--move {edit.concept}={edit.dx:g},{edit.dy:g}: leads out of the image, whose sides are 1"
+            )
+        if not 0.1 <= edit.scale <= 10:
+            raise InputError(f"--resize {edit.concept}={edit.scale:g}: between 0.1 and 10")

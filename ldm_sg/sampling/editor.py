@@ -1,0 +1,95 @@
+"""Sources of edits, drawn by a run or photos, and the images that edits make of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.compose import Strategy, cfg
+from ldm_sg.guidance.signal import Guidance
+from ldm_sg.models.unet import GuidedUNet
+from ldm_sg.sampling import draw
+from ldm_sg.sampling.edit import Edit, Observed, check, noised, record, remembering, selfguided
+from ldm_sg.sampling.solvers import make_grid
+
+if TYPE_CHECKING:
+    from ldm_sg.data.signals import Signals
+    from ldm_sg.pipeline import SelfGuidedPipeline
+
+
+@dataclass(frozen=True)
+class Source:
+    """B images as the network sees them: `images` uint8 [B, 3, H, W], the signals and the noise that they are made from, and what
+    was `observed` at each step."""
+
+    images: Tensor
+    guidance: Guidance
+    noise: Tensor
+    observed: list[Observed]
+
+
+class Editor:
+    """>>> editor = Editor(pipe)
+    >>> source = editor.drawn(4, seed=3)
+    >>> images = editor.edit(source, [Edit(5, dx=0.2)])
+
+    InputError where the run has no concepts that could be told apart."""
+
+    def __init__(self, pipe: "SelfGuidedPipeline", w: float = 2.0, steps: int = 25, strategy: Strategy = cfg) -> None:
+        if not pipe.spec.num_concepts or pipe.conditioner.config.tokens != "concepts":
+            raise InputError(
+                "this run has no token of its own for each concept, which editing reads: train with model.tokens=concepts, "
+                "guidance.parts=[concepts] and guidance.attention=0.1 on segments, as configs/train/camvid256-concepts.yaml does"
+            )
+        self.pipe, self.w, self.strategy = pipe, pipe.strength(w), strategy
+        self.network, self.count = GuidedUNet(pipe.unet, pipe.conditioner), pipe.spec.num_concepts
+        self.steps, self.grid = steps, make_grid(pipe.objective, steps)
+
+    @torch.no_grad()
+    def drawn(self, n: int, seed: int = 0, first_index: int = 0) -> Source:
+        """Images first_index, ... of `seed`, those of `ldm-sg sample`."""
+        pipe, states = self.pipe, list[Tensor]()
+        guidance = pipe.guidance(pipe.draw(n, seed, first_index))
+        noise = draw.noise(pipe.latent_shape, pipe.generators(n, seed, first_index))
+        images = self._solve(guidance, noise, remembering(self.strategy, states))
+        return self._source(images, guidance, noise, states)
+
+    @torch.no_grad()
+    def photos(self, images: Tensor, signals: "Signals", seed: int = 0) -> Source:
+        """Squares [B, 3, H, W] in [-1, 1] of real photos, and their signals; no inversion: at each step they are noised."""
+        pipe, n = self.pipe, len(images)
+        guidance = pipe.guidance(signals.replace(spec=pipe.spec))
+        noise = draw.noise(pipe.latent_shape, pipe.generators(n, seed))
+        latents = pipe.autoencoder.encode(images.to(pipe.device))
+        return self._source(pipe.decode(latents), guidance, noise, noised(latents, noise.to(latents), self.grid))
+
+    @torch.no_grad()
+    def edit(
+        self, source: Source, edits: Sequence[Edit] = (), strength: float = 20.0, others: Sequence[tuple[Source, Sequence[int]]] = ()
+    ) -> Tensor:  # fmt: skip
+        """uint8 [B, 3, H, W]: the source with `edits`. `others`: sources, and the concepts that are taken from them: their shape and
+        look. Without edits, of photos, their reconstruction."""
+        aims, guidance = source.observed, source.guidance
+        for other, concepts in others:
+            aims = [mine.but(theirs, concepts) for mine, theirs in zip(aims, other.observed)]
+            guidance = _united(guidance, aims[-1].there)
+        check(edits, aims[-1])
+        return self._solve(guidance, source.noise, selfguided(self.network, aims, edits, strength, base=self.strategy))
+
+    def _solve(self, guidance: Guidance, noise: Tensor, strategy: Strategy) -> Tensor:
+        return self.pipe.decode(self.pipe._solve(guidance, noise, self.w, self.steps, strategy=strategy))
+
+    def _source(self, images: Tensor, guidance: Guidance, noise: Tensor, states: list[Tensor]) -> Source:
+        guidance = guidance.to(self.pipe.device)
+        times = self.grid.times.to(self.pipe.device)
+        return Source(images, guidance, noise, record(self.network, states, times, guidance, self.count))
+
+
+def _united(guidance: Guidance, there: Tensor) -> Guidance:
+    """The same with a token for each concept that is `there` [B, K]."""
+    from ldm_sg.guidance.spatial import concept_ids
+
+    return replace(guidance, concepts=concept_ids(there.float()))
