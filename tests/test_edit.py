@@ -1,0 +1,126 @@
+"""Editing by attention: what is read, and that nothing changes where nothing is asked for."""
+
+import pytest
+import torch
+
+from ldm_sg.config import ModelConfig, ObjectiveConfig
+from ldm_sg.errors import InputError
+from ldm_sg.guidance.compose import cfg
+from ldm_sg.guidance.signal import Guidance, GuidanceSpec
+from ldm_sg.models.attention import Seen, attention_loss, decoder_attention, reading
+from ldm_sg.models.unet import GuidedUNet, make_unet
+from ldm_sg.sampling.edit import Edit, Weights, active, check, energy, observe, record, remembering, selfguided
+from ldm_sg.sampling.schedules import noise_scheduler, objective_of
+from ldm_sg.sampling.solvers import SOLVERS, make_grid, make_step, solve
+
+SPEC = GuidanceSpec("segments", num_labels=4, spatial="mask", concepts_only=True)
+SMALL = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [1, 2], "heads": 2, "token_width": 16}
+SHAPE = (4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def network() -> GuidedUNet:
+    torch.manual_seed(0)
+    made = make_unet(ModelConfig(**SMALL, inject="none", tokens="concepts"), SPEC, SHAPE)
+    torch.nn.init.normal_(made.unet.conv_out.weight, std=0.1)
+    return made.eval()
+
+
+def guidance() -> Guidance:
+    return Guidance(torch.ones(2, dtype=torch.bool), concepts=torch.tensor([[0, 2, 3, -1], [1, 2, -1, -1]]))
+
+
+def run(network: GuidedUNet, strategy, kind: str = "v", solver: str = "dpmpp_2m") -> torch.Tensor:
+    objective = objective_of(noise_scheduler(ObjectiveConfig(kind=kind, schedule="squaredcos_cap_v2")))
+    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        denoiser = strategy(network, 2.0, objective)
+        return solve(denoiser, noise, guidance(), objective, make_grid(objective, 8), make_step(solver))
+
+
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "ddpm"])
+@pytest.mark.parametrize("kind", ["v", "eps", "flow"])
+def test_nothing_asked_for_changes_nothing(kind: str, solver: str, network: GuidedUNet) -> None:
+    """Neither strength 0, nor aims of the very same trajectory; a move does."""
+    states: list[torch.Tensor] = []
+    plain = run(network, cfg, kind, solver)
+    assert torch.equal(run(network, remembering(cfg, states), kind, solver), plain)
+    objective = objective_of(noise_scheduler(ObjectiveConfig(kind=kind, schedule="squaredcos_cap_v2")))
+    aims = record(network, states, make_grid(objective, 8).times, guidance(), 4)
+    move = [Edit(2, dx=0.2)]
+    assert torch.equal(run(network, selfguided(network, aims, move, 0.0), kind, solver), plain)
+    assert torch.equal(run(network, selfguided(network, aims, [], 20.0), kind, solver), plain)
+    assert not torch.equal(run(network, selfguided(network, aims, move, 1.0), kind, solver), plain)
+
+
+def test_a_step_against_the_gradient_lowers_the_energy(network: GuidedUNet) -> None:
+    x, t = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(3)), torch.full((2,), 500.0)
+    [aim] = record(network, [x], t[:1], guidance(), 4)
+    edits = [Edit(2, dx=0.2, scale=1.2)]
+
+    def of(z: torch.Tensor) -> torch.Tensor:
+        with reading(network.unet) as seen:
+            network(z, t, guidance())
+        return energy(observe(seen, guidance(), 4), aim, edits, Weights())
+
+    z = (
+        x + torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+    ).requires_grad_()  # away from the kinks at the aim
+    before = of(z)
+    [grad] = torch.autograd.grad(before.sum(), z)
+    with torch.no_grad():
+        after = of(z - 1e-3 * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+    assert (before > 0).all() and (after < before).all()
+
+
+def test_maps_are_probabilities_and_the_network_is_left_as_it_was(network: GuidedUNet) -> None:
+    x, t = torch.randn(2, *SHAPE), torch.full((2,), 100.0)
+    with torch.no_grad():
+        before = network(x, t, guidance())
+        with reading(network.unet) as seen:
+            inside = network(x, t, guidance())
+        after = network(x, t, guidance())
+    assert torch.equal(before, after) and torch.allclose(before, inside, atol=1e-5)
+    assert {tuple(m.shape) for m in seen.maps} == {(2, 5, 8, 8), (2, 5, 4, 4)}
+    for probabilities in seen.maps:
+        assert torch.allclose(probabilities.sum(1), torch.ones(()), atol=1e-5)
+        assert probabilities[0, 4].max() < 1e-6 and probabilities[1, 3:].max() < 1e-6  # tokens that are not there
+    own = [layer for layers in decoder_attention(network.unet).values() for layer in layers]
+    assert len(own) == len(seen.maps) and not any("get_attention_scores" in vars(layer) for layer in own)
+
+
+def test_the_loss_of_attention_is_least_where_it_is_what_is_there() -> None:
+    place = torch.zeros(1, 4, 4, 4)
+    place[0, 1, :, :2], place[0, 3, :2, 2:] = 1, 1  # concepts 1 and 3; a quarter is nothing
+    signal = Guidance(torch.ones(1, dtype=torch.bool), concepts=torch.tensor([[1, 3, -1, -1]]), spatial=place)
+    right = torch.stack([1 - place.sum(1)[0], place[0, 1], place[0, 3], torch.zeros(4, 4), torch.zeros(4, 4)])[None]
+    flat = torch.full_like(right, 0.2)
+    good, bad = (attention_loss(Seen([maps]), signal) for maps in (right, flat))
+    assert good.item() < 1e-6 and torch.allclose(bad, torch.tensor(5.0).log())
+    assert attention_loss(Seen([flat]), signal.null()).item() == 0
+
+
+def test_the_papers_schedule_of_steps() -> None:
+    on = [step for step in range(64) if active(step, 64)]
+    assert on[:12] == list(range(12)) and on[12:] == list(range(12, 62, 2))
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ([Edit(1, dx=0.1)], "concept 1 is not in the source; there are .* 2 "),
+        ([Edit(2, dx=0.9)], "leads out of the image"),
+        ([Edit(2, dx=0.1), Edit(2, dy=0.1)], "edited twice"),
+        ([Edit(2, scale=99.0)], "between 0.1 and 10"),
+    ],
+)
+def test_edits_that_cannot_be_are_named(edits: list[Edit], message: str, network: GuidedUNet) -> None:
+    [aim] = record(network, [torch.randn(2, *SHAPE)], torch.tensor([10.0]), guidance(), 4)
+    with pytest.raises(InputError, match=message):
+        check(edits, aim)
+
+
+def test_a_network_without_cross_attention_is_refused() -> None:
+    plain = make_unet(ModelConfig(**SMALL, tokens="none"), GuidanceSpec(num_labels=4), SHAPE)
+    with pytest.raises(InputError, match="no cross-attention"), reading(plain.unet):
+        pass
