@@ -41,7 +41,7 @@ def size(a: Tensor) -> Tensor:
 
 def look(a: Tensor, psi: Tensor) -> Tensor:
     """Activations psi [..., C, h', w'] averaged over the object: [..., C]."""
-    mask = hard(resized(a, psi.shape[-2:])).unsqueeze(-3)
+    mask = hard(resized(a, (psi.shape[-2], psi.shape[-1]))).unsqueeze(-3)
     return (mask * psi).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
 
 
