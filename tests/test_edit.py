@@ -1,17 +1,30 @@
 """Editing by attention: what is read, and that nothing changes where nothing is asked for."""
 
+import io
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_annotate import config as annotate_config
+from test_train import config as train_config
+from typer.testing import CliRunner
 
-from ldm_sg.config import ModelConfig, ObjectiveConfig
+from ldm_sg.annotate.run import annotate_shards
+from ldm_sg.cli import app
+from ldm_sg.config import AnnotatorConfig, GuidanceConfig, ModelConfig, ObjectiveConfig
+from ldm_sg.data.shards import ShardWriter
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.compose import cfg
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.models.attention import Seen, attention_loss, decoder_attention, reading
 from ldm_sg.models.unet import GuidedUNet, make_unet
+from ldm_sg.pipeline import open_pipeline
 from ldm_sg.sampling.edit import Edit, Weights, active, check, energy, observe, record, remembering, selfguided
 from ldm_sg.sampling.schedules import noise_scheduler, objective_of
 from ldm_sg.sampling.solvers import SOLVERS, make_grid, make_step, solve
+from ldm_sg.verbs.train import train
 
 SPEC = GuidanceSpec("segments", num_labels=4, spatial="mask", concepts_only=True)
 SMALL = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [1, 2], "heads": 2, "token_width": 16}
@@ -124,3 +137,53 @@ def test_a_network_without_cross_attention_is_refused() -> None:
     plain = make_unet(ModelConfig(**SMALL, tokens="none"), GuidanceSpec(num_labels=4), SHAPE)
     with pytest.raises(InputError, match="no cross-attention"), reading(plain.unet):
         pass
+
+
+def scenes(folder: Path) -> str:
+    """Shards of 16 images of 32 px, each with a bright square (class 1) on a dark ground (class 0), and their masks."""
+    with ShardWriter(folder / "000000.tar") as writer:
+        for i in range(16):
+            mask = np.zeros((32, 32), np.uint8)
+            mask[8:24, (i % 4) * 4 : (i % 4) * 4 + 16] = 1
+            pixels = np.stack([40 + 180 * mask] * 3, 2).astype(np.uint8)
+            files = {}
+            for name, array in (("png", pixels), ("mask.png", mask)):
+                Image.fromarray(array).save(buffer := io.BytesIO(), "PNG")
+                files[name] = buffer.getvalue()
+            writer.write(f"{i:04d}", files)
+    return str(folder / "*.tar")
+
+
+def test_the_command_moves_a_concept_of_a_run(tmp_path: Path) -> None:
+    f = AnnotatorConfig(kind="oracle", truth="masks", k=2)
+    made = annotate_shards(annotate_config(tmp_path, scenes(tmp_path / "source"), annotator=f))
+    tied = GuidanceConfig(parts=["concepts"], attention=0.1)
+    net = SMALL | {"inject": "none", "tokens": "concepts"}
+    run = train(train_config(made, tmp_path / "run", model=net, guidance=tied, steps=4, batch_size=4))
+    assert open_pipeline(run, "cpu").spec.concepts_only
+    asked = ["edit", str(run), "-n", "2", "--steps", "4", "--device", "cpu"]
+    done = CliRunner().invoke(app, [*asked, "--move", "1=0.2,0", "--strength", "0,20", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    sample = CliRunner().invoke(app, ["sample", str(run), "-n", "2", "--steps", "4", "--out", str(tmp_path / "drawn")])
+    assert sample.exit_code == 0
+    for i in range(2):
+        source, drawn = (
+            np.asarray(Image.open(tmp_path / name)) for name in (f"out/source-{i:03d}.png", f"drawn/{i:06d}.png")
+        )
+        assert np.array_equal(source, drawn)
+        assert not np.array_equal(source, np.asarray(Image.open(tmp_path / f"out/edited-{i:03d}.png")))
+    assert (tmp_path / "out" / "edits.png").is_file()
+    for flags, message in (
+        ([], "nothing to edit"),
+        (["--move", "1=0.2"], "1=0.2: CONCEPT=DX,DY"),
+        (["--move", "7=0.1,0"], "concept 7 is not in the source"),
+        (["--resize", "1=2", "--strength", "-1"], "from 0 to 1000"),
+    ):
+        refused = CliRunner().invoke(app, [*asked, *flags, "--out", str(tmp_path / "no")])
+        assert refused.exit_code == 2 and message in refused.output, (flags, refused.output)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_set_without_concepts_is_refused(colours: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="name one thing an image"):
+        train(train_config(colours, tmp_path / "run", guidance=GuidanceConfig(parts=["concepts"])))

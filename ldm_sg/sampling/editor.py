@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.compose import Strategy, cfg
 from ldm_sg.guidance.signal import Guidance
+from ldm_sg.guidance.spatial import concept_ids
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.sampling import draw
 from ldm_sg.sampling.edit import Edit, Observed, check, noised, record, remembering, selfguided
@@ -29,6 +30,9 @@ class Source:
     guidance: Guidance
     noise: Tensor
     observed: list[Observed]
+
+
+Taken = tuple[Source, Sequence[int]]  # an image, and the concepts that are taken from it
 
 
 class Editor:
@@ -66,18 +70,31 @@ class Editor:
         latents = pipe.autoencoder.encode(images.to(pipe.device))
         return self._source(pipe.decode(latents), guidance, noise, noised(latents, noise.to(latents), self.grid))
 
-    @torch.no_grad()
     def edit(
-        self, source: Source, edits: Sequence[Edit] = (), strength: float = 20.0, others: Sequence[tuple[Source, Sequence[int]]] = ()
-    ) -> Tensor:  # fmt: skip
-        """uint8 [B, 3, H, W]: the source with `edits`. `others`: sources, and the concepts that are taken from them: their shape and
-        look. Without edits, of photos, their reconstruction."""
+        self, source: Source, edits: Sequence[Edit] = (), strength: float = 20.0, others: Sequence[Taken] = ()
+    ) -> Tensor:
+        """uint8 [B, 3, H, W]: the source with `edits`; without them, of photos, their reconstruction. others: as in `aims`."""
+        aims, guidance = self.aims(source, edits, others)
+        return self.solve(source.noise, guidance, aims, edits, strength)
+
+    def aims(
+        self, source: Source, edits: Sequence[Edit], others: Sequence[Taken] = ()
+    ) -> tuple[list[Observed], Guidance]:
+        """What is wanted at each step, before the edits, and the signal. `others`: sources, and the concepts that are taken from them,
+        shape and look. InputError for edits that cannot be."""
         aims, guidance = source.observed, source.guidance
         for other, concepts in others:
             aims = [mine.but(theirs, concepts) for mine, theirs in zip(aims, other.observed)]
-            guidance = _united(guidance, aims[-1].there)
+            guidance = replace(guidance, concepts=concept_ids(aims[-1].there.float()))  # a token for each that is there
         check(edits, aims[-1])
-        return self._solve(guidance, source.noise, selfguided(self.network, aims, edits, strength, base=self.strategy))
+        return aims, guidance
+
+    @torch.no_grad()
+    def solve(
+        self, noise: Tensor, guidance: Guidance, aims: list[Observed], edits: Sequence[Edit], strength: float
+    ) -> Tensor:
+        """uint8 [B, 3, H, W], drawn towards the aims and edits."""
+        return self._solve(guidance, noise, selfguided(self.network, aims, edits, strength, base=self.strategy))
 
     def _solve(self, guidance: Guidance, noise: Tensor, strategy: Strategy) -> Tensor:
         return self.pipe.decode(self.pipe._solve(guidance, noise, self.w, self.steps, strategy=strategy))
@@ -86,10 +103,3 @@ class Editor:
         guidance = guidance.to(self.pipe.device)
         times = self.grid.times.to(self.pipe.device)
         return Source(images, guidance, noise, record(self.network, states, times, guidance, self.count))
-
-
-def _united(guidance: Guidance, there: Tensor) -> Guidance:
-    """The same with a token for each concept that is `there` [B, K]."""
-    from ldm_sg.guidance.spatial import concept_ids
-
-    return replace(guidance, concepts=concept_ids(there.float()))

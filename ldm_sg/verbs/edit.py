@@ -42,14 +42,15 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
     pipe = open_pipeline(run, options.device, options.checkpoint)
     editor = Editor(pipe, options.w, options.steps)
     folder = Path(out) if out else Path(run) / "edits" / _name(options)
+    source = _photo(editor, options.like, options.seed) if options.like else editor.drawn(options.n, options.seed)
+    others = []
+    if options.layout_from:
+        other = _photo(editor, options.layout_from, options.seed)
+        others = [(other, other.observed[-1].there[0].nonzero()[:, 0].tolist())]
+    aims, guidance = editor.aims(source, edits, others)
     with locked(folder):
         claim(folder, "settings.yaml", asdict(options) | {"run": str(run)}, free=("device",))
-        source = _photo(editor, options.like, options.seed) if options.like else editor.drawn(options.n, options.seed)
-        others = []
-        if options.layout_from:
-            other = _photo(editor, options.layout_from, options.seed)
-            others = [(other, other.observed[-1].there[0].nonzero()[:, 0].tolist())]
-        made = {f"strength {s:g}": editor.edit(source, edits, s, others) for s in options.strength}
+        made = {f"strength {s:g}": editor.solve(source.noise, guidance, aims, edits, s) for s in options.strength}
         rows = {"source": source.images} | {f"attention of {e.concept}": _maps(source, e.concept) for e in edits} | made
         if options.like:
             rows["unedited"] = editor.edit(source, (), options.strength[-1])
