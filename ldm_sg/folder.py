@@ -299,6 +299,11 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm_sg"
 
 
+def copy_of(kind: str, url: str) -> Path:
+    """The folder of this machine that holds what lies at `url`."""
+    return cache_home() / kind / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+
+
 def pipeline_of(run: str | Path) -> Path | None:
     """The pipeline folder of a run, or `run` where it is one itself; None where there is none."""
     return next((p for p in (Path(run) / "pipeline", Path(run)) if (p / "model_index.json").is_file()), None)

@@ -2,7 +2,6 @@
 another machine goes on from what lies at the URL."""
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -16,8 +15,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import LOCK, cache_home, write_json, write_text
+from ldm_sg.folder import LOCK, copy_of, write_json, write_text
 
 Result = TypeVar("Result")
 STATE, SENT = ".state", ".sent.json"  # names what was copied last, there and here; size and time of each file then
@@ -32,7 +32,7 @@ class Mirror:
     def __init__(self, url: str) -> None:
         import fsspec
 
-        self.url, self.folder = url, cache_home() / "out" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        self.url, self.folder = url, copy_of("out", url)
         if url.startswith(("http://", "https://", "pipe:")):
             raise InputError(
                 f"out={url!r}: cannot be written to; give a folder, or a URL of object storage such as s3://"
@@ -106,7 +106,7 @@ def writes_anywhere(verb: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(verb)
     def writing(config: Any, **more: Any) -> Result:
         url = str(config.out)
-        if "://" not in url and not url.startswith("pipe:"):
+        if not is_remote(url):
             return verb(config, **more)
         if more.get("part") or any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "SLURM_NTASKS")):
             raise InputError(

@@ -1,14 +1,13 @@
 """annotate: source shards -> annotation set. One streaming pass decodes each image once for g and the autoencoder; then f
 is fitted on the features and the annotated shards are written; the manifest comes last."""
 
-import io
 import json
 import re
 import shutil
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,17 @@ from tqdm import tqdm
 from ldm_sg import executor
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.baselines import corrupted
-from ldm_sg.annotate.clusters import ari, contingency, entropy, nmi
+from ldm_sg.annotate.clusters import contingency
+from ldm_sg.annotate.describe import describe
 from ldm_sg.annotate.features import load_extractor
 from ldm_sg.annotate.kinds import check_same_g, load_f, make_annotator, save_annotator
 from ldm_sg.annotate.stage import ShardMeta, Stage, check_unchanged, stages
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
-from ldm_sg.autoencoder import Autoencoder
+from ldm_sg.annotate.tally import BEFORE, Before, Labels, Summary, put_aside, total, write_tally
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.latents import finish as finish_set
-from ldm_sg.data.latents import read_manifest, set_hash
+from ldm_sg.data.latents import read_manifest
 from ldm_sg.data.shards import EMPTY, ShardWriter, expand
 from ldm_sg.data.signals import Columns, Signals, files_of, npy
 from ldm_sg.errors import InputError
@@ -40,8 +40,6 @@ from ldm_sg.folder import (
     others_work_in,
     read_mapping,
     turn,
-    write_bytes,
-    write_json,
     write_text,
 )
 from ldm_sg.hardware import pick_device
@@ -50,10 +48,7 @@ from ldm_sg.hardware import pick_device
 FREE = (
     "out", "workers", "device", "max_skipped", "allow_damaged", "features.batch_size", "executor", "processes", "address"
 )  # fmt: skip
-FEW = 9  # folders of source shards that the manifest names, beside the shards' own lines
 BUCKET = re.compile(r"-(\d+x\d+)\.tar$")
-TALLY = "tally.npz"  # what is added up over the shards of a set, for more of them: counts, table, classes, total/NAME
-BEFORE = "before.json"  # in OUT/work: the finished set that shards are added to
 TRIES = 3  # of a shard whose worker is lost
 MOST_SHARDS = 16  # that a worker is handed at once
 
@@ -225,9 +220,7 @@ def complete(opened: Opened) -> Path:
         labels, totals = opened.before.with_more(labels, summary.classes, totals)
         files = opened.before.manifest["shards"] + files
     write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
-    sums = {"counts": labels[0], "table": labels[1], "classes": summary.classes}
-    np.savez_compressed(tally := io.BytesIO(), **sums, **{f"total/{name}": value for name, value in totals.items()})
-    write_bytes(out / TALLY, tally.getvalue())
+    write_tally(out, labels, summary.classes, totals)
     manifest = describe(opened.study, annotator, opened.autoencoder, summary, labels, totals, files)
     finish_set(out, manifest)
     shutil.rmtree(out / "work")
@@ -253,58 +246,6 @@ def take(opened: Opened) -> None:
             )
     # what was learnt before the first shard was done may be of other images or settings
     claim(out, "config.yaml", wanted, free, () if begun else ("autoencoder", "annotator", "work"))
-
-
-def put_aside(out: Path, manifest: dict[str, Any]) -> None:
-    """Makes the finished set OUT an unfinished one, whose first shards are known: until the manifest goes it is finished."""
-    if not (out / TALLY).is_file():
-        raise InputError(
-            f"{out} was made by an older version, which kept no {TALLY} to add shards to: annotate all of them into another out=, "
-            f"with annotator.reuse={out} autoencoder={out / 'autoencoder'}"
-        )
-    lines = (out / "skipped.jsonl").read_text().splitlines()
-    write_bytes(out / "work" / TALLY, (out / TALLY).read_bytes())
-    write_json(out / "work" / BEFORE, {"manifest": manifest, "skipped": [json.loads(line) for line in lines]})
-    (out / "report.html").unlink(missing_ok=True)
-    (out / "manifest.yaml").unlink()
-
-
-@dataclass
-class Before:
-    """The finished set that shards are added to."""
-
-    manifest: dict[str, Any]
-    skipped: list[dict[str, str]]
-    tally: dict[str, np.ndarray]
-
-    @classmethod
-    def read(cls, out: Path) -> "Before":
-        found = read_mapping(
-            out / "work" / BEFORE, {"manifest": {"shards": [dict], "latent_shape": [int]}, "skipped": [dict]}
-        )
-        with np.load(out / "work" / TALLY, allow_pickle=False) as arrays:
-            return cls(found["manifest"], found["skipped"], dict(arrays))
-
-    def with_more(
-        self, labels: "Labels", classes: np.ndarray, totals: dict[str, np.ndarray]
-    ) -> tuple["Labels", dict[str, np.ndarray]]:
-        """The sums over all shards, of those over the new ones; `classes`: of all."""
-        (counts, table), old = labels, self.tally
-        table[:, [*np.searchsorted(classes, old["classes"]), -1]] += old["table"]
-        names = {*totals, *(name.removeprefix("total/") for name in old if name.startswith("total/"))}
-        return (counts + old["counts"], table), {
-            name: totals.get(name, 0) + old.get(f"total/{name}", 0) for name in sorted(names)
-        }
-
-
-@dataclass
-class Summary:
-    sources: list[dict[str, Any]]  # of each shard: its url, its images, its fingerprint
-    images: int
-    classes: np.ndarray  # the class numbers that occur, sorted
-    skipped: list[dict[str, str]]  # shard, key, reason
-    latent_shape: list[int]  # [C, h, w], of buckets that of the most images
-    shapes: list[list[int] | None]  # of each shard, None where it has no image
 
 
 def summarise(opened: Opened) -> Summary:
@@ -350,10 +291,6 @@ def corrupted_ids(all_stages: list[Stage], annotator: Annotator) -> np.ndarray |
     if not all("k" in part and np.ndim(part["k"]) == 1 for part in parts):
         raise no_ids(cfg)
     return corrupted(np.concatenate([part["k"] for part in parts]), cfg.shuffle, cfg.seed)
-
-
-# how often each of K labels occurs [K], and where images have one each, how often it meets each of C classes and, last, none
-Labels = tuple[np.ndarray, np.ndarray]
 
 
 def write_shards(opened: Opened, annotator: Annotator, summary: Summary) -> tuple[Labels, list[dict[str, Any]]]:
@@ -412,69 +349,3 @@ def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) ->
         for i, key in enumerate(meta.keys):
             files = {f"{which}.npy": npy(np.asarray(values[i])) for which, values in arrays.items()}
             writer.write(key, files | files_of({name: column[i] for name, column in signals.items()}))
-
-
-def describe(
-    study: Study,
-    annotator: Annotator,
-    autoencoder: Autoencoder,
-    summary: Summary,
-    labels: Labels,
-    totals: dict[str, np.ndarray],
-    files: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """manifest.yaml: what made the set, how many of what, and the hash of its content."""
-    cfg, extractor, size, (counts, table) = study.config, study.extractor, study.size, labels
-    f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(totals)
-    known = table[:, :-1]
-    if table.any():
-        f |= {"entropy": round(entropy(counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}
-    if known.any():
-        f |= {"classes": known.shape[1], "nmi": round(nmi(known), 4), "ari": round(ari(known), 4)}
-    if len(counts):
-        f |= {"empty": int((counts == 0).sum()), "counts": counts.tolist()}
-    seen: dict[str, Any] = {}  # images.show, in words
-    if cfg.buckets:
-        files = [entry | {"latent_shape": shape or summary.latent_shape} for entry, shape in zip(files, summary.shapes)]
-        factor = autoencoder.factor
-        seen["buckets"] = sorted({f"{shape[2] * factor}x{shape[1] * factor}" for shape in summary.shapes if shape})
-    first_stage = {
-        key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256", "round_trip")
-    }
-    if extractor:
-        more = "" if cfg.buckets else f", from the source's own where it has more than {size}"
-        seen["g"] = f"the centre square at {extractor.size} pixels{more}"
-    if extractor and annotator.whole and extractor.any_shape:
-        seen["boxes"] = f"the uncropped image, its short side {extractor.size} pixels, padded to whole patches"
-    return {
-        "version": 3,
-        "features": extractor.manifest if extractor else None,
-        "annotator": f,
-        "autoencoder": first_stage,
-        "size": size,
-        "source": list(dict.fromkeys(source["url"].rpartition("/")[0] for source in summary.sources))[:FEW],
-        "view": seen,
-        "num_images": summary.images,
-        "num_skipped": len(summary.skipped),
-        "latent_shape": summary.latent_shape,
-        "flips": cfg.flips,
-        "guidance": annotator.spec.to_dict(),
-        "hash": set_hash(entry["sha256"] for entry in files),
-        "shards": files,
-    }
-
-
-def total(all_stages: list[Stage]) -> dict[str, np.ndarray]:
-    """What f observed, added up over the shards."""
-    sums: dict[str, np.ndarray] = {}
-    for stage in all_stages:
-        for name, value in stage.read_observed().totals.items():
-            sums[name] = sums.get(name, 0) + value
-    return sums
-
-
-def changes(cfg: AnnotatorConfig) -> dict[str, Any]:
-    """The seed and the settings that are not the default ones."""
-    here, default = (flat(asdict(c)) for c in (cfg, AnnotatorConfig()))
-    changed = {key: value for key, value in here.items() if value != default[key]}
-    return {"seed": cfg.seed} | {key: value for key, value in changed.items() if key not in ("kind", "k")}

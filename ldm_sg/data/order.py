@@ -50,23 +50,20 @@ def _hashed(x: np.ndarray) -> np.ndarray:
 
 def drawn(pool: "Tensor | Kept | Blocks", seed: int, step: int, batch_size: int) -> Tensor:
     """Which images of `pool` training step `step` sees, [batch_size]."""
-    if isinstance(pool, Blocks):
-        return step_indices(seed, step, batch_size, pool)
-    return pool[step_indices(seed, step, batch_size, len(pool))]
+    if not isinstance(pool, Blocks):
+        return pool[step_indices(seed, step, batch_size, len(pool))]
+    spans = _spans(step * batch_size, (step + 1) * batch_size, len(pool))
+    return torch.cat([pool.order(positions, seed, epoch) for epoch, positions in spans])
 
 
-def step_indices(seed: int, step: int, batch_size: int, n: "int | Blocks") -> Tensor:
+def step_indices(seed: int, step: int, batch_size: int, n: int) -> Tensor:
     """Indices [batch_size] in 0..n-1 of global training step `step` (from 0): a pure function.
 
     An endless stream of permutations of 0..n-1, one an epoch, made of (seed, epoch) alone, is cut in batches; a batch
     may span epochs. Within an epoch every index comes once."""
-    count = n if isinstance(n, int) else len(n)
-    assert count > 0 and batch_size > 0 and step >= 0
-    parts: list[Tensor] = []
-    for epoch, positions in _spans(step * batch_size, (step + 1) * batch_size, count):
-        whole = isinstance(n, int)
-        parts.append(permuted(positions, n, seed, epoch) if whole else n.order(positions, seed, epoch))
-    return torch.cat(parts)
+    assert n > 0 and batch_size > 0 and step >= 0
+    spans = _spans(step * batch_size, (step + 1) * batch_size, n)
+    return torch.cat([permuted(positions, n, seed, epoch) for epoch, positions in spans])
 
 
 def _spans(start: int, end: int, n: int) -> Iterator[tuple[int, Tensor]]:

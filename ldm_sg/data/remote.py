@@ -17,7 +17,7 @@ from typing import Any
 from ldm_sg.data.shards import PAUSES
 from ldm_sg.data.tars import Damaged, open_shard
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import cache_home, check, file_sha256, read_mapping, sweep, whole
+from ldm_sg.folder import check, copy_of, file_sha256, read_mapping, sweep, whole
 
 CHUNK = 2**20
 SMALL = ("annotator", "autoencoder", "index")  # folders of a set that are copied, beside its manifest and shards.jsonl
@@ -75,7 +75,7 @@ class RemoteSet:
 
     def __init__(self, url: str, room: int) -> None:
         self.url, self.room = url.rstrip("/"), room
-        self.folder = cache_home() / "sets" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self.folder = copy_of("sets", self.url)
         self.entries: list[Mapping[str, Any]] = []
         self._wanted: list[int] = []
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import re
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Item:
 
 
 @dataclass
-class Source:
+class Source(ABC):
     """Where images come from. `identity` is what makes it this source and no other (kept in pack.yaml)."""
 
     identity: dict[str, Any]
@@ -69,16 +70,24 @@ class Source:
     mask_classes: list[str] = field(default_factory=list)  # names of the masks' indices
     notes: list[str] = field(default_factory=list)  # what else to tell about it, in a few words each
 
-    def records(self) -> Iterator[Any]:
-        """What `item` is told of each image, in order: a name, a key."""
-        raise NotImplementedError
-
-    def item(self, record: Any) -> Item:
-        raise NotImplementedError
-
+    @abstractmethod
     def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
         """(file name, items) of every output shard of `size` images that is not `done`; items are to be drawn before
         the next shard is."""
+
+
+@dataclass
+class Listed(Source):
+    """A source that knows its images one by one."""
+
+    @abstractmethod
+    def records(self) -> Iterator[Any]:
+        """What `item` is told of each image, in order: a name, a key."""
+
+    @abstractmethod
+    def item(self, record: Any) -> Item: ...
+
+    def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
         records = self.records()
         for number in range(-(-(self.total or 0) // size)):
             chosen = islice(records, size)
@@ -96,7 +105,7 @@ def make_key(name: str) -> str:
 
 
 @dataclass
-class FileSource(Source):
+class FileSource(Listed):
     """Files that are all known beforehand; about 100 bytes of memory each."""
 
     root: Path = Path()
@@ -170,7 +179,7 @@ def open_list(path: Path) -> Source:
 
 
 @dataclass
-class LmdbSource(Source):
+class LmdbSource(Listed):
     """LSUN's form: an LMDB folder whose values are encoded images. Keys are read as they are needed."""
 
     root: Path = Path()

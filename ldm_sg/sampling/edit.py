@@ -167,7 +167,8 @@ def check(edits: Sequence[Edit], source: Observed) -> None:
             raise InputError(
                 f"concept {edit.concept} is not in the source; there are (with their share of the image) {there}"
             )
-        centre = selfguide.centroid(source.maps[:, edit.concept]) + torch.tensor([edit.dx, edit.dy])
+        centre = selfguide.centroid(source.maps[:, edit.concept])
+        centre = centre + centre.new_tensor([edit.dx, edit.dy])
         if not ((centre > 0) & (centre < 1)).all():
             raise InputError(
                 f"--move {edit.concept}={edit.dx:g},{edit.dy:g}: leads out of the image, whose sides are 1"

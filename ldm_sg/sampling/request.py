@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm_sg.annotate.kinds import load_annotator
@@ -224,8 +225,12 @@ def _read_mask(path: Path, pipe: "SelfGuidedPipeline") -> np.ndarray:
 def _like(pipe: "SelfGuidedPipeline", file: str) -> Signals:
     """The signal of an image file, by the run's own g and f."""
     annotator = load_annotator(pipe.annotator_folder, pipe.device)
+    return annotator.of_image(read_photo("--like", file), pipe.image_size, pipe.source_size)
+
+
+def read_photo(flag: str, file: str) -> Image.Image:
+    """The image file that `flag` names."""
     try:
-        image = decode(read_bytes(file))
+        return decode(read_bytes(file))
     except BadImage as err:
-        raise InputError(f"--like {file}: {err.reason}") from err
-    return annotator.of_image(image, pipe.image_size, pipe.source_size)
+        raise InputError(f"{flag} {file}: {err.reason}") from err

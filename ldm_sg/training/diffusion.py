@@ -1,6 +1,7 @@
 """One training step of a self-guided diffusion model."""
 
 import math
+from contextlib import nullcontext
 
 import pytorch_lightning as pl
 import torch
@@ -43,15 +44,15 @@ class DiffusionModule(pl.LightningModule):
         mine = slice(share, None, self.trainer.world_size * self.config.accumulate)
         noise, t, keep = self._draw(x0, TRAIN, step, mine)
         guidance = guidance.with_keep(keep)
-        if not self.config.guidance.attention:
+        weight = self.config.guidance.attention
+        with reading(self.network.unet) if weight else nullcontext() as seen:
             loss = self._loss(self.network, x0, noise, t, guidance).mean()
-            self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True)
+        if seen is None:
             return loss
-        with reading(self.network.unet) as seen:
-            loss = self._loss(self.network, x0, noise, t, guidance).mean()
         tied = (self.objective.alpha_sigma(t)[0].flatten() * attention_loss(seen, guidance)).mean()
-        self.log_dict({"train_loss": loss, "attention_loss": tied}, prog_bar=True)
-        return loss + self.config.guidance.attention * tied
+        self.log("attention_loss", tied, prog_bar=True)
+        return loss + weight * tied
 
     def _loss(self, denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
         prediction = denoiser(self.objective.add_noise(x0, noise, t), t, guidance)

@@ -8,7 +8,6 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from ldm_sg.annotate.kinds import load_annotator
-from ldm_sg.data.images import BadImage, decode, read_bytes
 from ldm_sg.errors import InputError
 from ldm_sg.folder import claim, locked, whole
 from ldm_sg.guidance import selfguide
@@ -16,6 +15,7 @@ from ldm_sg.pipeline import open_pipeline
 from ldm_sg.report.grids import labelled_rows, save
 from ldm_sg.sampling.edit import Edit
 from ldm_sg.sampling.editor import Editor, Source
+from ldm_sg.sampling.request import read_photo
 
 
 @dataclass
@@ -37,15 +37,16 @@ class EditOptions:
 
 def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
     """Writes source-N.png, edited-N.png (of the last strength), edits.png (source, attention, edited by each strength) and
-    settings.json into `out`; returns it."""
+    settings.yaml into `out`; returns it."""
     edits = edits_of(options)
     pipe = open_pipeline(run, options.device, options.checkpoint)
     editor = Editor(pipe, options.w, options.steps)
     folder = Path(out) if out else Path(run) / "edits" / _name(options)
-    source = _photo(editor, options.like, options.seed) if options.like else editor.drawn(options.n, options.seed)
+    like, seed = options.like, options.seed
+    source = _photo(editor, "--like", like, seed) if like else editor.drawn(options.n, seed)
     others = []
     if options.layout_from:
-        other = _photo(editor, options.layout_from, options.seed)
+        other = _photo(editor, "--layout-from", options.layout_from, seed)
         others = [(other, other.observed[-1].there[0].nonzero()[:, 0].tolist())]
     aims, guidance = editor.aims(source, edits, others)
     with locked(folder):
@@ -85,14 +86,10 @@ def _name(options: EditOptions) -> str:
     return "_".join([*parts, f"n{options.n}", f"seed{options.seed}"])[:120]
 
 
-def _photo(editor: Editor, file: str, seed: int) -> Source:
+def _photo(editor: Editor, flag: str, file: str, seed: int) -> Source:
     pipe = editor.pipe
     annotator = load_annotator(pipe.annotator_folder, pipe.device)
-    try:
-        image = decode(read_bytes(file))
-    except BadImage as err:
-        raise InputError(f"{file}: {err.reason}") from err
-    squares, views = annotator.see([image], pipe.image_size, pipe.source_size)
+    squares, views = annotator.see([read_photo(flag, file)], pipe.image_size, pipe.source_size)
     return editor.photos(squares, annotator(views), seed)
 
 
