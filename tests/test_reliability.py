@@ -4,8 +4,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from PIL import Image
 from test_annotate import config, make_shards, png
 from test_executor import contents
 from test_train import config as train_config
+from test_train import weights
 
 from ldm_sg.annotate.kinds import load_f
 from ldm_sg.annotate.run import annotate_shards
@@ -88,6 +91,34 @@ def test_train_is_killed(zygote: subprocess.Popen, ranks: int, colours: Path, tm
         return {str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "pipeline").rglob("*")) if p.is_file()}
 
     assert survives(zygote, ["train", str(tmp_path / "c.yaml")], out, look)[0] == KILLS
+
+
+def test_ranks_that_come_and_go_train_what_one_does(zygote: subprocess.Popen, colours: Path, tmp_path: Path) -> None:
+    """200 steps as one rank, as two, and as 1 -> 2 -> 1 with a kill at each change: the same weights, up to the order of sums."""
+
+    def go(out: str, ranks: int, until: int) -> None:
+        wanted = train_config(colours, tmp_path / out, steps=200, checkpoint_every=10, val_every=100, devices=ranks)
+        (tmp_path / "c.yaml").write_text(to_yaml(wanted))
+        with (tmp_path / "log").open("a") as log:
+            command = [sys.executable, str(Path(__file__).with_name("zygote.py")), "train", str(tmp_path / "c.yaml")]
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        last, deadline = tmp_path / out / "checkpoints" / "last.ckpt", time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if until < 200 and last.is_file() and read_checkpoint(last)["global_step"] >= until:
+                os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.05)
+        assert process.wait() == (-signal.SIGKILL if until < 200 else 0), (tmp_path / "log").read_text()[-2000:]
+
+    for out, stages in {"one": [(1, 200)], "two": [(2, 200)], "changing": [(1, 60), (2, 130), (1, 200)]}.items():
+        for ranks, until in stages:
+            go(out, ranks, until)
+    one, *others = (weights(tmp_path / out) for out in ("one", "two", "changing"))
+    for other in others:
+        gaps = torch.cat([(one[name] - other[name]).abs().flatten() for name in one])
+        print(
+            f"200 steps: largest gap {gaps.max():.1e}, mean {gaps.mean():.1e} of weights of {torch.cat([w.abs().flatten() for w in one.values()]).mean():.1e}"
+        )
+        assert gaps.max() < 2e-2 and gaps.mean() < 1e-4
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
