@@ -37,7 +37,9 @@ def run(commands: list[list[str]]) -> tuple[float, float]:
     """Seconds until all of these are through, side by side, and the peak memory in MB of the largest process among theirs."""
     start, most = time.perf_counter(), 0
     started = [
-        subprocess.Popen([str(Path(sys.executable).with_name("ldm-sg")), *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [str(Path(sys.executable).with_name("ldm-sg")), *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         for command in commands
     ]
     for process in started:
@@ -76,10 +78,23 @@ def memory(folder: Path, shards: int, each: int) -> None:
     for times in (1, 10):
         source = write_shards(folder / f"memory{times}", 64, shards * each * times, shards * times)
         out = folder / f"out{times}"
-        few = [f"shards={source}", f"out={out}", "annotator.fit=stream", f"annotator.sample={shards * each // 2}", "annotator.niter=5"]
+        few = [
+            f"shards={source}",
+            f"out={out}",
+            "annotator.fit=stream",
+            f"annotator.sample={shards * each // 2}",
+            "annotator.niter=5",
+        ]
         found = {"shards": shards * times, "images": shards * each * times, "MB": {}}
         found["MB"]["annotate"] = round(run([["annotate", "configs/annotate/demo.yaml", *few]])[1])
-        steps = ["steps=60", "sample_every=60", "val_every=60", "checkpoint_every=30", f"annotation={out}", f"out={folder}/run{times}"]
+        steps = [
+            "steps=60",
+            "sample_every=60",
+            "val_every=60",
+            "checkpoint_every=30",
+            f"annotation={out}",
+            f"out={folder}/run{times}",
+        ]
         found["MB"]["train"] = round(run([["train", "configs/train/demo.yaml", *steps]])[1])
         print(json.dumps(found), flush=True)
 

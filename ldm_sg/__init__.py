@@ -10,6 +10,7 @@ _PUBLIC = {
     "AnnotateConfig": "ldm_sg.config",
     "Autoencoder": "ldm_sg.autoencoder",
     "Conditioner": "ldm_sg.models.conditioner",
+    "Edit": "ldm_sg.sampling.edit",
     "Guidance": "ldm_sg.guidance.signal",
     "GuidanceSpec": "ldm_sg.guidance.signal",
     "InputError": "ldm_sg.errors",

@@ -274,6 +274,7 @@ def sample(
         "edit runs/scenes --seed 3 --move 5=0.2,0",
         "edit runs/scenes --like photo.jpg --resize 5=1.5 --strength 10,20,40",
         "edit runs/scenes --seed 3 --layout-from other.jpg",
+        "edit runs/scenes --seed 3 --compose recipe.yaml --move 5=0.2,0",
     )
 )
 def edit(
@@ -284,6 +285,10 @@ def edit(
     resize: Annotated[list[str] | None, typer.Option(help="CONCEPT=TIMES its area. Repeatable.")] = None,
     like: Annotated[str | None, typer.Option(help="A photo to edit, in place of what the run draws.")] = None,
     layout_from: Annotated[str | None, typer.Option(help="A photo whose shapes are taken.")] = None,
+    compose: Annotated[
+        str | None,
+        typer.Option(help="YAML, take: [{photo: FILE or seed: N, concepts: [K, ...]}, ...], all put into the source."),
+    ] = None,
     n: Annotated[int, typer.Option("-n", help="Images to draw and edit.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the images, as in sample.")] = 0,
     strength: Annotated[str, typer.Option(help="How hard; several, with commas, make a strip.")] = "20",
@@ -300,7 +305,7 @@ def edit(
     moves = {k: (v[0], v[1]) for k, v in (_pair("--move", text, 2) for text in move or [])}
     sizes = {k: v[0] for k, v in (_pair("--resize", text, 1) for text in resize or [])}
     strengths = _numbers("--strength", strength, float)
-    options = EditOptions(moves, sizes, like, layout_from, n, seed, strengths, w, steps, device, checkpoint)
+    options = EditOptions(moves, sizes, like, layout_from, compose, n, seed, strengths, w, steps, device, checkpoint)
     print(run_edit(run, options, out) / "edits.png")
 
 

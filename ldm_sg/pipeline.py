@@ -29,6 +29,7 @@ from ldm_sg.sampling.solvers import Step, dpmpp_2m, make_grid, make_step, solve
 
 if TYPE_CHECKING:
     from ldm_sg.data.signals import Signals
+    from ldm_sg.sampling.edit import Edit
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 VERSION = 2  # of the folder
@@ -316,6 +317,17 @@ class SelfGuidedPipeline(DiffusionPipeline):
         images = x if output_type == "latent" else self._output(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def edit(
+        self, source: "int | Image.Image", edits: Sequence["Edit"], strength: float = 20.0, n: int = 1
+    ) -> list[Image.Image]:
+        """n images that this run draws with the seed `source`, or a photo, after `edits`: `pipe.edit(3, [Edit(5, dx=0.2)])`. More of
+        it, layouts and parts of other images, by `sampling.editor.Editor(pipe)`. InputError as there."""
+        from ldm_sg.sampling.editor import Editor  # it needs this file
+
+        editor = Editor(self, self.usual_w)
+        found = editor.drawn(n, source) if isinstance(source, int) else editor.photo(source)
+        return [Image.fromarray(image) for image in editor.edit(found, edits, strength).permute(0, 2, 3, 1).numpy()]
 
     def _output(self, latents: Tensor, kind: str) -> Any:
         if kind == "pil":

@@ -33,15 +33,7 @@ from ldm_sg.data.shards import EMPTY, ShardWriter, expand
 from ldm_sg.data.signals import Columns, Signals, files_of, npy
 from ldm_sg.errors import InputError
 from ldm_sg.executor import Part
-from ldm_sg.folder import (
-    claim,
-    file_sha256,
-    flat,
-    others_work_in,
-    read_mapping,
-    turn,
-    write_text,
-)
+from ldm_sg.folder import claim, file_sha256, flat, others_work_in, read_mapping, sweep, turn, write_text
 from ldm_sg.hardware import pick_device
 
 # what may change between two starts of one annotation without making it another one
@@ -222,6 +214,7 @@ def complete(opened: Opened) -> Path:
     write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
     write_tally(out, labels, summary.classes, totals)
     manifest = describe(opened.study, annotator, opened.autoencoder, summary, labels, totals, files)
+    sweep(out)  # what a killed start left whose processes were still dying when this one began
     finish_set(out, manifest)
     shutil.rmtree(out / "work")
     return out

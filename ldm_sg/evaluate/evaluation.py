@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ldm_sg.evaluate import figures, sources
+from ldm_sg.evaluate import edits, figures, sources
 from ldm_sg.evaluate.collect import Look, Passes
 from ldm_sg.evaluate.judges import guide, open_judges, parse_features
 from ldm_sg.evaluate.options import DRAWING, Options
@@ -39,17 +39,18 @@ def assess(options: Options) -> tuple[dict[str, Any], Path]:
     look = Look(subject, real, {(judge.space, judge.sees): judge.network for judge in judges}, device)
     passes = Passes(look, partial(_look, _resolved(options, subject), wanted, real), options, skipped)
     reference = Reference(real, subject, passes, device, precision)
-    places, seen = passes(False, list(look.networks))
-    values: dict[str, dict[str, float]] = {}
+    values, edited = edits.examine(options, subject, real, device) if "edit" in wanted else ({}, {})
+    places, seen = passes(False, list(look.networks)) if judges else (range(min(options.n, edits.MOST)), {})
     for judge in judges:
         found = judge.measure(seen[judge.space, judge.sees], places, reference)
         values[judge.space] = values.get(judge.space, {}) | found
+    manifests = edited | {judge.space: judge.manifest for judge in judges}
     result = {
         "source": options.source,
         "reference": options.reference,
         "asked": asked,
         "metrics": values,
-        "judges": {judge.space: judge.manifest | {"guide": judge.manifest["sha256"] == made_by} for judge in judges},
+        "judges": {space: found | {"guide": found["sha256"] == made_by} for space, found in manifests.items()},
         "run": str(subject.run) if subject.run else None,
         "samples": len(places),
         "reference_images": reference.used,

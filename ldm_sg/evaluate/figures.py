@@ -14,7 +14,7 @@ from ldm_sg.evaluate.inception import Inception
 from ldm_sg.evaluate.metrics import NEEDS
 from ldm_sg.folder import write_json
 
-GUIDANCE = ("consistency", "layout")  # judged by the run's own g and f
+GUIDANCE = ("consistency", "layout", "edit")  # judged by the run's own g and f
 
 
 def parse_metrics(text: str) -> list[str]:

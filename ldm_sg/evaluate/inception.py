@@ -56,6 +56,16 @@ class Inception(nn.Module):
             x = layer(x)
         return x.flatten(1)
 
+    @torch.inference_mode()
+    def patches(self, images: Tensor) -> tuple[None, Tensor]:
+        """[B, 768, 17, 17], of Mixed_6e: what it sees where."""
+        x = (self.resize(to_uint8(images).float()) - 128) / 128
+        for name, layer in self.net.named_children():
+            x = layer(x)
+            if name == "Mixed_6e":
+                break
+        return None, x
+
     @property
     def classifies(self) -> bool:
         """False for weights whose last layer (fc) is empty: good for distances, not for the Inception score."""

@@ -109,12 +109,16 @@ def open_judges(wanted: list[str], options: Options, subject: Subject, device: t
     """Everything that judges, checked before the first sample is drawn."""
     named, resize, pipe = parse_features(options.features), options.resize, subject.pipe
     compared = [name for name in wanted if name not in figures.GUIDANCE]
-    if not compared and options.features is not None:
+    if not compared and "edit" not in wanted and options.features is not None:
         raise InputError(f"features={options.features!r}: {wanted[0]} is judged by the run's own g: leave features out")
     if resize and Inception.name not in named:
         raise InputError(f"resize={resize!r} is for the judge inception: add it to features")
     _check_guidance(wanted, subject)
-    own = _open_own(wanted, subject, device) if compared != wanted or OWN in named.values() else None
+    own = (
+        _open_own(wanted, subject, device)
+        if {*wanted} & {"consistency", "layout"} or (compared and OWN in named.values())
+        else None
+    )
     networks = {name: load_network(text, resize, device) for name, text in named.items() if compared and text != OWN}
     space = _space(own.extractor, networks) if own else ""
     if own and compared and OWN in named.values():

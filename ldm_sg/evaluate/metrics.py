@@ -9,7 +9,15 @@ from ldm_sg.errors import InputError
 
 NEIGHBOURS = 5  # k of the k-NN manifolds
 SPLITS = 10  # of the Inception score
-NEEDS = {"fd": 2, "kid": 2, "prdc": NEIGHBOURS + 1, "is": SPLITS, "consistency": 1, "layout": 1}  # least images
+NEEDS = {
+    "fd": 2,
+    "kid": 2,
+    "prdc": NEIGHBOURS + 1,
+    "is": SPLITS,
+    "consistency": 1,
+    "layout": 1,
+    "edit": 2,
+}  # least images
 BLOCK = 2**25  # distances held at once (float32: 128 MiB), whatever the number of images
 
 

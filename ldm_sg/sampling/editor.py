@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ldm_sg.annotate.kinds import load_annotator
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.compose import Strategy, cfg
 from ldm_sg.guidance.signal import Guidance
@@ -14,9 +15,11 @@ from ldm_sg.guidance.spatial import concept_ids
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.sampling import draw
 from ldm_sg.sampling.edit import Edit, Observed, check, noised, record, remembering, selfguided
-from ldm_sg.sampling.solvers import make_grid
+from ldm_sg.sampling.solvers import Grid, dpmpp_2m, make_grid, solve
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ldm_sg.data.signals import Signals
     from ldm_sg.pipeline import SelfGuidedPipeline
 
@@ -70,6 +73,13 @@ class Editor:
         latents = pipe.autoencoder.encode(images.to(pipe.device))
         return self._source(pipe.decode(latents), guidance, noise, noised(latents, noise.to(latents), self.grid))
 
+    def photo(self, image: "Image.Image", seed: int = 0) -> Source:
+        """A photo, of which the run's own g and f say what is where."""
+        pipe = self.pipe
+        annotator = load_annotator(pipe.annotator_folder, pipe.device)
+        squares, views = annotator.see([image], pipe.image_size, pipe.source_size)
+        return self.photos(squares, annotator(views), seed)
+
     def edit(
         self, source: Source, edits: Sequence[Edit] = (), strength: float = 20.0, others: Sequence[Taken] = ()
     ) -> Tensor:
@@ -95,6 +105,19 @@ class Editor:
     ) -> Tensor:
         """uint8 [B, 3, H, W], drawn towards the aims and edits."""
         return self._solve(guidance, noise, selfguided(self.network, aims, edits, strength, base=self.strategy))
+
+    @torch.no_grad()
+    def redrawn(self, source: Source, images: Tensor, share: float) -> Tensor:
+        """uint8 [B, 3, H, W]: images [B, 3, H, W] in [-1, 1], noised to where `share` of the steps are done and gone on with from there
+        under the source's condition (SDEdit, Meng et al., 2022)."""
+        pipe, grid, start = self.pipe, self.grid, round(share * self.steps)
+        rest = Grid(grid.times[start:], grid.alpha[start:], grid.sigma[start:])
+        latents = pipe.autoencoder.encode(images.to(pipe.device))
+        [noise, *_] = noised(latents, source.noise.to(latents), rest)
+        denoiser, guidance, noise = pipe._prepare(source.guidance, noise, self.w, self.strategy)
+        return pipe.decode(
+            solve(denoiser, noise, guidance, pipe.objective.to(noise.device), rest, dpmpp_2m, pipe.bounds)
+        )
 
     def _solve(self, guidance: Guidance, noise: Tensor, strategy: Strategy) -> Tensor:
         return self.pipe.decode(self.pipe._solve(guidance, noise, self.w, self.steps, strategy=strategy))

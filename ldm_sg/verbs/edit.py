@@ -7,15 +7,45 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from ldm_sg.annotate.kinds import load_annotator
+from ldm_sg.configfile import load
 from ldm_sg.errors import InputError
 from ldm_sg.folder import claim, locked, whole
 from ldm_sg.guidance import selfguide
 from ldm_sg.pipeline import open_pipeline
 from ldm_sg.report.grids import labelled_rows, save
-from ldm_sg.sampling.edit import Edit
+from ldm_sg.sampling.edit import Edit, check
 from ldm_sg.sampling.editor import Editor, Source
 from ldm_sg.sampling.request import read_photo
+
+
+@dataclass
+class Ingredient:
+    """Concepts of a photo, or of what the run draws with `seed`."""
+
+    concepts: list[int]
+    photo: str | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Recipe:
+    """What --compose reads: concepts of other images, shape and look, that go into the source."""
+
+    take: list[Ingredient]
+
+    def check(self) -> None:
+        """InputError for an ingredient without one source, or without concepts, and a concept that two are to give."""
+        taken: list[int] = []
+        for i, part in enumerate(self.take):
+            if (part.photo is None) == (part.seed is None):
+                raise InputError(f"recipe: take[{i}]: name one source, photo: FILE or seed: NUMBER")
+            if not part.concepts:
+                raise InputError(f"recipe: take[{i}].concepts is empty: name the concepts to take, for example [5, 8]")
+            taken += part.concepts
+        if not self.take:
+            raise InputError("recipe: take is empty: it needs at least one source with its concepts")
+        if twice := next((k for k in taken if taken.count(k) > 1), None):
+            raise InputError(f"recipe: concept {twice} is taken twice: an image has one token of each concept")
 
 
 @dataclass
@@ -26,6 +56,7 @@ class EditOptions:
     resize: dict[int, float] = field(default_factory=dict)  # concept -> times its size
     like: str | None = None  # a photo to edit, in place of images that the run draws
     layout_from: str | None = None  # a photo whose shapes are taken
+    compose: str | None = None  # YAML of a Recipe
     n: int = 4
     seed: int = 0
     strength: list[float] = field(default_factory=lambda: [20.0])
@@ -43,11 +74,19 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
     editor = Editor(pipe, options.w, options.steps)
     folder = Path(out) if out else Path(run) / "edits" / _name(options)
     like, seed = options.like, options.seed
-    source = _photo(editor, "--like", like, seed) if like else editor.drawn(options.n, seed)
+    source = editor.photo(read_photo("--like", like), seed) if like else editor.drawn(options.n, seed)
     others = []
     if options.layout_from:
-        other = _photo(editor, "--layout-from", options.layout_from, seed)
+        other = editor.photo(read_photo("--layout-from", options.layout_from), seed)
         others = [(other, other.observed[-1].there[0].nonzero()[:, 0].tolist())]
+    for part in load(Recipe, options.compose).take if options.compose else ():
+        other = (
+            editor.photo(read_photo("take.photo", part.photo), seed)
+            if part.photo
+            else editor.drawn(options.n, part.seed)
+        )
+        check([Edit(k) for k in part.concepts], other.observed[-1])
+        others.append((other, part.concepts))
     aims, guidance = editor.aims(source, edits, others)
     with locked(folder):
         claim(folder, "settings.yaml", asdict(options) | {"run": str(run)}, free=("device",))
@@ -65,8 +104,10 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
 
 def edits_of(options: EditOptions) -> list[Edit]:
     """One of each concept that is named. InputError where there is nothing to do, or a value that cannot be."""
-    if not options.move and not options.resize and not options.layout_from:
-        raise InputError("nothing to edit: give --move CONCEPT=DX,DY, --resize CONCEPT=TIMES or --layout-from PHOTO")
+    if not (options.move or options.resize or options.layout_from or options.compose):
+        raise InputError(
+            "nothing to edit: give --move CONCEPT=DX,DY, --resize CONCEPT=TIMES, --layout-from PHOTO or --compose RECIPE"
+        )
     for name, least in (("n", 1), ("steps", 2)):
         if getattr(options, name) < least:
             raise InputError(f"{name}={getattr(options, name)}: at least {least}")
@@ -80,17 +121,10 @@ def edits_of(options: EditOptions) -> list[Edit]:
 
 
 def _name(options: EditOptions) -> str:
-    parts = [f"{Path(file).stem[:30]}" for file in (options.like, options.layout_from) if file]
+    parts = [f"{Path(file).stem[:30]}" for file in (options.like, options.layout_from, options.compose) if file]
     parts += [f"move{k}_{dx:g}_{dy:g}" for k, (dx, dy) in options.move.items()]
     parts += [f"resize{k}_{times:g}" for k, times in options.resize.items()]
     return "_".join([*parts, f"n{options.n}", f"seed{options.seed}"])[:120]
-
-
-def _photo(editor: Editor, flag: str, file: str, seed: int) -> Source:
-    pipe = editor.pipe
-    annotator = load_annotator(pipe.annotator_folder, pipe.device)
-    squares, views = annotator.see([read_photo(flag, file)], pipe.image_size, pipe.source_size)
-    return editor.photos(squares, annotator(views), seed)
 
 
 def _maps(source: Source, concept: int) -> Tensor:

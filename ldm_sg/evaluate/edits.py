@@ -1,0 +1,248 @@
+"""Do edits happen? One concept of each image is moved, and made larger or smaller; judges say where it was and where it is."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ldm_sg.annotate.features import FeatureExtractor
+from ldm_sg.annotate.kinds import LoadedAnnotator, load_annotator
+from ldm_sg.data.images import to_float
+from ldm_sg.errors import InputError
+from ldm_sg.evaluate import metrics, sources
+from ldm_sg.evaluate.inception import Inception
+from ldm_sg.evaluate.judges import OWN, load_network, parse_features
+from ldm_sg.evaluate.options import Options
+from ldm_sg.evaluate.subjects import Subject
+from ldm_sg.guidance import selfguide
+from ldm_sg.sampling.edit import Edit
+from ldm_sg.sampling.editor import Editor, Source
+
+if TYPE_CHECKING:
+    from ldm_sg.pipeline import SelfGuidedPipeline
+
+MOST = 64  # images
+SHIFT = 0.2  # of the width
+RATIOS = (0.5, 0.7, 1.4, 2.0)  # of areas
+LARGE, SMALL = 0.3, 0.02  # shares of the image that an edited concept may cover
+NEAR = 0.1  # share of the sides
+GRID = 32  # cells a side of the masks that are compared
+REDRAWN = 0.4  # share of the steps after which an image with a pasted object is gone on with
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Of one image: its concept, the shift in x as a share of the width, and the ratio of areas."""
+
+    concept: int
+    dx: float
+    ratio: float
+
+    @property
+    def edits(self) -> dict[str, Edit]:
+        return {"moved": Edit(self.concept, dx=self.dx), "resized": Edit(self.concept, scale=self.ratio**0.5)}
+
+
+# images [B, 3, H, W] in [-1, 1], the first of them the source with its masks [K, h, w] -> masks [B, K, h, w], patch features [B, D, h', w']
+Sight = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def by_annotator(own: LoadedAnnotator) -> Sight:
+    """The run's own g and f."""
+    return lambda images, _: (coverage(own, images), own.extractor.patches(images)[1])
+
+
+def coverage(own: LoadedAnnotator, images: Tensor) -> Tensor:
+    """[B, K, GRID, GRID]: which share of each cell is of which concept."""
+    found = own(images).guidance((GRID, GRID)).spatial
+    assert found is not None
+    return found
+
+
+def by_prototypes(network: FeatureExtractor | Inception) -> Sight:
+    """Another network, which made no signal: each patch is of the concept in whose mask of the source the features are most alike."""
+
+    def see(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        features = network.patches(images)[1]
+        unit = F.normalize(features - features[:1].mean((2, 3), keepdim=True), dim=1)
+        weights = selfguide.resized(masks.to(unit), (unit.shape[2], unit.shape[3])).flatten(1)  # [K, h * w]
+        prototypes = F.normalize(weights @ unit[0].flatten(1).T, dim=1)  # [K, D], 0 of what is not there
+        alike = torch.einsum("kd,bdhw->bkhw", prototypes, unit)
+        alike[:, weights.sum(1) == 0] = -torch.inf
+        return F.one_hot(alike.argmax(1), len(masks)).permute(0, 3, 1, 2).to(unit), features
+
+    return see
+
+
+def able(masks: Tensor) -> Tensor:
+    """Masks [K, h, w] of a source -> which concepts [K] are neither tiny nor most of it."""
+    shares = masks.mean((1, 2))
+    return (shares > SMALL) & (shares < LARGE)
+
+
+def localised(masks: Tensor, maps: Tensor) -> Tensor:
+    """Which concepts [K] lie where their attention [K, h', w'] does, by the centroids: only these can be asked for."""
+    return ((selfguide.centroid(masks) - selfguide.centroid(maps)).abs() < NEAR).all(1)
+
+
+def choose(masks: Tensor, among: Tensor, generator: np.random.Generator) -> Asked:
+    """One of the concepts `among` [K], away from the nearer side."""
+    concept = int(generator.choice(among.nonzero()[:, 0].numpy()))
+    right = bool(selfguide.centroid(masks)[concept, 0] < 0.5)
+    return Asked(concept, SHIFT if right else -SHIFT, float(generator.choice(RATIOS)))
+
+
+def moved(before: Tensor, after: Tensor, asked: Asked) -> tuple[float, float]:
+    """Masks [K, h, w] -> which share of the asked shift the concept made (0 where it is gone), and how far the others went, mean
+    over those that are in both, as a share of it."""
+    there = (before.mean((1, 2)) > SMALL) & (after.mean((1, 2)) > SMALL)
+    way = selfguide.centroid(after) - selfguide.centroid(before)  # [K, 2]
+    made = float(way[asked.concept, 0]) / asked.dx if after[asked.concept].any() else 0.0
+    there[asked.concept] = False
+    return made, float(way[there].norm(dim=1).mean()) / abs(asked.dx) if there.any() else 0.0
+
+
+def look_distance(masks: Tensor, features: Tensor, concept: int) -> float:
+    """1 - cosine of the features [2, D, h', w'] in the concept's masks [2, K, h, w], before and after; 1 where it is gone."""
+    weights = selfguide.resized(masks[:, concept][:, None].to(features), (features.shape[2], features.shape[3]))
+    before, after = (weights * features).sum((2, 3))
+    return 1 - float(F.cosine_similarity(before, after, dim=0))
+
+
+@dataclass(frozen=True)
+class Made:
+    """Of one image, by one judge: the source and what became of it, `names` but the first; masks, features, and g's of the whole."""
+
+    asked: Asked
+    masks: dict[str, Tensor]
+    features: dict[str, Tensor]
+
+
+def figures(found: list[Made], way: str = "") -> dict[str, float]:
+    """Of images edited in one `way` ("" or "_paste")."""
+    shifts, others, looks, ratios = [], [], [], []
+    for made in found:
+        before, after, resized = (made.masks[name] for name in ("source", f"moved{way}", f"resized{way}"))
+        share, rest = moved(before, after, made.asked)
+        shifts.append(share)
+        others.append(rest)
+        k, names = made.asked.concept, ("source", f"moved{way}")
+        masks, features = (torch.stack([of[name] for name in names]) for of in (made.masks, made.features))
+        looks.append(look_distance(masks, features, k))
+        ratios.append(float(resized[k].mean() / before[k].mean().clamp(min=1e-6)))
+    low, middle, high = np.quantile(shifts, (0.25, 0.5, 0.75))
+    rank = spearmanr([made.asked.ratio for made in found], ratios).statistic if len(set(ratios)) > 1 else 0.0
+    whole = {
+        name: torch.stack([made.features[name].mean((1, 2)) for made in found]) for name in ("source", f"moved{way}")
+    }
+    return {
+        f"edit_shift{way}": middle,
+        f"edit_shift_low{way}": low,
+        f"edit_shift_high{way}": high,
+        f"edit_others{way}": float(np.median(others)),
+        f"edit_size_rank{way}": float(rank),
+        f"edit_look{way}": float(np.median(looks)),
+        f"edit_fd{way}": metrics.frechet_distance(whole[f"moved{way}"], whole["source"]),
+    }
+
+
+def paste(image: Tensor, mask: Tensor, edit: Edit) -> Tensor:
+    """[3, H, W] with what lies in the mask [h, w] cut out, moved or resized, and put in again; the hole holds the mirrored image."""
+    soft = F.interpolate(mask[None, None], image.shape[1:], mode="bilinear")[0]
+    layers = torch.cat([image * soft, soft])
+    way = {"shift": (edit.dx, edit.dy), "scale": edit.scale}
+    *pasted, there = _around(layers, soft[0], **way)
+    rest = torch.where(soft > 0.5, image.flip(2), image)
+    return rest * (1 - there) + torch.stack(pasted)
+
+
+def _around(layers: Tensor, mask: Tensor, shift: tuple[float, float], scale: float) -> Tensor:
+    """Layers [C, H, W], moved and resized around the mask's centroid."""
+    (x, y), (height, width) = selfguide.centroid(mask).tolist(), mask.shape
+    place = torch.tensor([[[1 / scale, 0, 0], [0, 1 / scale, 0]]])
+    place[0, 0, 2] = 2 * x - 1 - (2 * (x + shift[0]) - 1) / scale
+    place[0, 1, 2] = 2 * y - 1 - (2 * (y + shift[1]) - 1) / scale
+    grid = F.affine_grid(place.to(layers), [1, len(layers), height, width], align_corners=False)
+    return F.grid_sample(layers[None], grid, align_corners=False)[0]
+
+
+class Examiner:
+    """Draws or reads sources, one at a time (image i depends on (seed, i) only), edits them, and lets the judges see."""
+
+    def __init__(
+        self,
+        pipe: "SelfGuidedPipeline",
+        own: LoadedAnnotator,
+        judges: dict[str, Sight],
+        w: float,
+        steps: int,
+        seed: int,
+    ):
+        self.editor, self.own, self.judges, self.seed = Editor(pipe, w, steps), own, judges, seed
+
+    def drawn(self, n: int) -> Iterator[Source]:
+        return (self.editor.drawn(1, self.seed, i) for i in range(n))
+
+    def photos(self, images: sources.ImageSet, n: int) -> Iterator[Source]:
+        pipe = self.editor.pipe
+        for i, image in enumerate(sources.pictures(images, n)):
+            squares, views = self.own.see([image], pipe.image_size, pipe.source_size)
+            yield self.editor.photos(squares, self.own(views), self.seed + i)
+
+    def __call__(self, found: Iterator[Source], n: int, label: str) -> dict[str, dict[str, float]]:
+        """Figures by the name of the judge."""
+        seen: dict[str, list[Made]] = {name: [] for name in self.judges}
+        sure: list[float] = []
+        for i, source in enumerate(tqdm(found, label, n, unit="image", dynamic_ncols=True)):
+            [masks] = coverage(self.own, to_float(source.images))
+            last = source.observed[-1]
+            candidates = able(masks) & last.there[0]
+            chosen = candidates & localised(masks, last.maps[0])
+            sure += [float(chosen.sum() / candidates.sum())] * bool(candidates.any())
+            if not chosen.any():
+                continue
+            asked = choose(masks, chosen, np.random.default_rng([self.seed, i]))
+            images = {"source": source.images}
+            for name, edit in asked.edits.items():
+                images[name] = self.editor.edit(source, [edit])
+                pasted = paste(to_float(source.images)[0], masks[asked.concept], edit)[None]
+                images[f"{name}_paste"] = self.editor.redrawn(source, pasted, REDRAWN)
+            pixels = to_float(torch.cat(list(images.values())))
+            for name, judge in self.judges.items():
+                given, features = judge(pixels, masks)
+                seen[name].append(Made(asked, dict(zip(images, given.cpu())), dict(zip(images, features.cpu()))))
+        if len(next(iter(seen.values()))) < 2:
+            raise InputError(
+                f"metric edit: fewer than 2 of {n} images ({label}) hold a concept of {SMALL:.0%} to {LARGE:.0%} of them"
+            )
+        counts = {"edit_images": float(len(next(iter(seen.values())))), "edit_localised": float(np.mean(sure))}
+        return {name: counts | figures(made) | figures(made, "_paste") for name, made in seen.items()}
+
+
+def examine(
+    options: Options, subject: Subject, real: sources.ImageSet, device: torch.device
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Figures of images that the run draws and, as `_real`, of photos, by its own g and f and by the other networks of `features`:
+    by the judge's name, with each judge's manifest. InputError where the run cannot edit."""
+    pipe = subject.pipe
+    if pipe is None or subject.asked is None:
+        raise InputError(f"{subject.where}: the metric edit draws and edits images itself: give a run")
+    own = load_annotator(pipe.annotator_folder, device)
+    named = {name: text for name, text in parse_features(options.features).items() if text != OWN}
+    networks = {name: load_network(text, options.resize, device) for name, text in named.items()}
+    sights = {own.extractor.name: by_annotator(own), **{name: by_prototypes(each) for name, each in networks.items()}}
+    examiner = Examiner(pipe, own, sights, subject.sampling["w"], subject.sampling["steps"], options.seed)
+    n = min(options.n, MOST)
+    found = examiner(examiner.drawn(n), n, "edits of samples")
+    for name, values in examiner(examiner.photos(real, n), min(n, real.total or n), "edits of photos").items():
+        found[name] |= {f"{key}_real": value for key, value in values.items()}
+    return found, {
+        own.extractor.name: own.extractor.manifest,
+        **{name: each.manifest for name, each in networks.items()},
+    }
