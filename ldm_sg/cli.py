@@ -295,6 +295,9 @@ def edit(
     w: Annotated[float, typer.Option(help="Guidance strength, as in sample.")] = 2.0,
     steps: Annotated[int, typer.Option(help="Solver steps.")] = 25,
     checkpoint: Checkpoint = None,
+    lpips: Annotated[
+        str | None, typer.Option(help="With --like: AlexNet's features, safetensors, to judge the unedited.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Folder; default RUN/edits/WHAT.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -305,7 +308,9 @@ def edit(
     moves = {k: (v[0], v[1]) for k, v in (_pair("--move", text, 2) for text in move or [])}
     sizes = {k: v[0] for k, v in (_pair("--resize", text, 1) for text in resize or [])}
     strengths = _numbers("--strength", strength, float)
-    options = EditOptions(moves, sizes, like, layout_from, compose, n, seed, strengths, w, steps, device, checkpoint)
+    options = EditOptions(
+        moves, sizes, like, layout_from, compose, n, seed, strengths, w, steps, device, checkpoint, lpips
+    )
     print(run_edit(run, options, out) / "edits.png")
 
 

@@ -172,8 +172,28 @@ def test_the_command_moves_a_concept_of_a_run(tmp_path: Path) -> None:
         )
         assert np.array_equal(source, drawn)
         assert not np.array_equal(source, np.asarray(Image.open(tmp_path / f"out/edited-{i:03d}.png")))
-    assert (tmp_path / "out" / "edits.png").is_file()
+    assert (tmp_path / "out" / "edits.png").is_file() and "0.2" in (tmp_path / "out" / "report.html").read_text()
+    recipes = {"take": "take: [{seed: 9, concepts: [1]}]"}
+    recipes |= {"none": "take: [{concepts: [1]}]", "both": "take: [{seed: 9, photo: a.jpg, concepts: [1]}]"}
+    recipes |= {
+        "twice": "take: [{seed: 9, concepts: [1]}, {seed: 8, concepts: [1]}]",
+        "word": "take: [{sed: 9, concepts: [1]}]",
+    }
+    recipes |= {"absent": "take: [{seed: 9, concepts: [7]}]", "empty": "take: []"}
+    for name, text in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    composed = [*asked, "--compose", str(tmp_path / "take.yaml"), "--out", str(tmp_path / "composed")]
+    assert CliRunner().invoke(app, composed).exit_code == 0
+    found = [np.asarray(Image.open(tmp_path / "composed" / f"{name}-000.png")) for name in ("source", "edited")]
+    assert not np.array_equal(*found)
     for flags, message in (
+        (["--compose", str(tmp_path / "none.yaml")], "take[0]: name one source"),
+        (["--compose", str(tmp_path / "both.yaml")], "take[0]: name one source"),
+        (["--compose", str(tmp_path / "twice.yaml")], "concept 1 is taken twice"),
+        (["--compose", str(tmp_path / "word.yaml")], "sed"),
+        (["--compose", str(tmp_path / "absent.yaml")], "concept 7 is not in the source"),
+        (["--compose", str(tmp_path / "empty.yaml")], "take is empty"),
+        (["--compose", str(tmp_path / "missing.yaml")], "not found"),
         ([], "nothing to edit"),
         (["--move", "1=0.2"], "1=0.2: CONCEPT=DX,DY"),
         (["--move", "7=0.1,0"], "concept 7 is not in the source"),

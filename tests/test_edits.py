@@ -60,14 +60,14 @@ class Colours:
 def test_the_share_of_a_shift_is_that_of_the_disc() -> None:
     for x, made in ((0.5, 1.0), (0.4, 0.5), (0.3, 0.0), (0.2, -0.5)):
         share, others = moved(scene(0.3), scene(x), Asked(1, 0.2, 1.0))
-        assert share == pytest.approx(made, abs=0.03) and others < 0.15  # the ground around it, a little
+        assert share == pytest.approx(made, abs=0.03) and max(others) < 0.15  # the ground around it, a little
     gone = scene(0.3)
     gone[1] = 0
     assert moved(scene(0.3), gone, Asked(1, 0.2, 1.0))[0] == 0
     carried = scene(0.5)
     carried[2] = carried[2].roll(CELLS // 4, 1)  # by a quarter of the width
     carried[0] = 0  # too small to be counted
-    assert moved(scene(0.3), carried, Asked(1, 0.2, 1.0))[1] == pytest.approx(0.25 / 0.2, abs=0.01)
+    assert moved(scene(0.3), carried, Asked(1, 0.2, 1.0))[1] == pytest.approx([0.25 / 0.2], abs=0.01)
 
 
 def test_figures_of_edits_that_do_what_is_asked_and_of_such_that_do_nothing() -> None:

@@ -98,14 +98,14 @@ def choose(masks: Tensor, among: Tensor, generator: np.random.Generator) -> Aske
     return Asked(concept, SHIFT if right else -SHIFT, float(generator.choice(RATIOS)))
 
 
-def moved(before: Tensor, after: Tensor, asked: Asked) -> tuple[float, float]:
-    """Masks [K, h, w] -> which share of the asked shift the concept made (0 where it is gone), and how far the others went, mean
-    over those that are in both, as a share of it."""
+def moved(before: Tensor, after: Tensor, asked: Asked) -> tuple[float, list[float]]:
+    """Masks [K, h, w] -> which share of the asked shift the concept made (0 where it is gone), and how far each other one that is in
+    both went, as a share of it."""
     there = (before.mean((1, 2)) > SMALL) & (after.mean((1, 2)) > SMALL)
     way = selfguide.centroid(after) - selfguide.centroid(before)  # [K, 2]
     made = float(way[asked.concept, 0]) / asked.dx if after[asked.concept].any() else 0.0
     there[asked.concept] = False
-    return made, float(way[there].norm(dim=1).mean()) / abs(asked.dx) if there.any() else 0.0
+    return made, (way[there].norm(dim=1) / abs(asked.dx)).tolist()
 
 
 def look_distance(masks: Tensor, features: Tensor, concept: int) -> float:
@@ -131,7 +131,7 @@ def figures(found: list[Made], way: str = "") -> dict[str, float]:
         before, after, resized = (made.masks[name] for name in ("source", f"moved{way}", f"resized{way}"))
         share, rest = moved(before, after, made.asked)
         shifts.append(share)
-        others.append(rest)
+        others += rest
         k, names = made.asked.concept, ("source", f"moved{way}")
         masks, features = (torch.stack([of[name] for name in names]) for of in (made.masks, made.features))
         looks.append(look_distance(masks, features, k))
@@ -145,7 +145,7 @@ def figures(found: list[Made], way: str = "") -> dict[str, float]:
         f"edit_shift{way}": middle,
         f"edit_shift_low{way}": low,
         f"edit_shift_high{way}": high,
-        f"edit_others{way}": float(np.median(others)),
+        f"edit_others{way}": float(np.median(others or [0.0])),
         f"edit_size_rank{way}": float(rank),
         f"edit_look{way}": float(np.median(looks)),
         f"edit_fd{way}": metrics.frechet_distance(whole[f"moved{way}"], whole["source"]),

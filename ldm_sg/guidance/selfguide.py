@@ -77,9 +77,9 @@ def size_energy(a: Tensor, target: Tensor) -> Tensor:
     return (size(a) - target).abs()
 
 
-def shape_energy(a: Tensor, target: Tensor) -> Tensor:
-    """Mean of |S(A) - target|, target a mask [..., h, w]."""
-    return (soft(a) - target).abs().mean((-2, -1))
+def shape_energy(a: Tensor, target: Tensor, where: Tensor | float = 1.0) -> Tensor:
+    """Mean of |S(A) - target|, target a mask [..., h, w]; `where` [..., h, w], from 0 to 1: how much it counts there."""
+    return ((soft(a) - target).abs() * where).mean((-2, -1))
 
 
 def appearance_energy(a: Tensor, psi: Tensor, target: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from ldm_sg.models.attention import Seen, reading
 from ldm_sg.objective import Objective
 from ldm_sg.sampling.solvers import Grid
 
+SMALLEST, TYPICAL = 0.01, 0.2  # shares of the image that a concept covers
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -23,7 +25,11 @@ class Edit:
     concept: int
     dx: float = 0.0
     dy: float = 0.0
-    scale: float = 1.0
+    scale: float = 1.0  # of the sides
+
+    def of(self, maps: Tensor) -> Tensor:
+        """Maps of the concept [..., h, w], edited."""
+        return selfguide.transformed(maps, (self.dx, self.dy), self.scale)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Weights:
 
     shape: float = 1.0
     centroid: float = 1.0
+    size: float = 1.0  # of those that are resized
     look: float = 0.5
     others_shape: float = 0.5
     others_look: float = 0.5
@@ -103,19 +110,26 @@ def active(step: int, steps: int) -> bool:
 
 
 def energy(now: Observed, aim: Observed, edits: Sequence[Edit], weights: Weights) -> Tensor:
-    """[B], >= 0: how far the concepts that are there are from `aim`, edited; 0 where nothing is edited and all is as in it."""
+    """[B], >= 0: how far the concepts that are there are from `aim`, edited; 0 where nothing is edited and all is as in it. Others need
+    not be as they were where an edited one was and where it shall be, for somebody must fill the place and make room."""
     masks, centroids = selfguide.soft(aim.maps), selfguide.centroid(aim.maps)
-    edited = torch.zeros_like(now.there)
+    edited, sized = torch.zeros_like(now.there), torch.zeros_like(now.there)
+    free = torch.zeros_like(masks[:, :1])
     for edit in edits:
-        k = edit.concept
-        masks[:, k] = selfguide.transformed(masks[:, k], (edit.dx, edit.dy), edit.scale)
+        k, before = edit.concept, masks[:, edit.concept]
+        after = edit.of(before)
+        free = torch.maximum(free, torch.maximum(before, after)[:, None])
+        masks = masks.index_copy(1, torch.tensor([k], device=masks.device), after[:, None])
         centroids[:, k] += centroids.new_tensor([edit.dx, edit.dy])
-        edited[:, k] = True
+        edited[:, k], sized[:, k] = True, edit.scale != 1
     there = now.there & aim.there
-    edited, others = there & edited, there & ~edited
-    shape = selfguide.shape_energy(now.maps, masks)
-    total = shape * (weights.shape * edited + weights.others_shape * others)
+    edited, others, sized = there & edited, there & ~edited, there & sized
+    own, rest = selfguide.shape_energy(now.maps, masks), selfguide.shape_energy(now.maps, masks, 1 - free)
+    size = masks.mean((-2, -1)).clamp(min=SMALLEST)
+    own = torch.where(sized, own * TYPICAL / size, own)  # of a resized one as a share of what it shall be
+    total = weights.shape * edited * own + weights.others_shape * others * rest
     total = total + weights.centroid * edited * selfguide.centroid_energy(now.maps, centroids)
+    total = total + weights.size * sized * selfguide.size_energy(now.maps, size) / size
     for look, wanted in zip(now.looks, aim.looks):
         far = (look - wanted).abs().mean(-1) / wanted.abs().mean(-1).clamp(min=1e-6)  # whatever the block's scale
         total = total + far * (weights.look * edited + weights.others_look * others) / len(aim.looks)

@@ -7,15 +7,19 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from ldm_sg.autoencoder import psnr
 from ldm_sg.configfile import load
+from ldm_sg.data.images import to_float
 from ldm_sg.errors import InputError
-from ldm_sg.folder import claim, locked, whole
+from ldm_sg.folder import claim, locked, whole, write_text
 from ldm_sg.guidance import selfguide
 from ldm_sg.pipeline import open_pipeline
+from ldm_sg.report import html
 from ldm_sg.report.grids import labelled_rows, save
 from ldm_sg.sampling.edit import Edit, check
-from ldm_sg.sampling.editor import Editor, Source
+from ldm_sg.sampling.editor import Editor
 from ldm_sg.sampling.request import read_photo
+from ldm_sg.training.autoencoder import perceptual_distance
 
 
 @dataclass
@@ -64,11 +68,12 @@ class EditOptions:
     steps: int = 25
     device: str = "auto"
     checkpoint: str | None = None
+    lpips: str | None = None  # weights that judge the unedited reconstruction of a photo
 
 
 def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
     """Writes source-N.png, edited-N.png (of the last strength), edits.png (source, attention, edited by each strength) and
-    settings.yaml into `out`; returns it."""
+    report.html and settings.yaml into `out`; returns it."""
     edits = edits_of(options)
     pipe = open_pipeline(run, options.device, options.checkpoint)
     editor = Editor(pipe, options.w, options.steps)
@@ -91,10 +96,17 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
     with locked(folder):
         claim(folder, "settings.yaml", asdict(options) | {"run": str(run)}, free=("device",))
         made = {f"strength {s:g}": editor.solve(source.noise, guidance, aims, edits, s) for s in options.strength}
-        rows = {"source": source.images} | {f"attention of {e.concept}": _maps(source, e.concept) for e in edits} | made
+        maps = {}
+        for edit in edits:
+            seen = selfguide.soft(source.observed[-1].maps[:, edit.concept])  # at the last step
+            maps[f"attention of {edit.concept}"] = _grey(seen, source.images)
+            maps[f"asked of {edit.concept}"] = _grey(edit.of(seen), source.images)
+        rows, facts = {"source": source.images} | maps | made, {}
         if options.like:
             rows["unedited"] = editor.edit(source, (), options.strength[-1])
+            facts = _likeness(rows["unedited"], source.images, options.lpips)
         save(labelled_rows(list(rows), list(rows.values()), scale=1), folder / "edits.png")
+        write_text(folder / "report.html", _report(folder, edits, options, facts))
         for name, images in (("source", source.images), ("edited", made[f"strength {options.strength[-1]:g}"])):
             for i, image in enumerate(images):
                 with whole(folder / f"{name}-{i:03d}.png") as new:
@@ -124,11 +136,33 @@ def _name(options: EditOptions) -> str:
     parts = [f"{Path(file).stem[:30]}" for file in (options.like, options.layout_from, options.compose) if file]
     parts += [f"move{k}_{dx:g}_{dy:g}" for k, (dx, dy) in options.move.items()]
     parts += [f"resize{k}_{times:g}" for k, times in options.resize.items()]
-    return "_".join([*parts, f"n{options.n}", f"seed{options.seed}"])[:120]
+    how = f"n{options.n}_seed{options.seed}_w{options.w:g}_{options.steps}_strength{'-'.join(map('{:g}'.format, options.strength))}"
+    return "_".join([*parts, how])[-160:]
 
 
-def _maps(source: Source, concept: int) -> Tensor:
-    """Where the network sees a concept at the last step, as grey images."""
-    maps = selfguide.minmax(source.observed[-1].maps[:, concept])
-    grey = torch.nn.functional.interpolate(maps[:, None], source.images.shape[2:], mode="bilinear")
+def _grey(maps: Tensor, images: Tensor) -> Tensor:
+    """Maps [B, h, w] in [0, 1] as uint8 [B, 3, H, W] of the images' size."""
+    grey = torch.nn.functional.interpolate(maps[:, None], images.shape[2:], mode="bilinear")
     return (grey.expand(-1, 3, -1, -1) * 255).byte()
+
+
+def _likeness(made: Tensor, images: Tensor, lpips: str | None) -> dict[str, str]:
+    """How near uint8 images [B, 3, H, W] are to those that they should be."""
+    pair = to_float(made), to_float(images)
+    found = {"unedited, PSNR": f"{float(psnr(*pair).mean()):.1f} dB"}
+    if lpips:
+        found["unedited, LPIPS"] = f"{float(perceptual_distance(lpips)(*pair).mean()):.3f}"
+    return found
+
+
+def _report(folder: Path, edits: list[Edit], options: EditOptions, facts: dict[str, str]) -> str:
+    asked = [(str(e.concept), f"{e.dx:+g}, {e.dy:+g}", f"{e.scale**2:g}") for e in edits]
+    return html.page(
+        f"Edits of {options.like or f'seed {options.seed}'}",
+        "The source, where the network sees each edited concept and where it is asked for, and what came of it.",
+        [
+            html.section("Edits", "", html.facts(facts), html.picture(folder / "edits.png")),
+            html.section("Asked for", "", html.table(["concept", "right, down", "times its area"], asked)),
+            html.folded("Settings", html.yaml_code(asdict(options))),
+        ],
+    )
