@@ -113,6 +113,23 @@ def test_the_loss_of_attention_is_least_where_it_is_what_is_there() -> None:
     assert attention_loss(Seen([flat]), signal.null()).item() == 0
 
 
+def test_parts_of_another_image_come_with_their_looks_or_without(network: GuidedUNet) -> None:
+    states = torch.randn(2, 1, *SHAPE, generator=torch.Generator().manual_seed(5))
+    signals = [
+        Guidance(torch.ones(1, dtype=torch.bool), concepts=torch.tensor([ids])) for ids in ([0, 2, -1], [0, 3, -1])
+    ]
+    mine, other = (record(network, [x], torch.tensor([300.0]), g, 4)[0] for x, g in zip(states, signals))
+    whole, shapes = mine.but(other, [0, 3]), mine.but(other, [0, 3], looks=False)
+    for found in (whole, shapes):
+        assert found.there.tolist() == [[True, False, True, True]]
+        assert torch.equal(found.maps[:, [0, 3]], other.maps[:, [0, 3]]) and torch.equal(
+            found.maps[:, 2], mine.maps[:, 2]
+        )
+    for mixed, kept, new, old in zip(whole.looks, shapes.looks, other.looks, mine.looks):
+        assert torch.equal(mixed[:, [0, 3]], new[:, [0, 3]]) and torch.equal(mixed[:, 2], old[:, 2])
+        assert torch.equal(kept[:, [0, 2]], old[:, [0, 2]]) and torch.equal(kept[:, 3], new[:, 3])
+
+
 def test_the_papers_schedule_of_steps() -> None:
     on = [step for step in range(64) if active(step, 64)]
     assert on[:12] == list(range(12)) and on[12:] == list(range(12, 62, 2))

@@ -39,9 +39,9 @@ class Weights:
     shape: float = 1.0
     centroid: float = 1.0
     size: float = 1.0  # of those that are resized
-    look: float = 0.5
-    others_shape: float = 0.5
-    others_look: float = 0.5
+    look: float = 0.3
+    others_shape: float = 1.0
+    others_look: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,17 @@ class Observed:
     maps: Tensor
     looks: list[Tensor]
 
-    def but(self, other: "Observed", concepts: Sequence[int]) -> "Observed":
-        """The same with these concepts as they are in `other`."""
+    def but(self, other: "Observed", concepts: Sequence[int], looks: bool = True) -> "Observed":
+        """The same with these concepts as they are in `other`; without `looks` those that are here too keep their own."""
         theirs = torch.zeros(self.there.shape[1], dtype=torch.bool, device=self.there.device)
         theirs[list(concepts)] = True
-        pick = lambda a, b: torch.where(theirs.view(1, -1, *[1] * (a.ndim - 2)), b, a)  # noqa: E731
-        looks = [pick(a, b) for a, b in zip(self.looks, other.looks)]
-        return Observed(pick(self.there, other.there), pick(self.maps, other.maps), looks)
+        replaced = theirs if looks else theirs & ~self.there
+
+        def pick(which: Tensor, mine: Tensor, new: Tensor) -> Tensor:
+            return torch.where(which.expand_as(self.there).unflatten(1, (-1, *[1] * (mine.ndim - 2))), new, mine)
+
+        found = [pick(replaced, a, b) for a, b in zip(self.looks, other.looks)]
+        return Observed(pick(theirs, self.there, other.there), pick(theirs, self.maps, other.maps), found)
 
 
 def observe(seen: Seen, guidance: Guidance, count: int) -> Observed:

@@ -35,7 +35,9 @@ class Source:
     observed: list[Observed]
 
 
-Taken = tuple[Source, Sequence[int]]  # an image, and the concepts that are taken from it
+Taken = tuple[
+    Source, Sequence[int], bool
+]  # an image, the concepts that are taken from it, and whether with their looks
 
 
 class Editor:
@@ -90,11 +92,11 @@ class Editor:
     def aims(
         self, source: Source, edits: Sequence[Edit], others: Sequence[Taken] = ()
     ) -> tuple[list[Observed], Guidance]:
-        """What is wanted at each step, before the edits, and the signal. `others`: sources, and the concepts that are taken from them,
-        shape and look. InputError for edits that cannot be."""
+        """What is wanted at each step, before the edits, and the signal. `others`: sources, and the concepts that are taken from them.
+        InputError for edits that cannot be."""
         aims, guidance = source.observed, source.guidance
-        for other, concepts in others:
-            aims = [mine.but(theirs, concepts) for mine, theirs in zip(aims, other.observed)]
+        for other, concepts, looks in others:
+            aims = [mine.but(theirs, concepts, looks) for mine, theirs in zip(aims, other.observed)]
             guidance = replace(guidance, concepts=concept_ids(aims[-1].there.float()))  # a token for each that is there
         check(edits, aims[-1])
         return aims, guidance

@@ -83,7 +83,7 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
     others = []
     if options.layout_from:
         other = editor.photo(read_photo("--layout-from", options.layout_from), seed)
-        others = [(other, other.observed[-1].there[0].nonzero()[:, 0].tolist())]
+        others = [(other, other.observed[-1].there[0].nonzero()[:, 0].tolist(), False)]
     for part in load(Recipe, options.compose).take if options.compose else ():
         other = (
             editor.photo(read_photo("take.photo", part.photo), seed)
@@ -91,7 +91,7 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
             else editor.drawn(options.n, part.seed)
         )
         check([Edit(k) for k in part.concepts], other.observed[-1])
-        others.append((other, part.concepts))
+        others.append((other, part.concepts, True))
     aims, guidance = editor.aims(source, edits, others)
     with locked(folder):
         claim(folder, "settings.yaml", asdict(options) | {"run": str(run)}, free=("device",))
