@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from ldm_sg.autoencoder import psnr
@@ -75,6 +75,7 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
     """Writes source-N.png, edited-N.png (of the last strength), edits.png (source, attention, edited by each strength) and
     report.html and settings.yaml into `out`; returns it."""
     edits = edits_of(options)
+    lpips = perceptual_distance(options.lpips) if options.lpips else None
     pipe = open_pipeline(run, options.device, options.checkpoint)
     editor = Editor(pipe, options.w, options.steps)
     folder = Path(out) if out else Path(run) / "edits" / _name(options)
@@ -104,7 +105,7 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
         rows, facts = {"source": source.images} | maps | made, {}
         if options.like:
             rows["unedited"] = editor.edit(source, (), options.strength[-1])
-            facts = _likeness(rows["unedited"], source.images, options.lpips)
+            facts = _likeness(rows["unedited"], source.images, lpips)
         save(labelled_rows(list(rows), list(rows.values()), scale=1), folder / "edits.png")
         write_text(folder / "report.html", _report(folder, edits, options, facts))
         for name, images in (("source", source.images), ("edited", made[f"strength {options.strength[-1]:g}"])):
@@ -146,12 +147,12 @@ def _grey(maps: Tensor, images: Tensor) -> Tensor:
     return (grey.expand(-1, 3, -1, -1) * 255).byte()
 
 
-def _likeness(made: Tensor, images: Tensor, lpips: str | None) -> dict[str, str]:
+def _likeness(made: Tensor, images: Tensor, lpips: nn.Module | None) -> dict[str, str]:
     """How near uint8 images [B, 3, H, W] are to those that they should be."""
     pair = to_float(made), to_float(images)
     found = {"unedited, PSNR": f"{float(psnr(*pair).mean()):.1f} dB"}
     if lpips:
-        found["unedited, LPIPS"] = f"{float(perceptual_distance(lpips)(*pair).mean()):.3f}"
+        found["unedited, LPIPS"] = f"{float(lpips(*pair).mean()):.3f}"
     return found
 
 
