@@ -8,10 +8,11 @@ import textwrap
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, choices, one_line
 
 PACKAGE = Path(__file__).parent
 ASSETS = PACKAGE / "assets"
@@ -94,12 +95,17 @@ def listing() -> str:
 
 
 def _dotlist(overrides: list[str]) -> list[tuple[str, DictConfig]]:
+    found = []
     for item in overrides:
         if "=" not in item or item.startswith("="):
             raise InputError(f"override {item!r}: write it as key=value, for example steps=1000")
         if item.endswith("="):
             raise InputError(f"override {item!r}: nothing stands after the = (null means no value)")
-    return [(item, OmegaConf.from_dotlist([item])) for item in overrides]
+        try:
+            found.append((item, OmegaConf.from_dotlist([item])))
+        except yaml.YAMLError as err:
+            raise InputError(f"override {item!r}: not YAML after the =: {one_line(err)[:160]}") from err
+    return found
 
 
 def check_keys(given: DictConfig, schema: DictConfig, source: str, prefix: str = "") -> None:

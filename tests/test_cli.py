@@ -170,6 +170,7 @@ def test_concept_tokens_are_masked_and_unordered() -> None:
         (["train", "configs/train/demo.yaml", "steps=many"], "steps"),
         (["train", "configs/train/demo.yaml", "steps"], "key=value"),
         (["train", "configs/train/demo.yaml", "out="], "nothing stands after the ="),
+        (["train", "configs/train/demo.yaml", "model={a:1,b:["], "not YAML after the ="),
         (["annotate", "configs/annotate/demo.yaml", "annotator.k=0"], "annotator.k=0: at least 1"),
         (
             ["annotate", "configs/annotate/voc64-boxes.yaml", "annotator.centre_place=2"],

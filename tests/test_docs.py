@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from test_annotate import config, make_shards
 from test_finetune import base, few_samples, photos  # noqa: F401
 from typer.testing import CliRunner
@@ -18,6 +20,7 @@ from ldm_sg.cli import app
 from ldm_sg.config import FeaturesConfig, TrainConfig
 from ldm_sg.configfile import to_yaml
 from ldm_sg.data.latents import LatentSet
+from ldm_sg.evaluate import edits
 from ldm_sg.pipeline import open_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -99,3 +102,46 @@ def test_every_command_of_scale(tmp_path: Path) -> None:
     assert all(torch.allclose(both[0][name], both[1][name], atol=1e-6) for name in both[0])  # what torchrun trains
     sets = [LatentSet(tmp_path / "annotations" / name).hash for name in ("photos", "parts", "array", "ray")]
     assert len(set(sets)) == 1 and (tmp_path / "runs" / "two" / "pipeline").is_dir()
+
+
+SCENES = {
+    "annotate": "features.model=demo-g features.layer=-1 features.size=64 annotator.k=2 annotator.segments.method=patch_kmeans autoencoder=patch4 "
+    "size=32 device=cpu workers=0",
+    "train": "steps=10 batch_size=4 warmup=1 checkpoint_every=10 val_every=10 sample_every=0 device=cpu workers=0 "
+    "'model={channels: 16, multipliers: [1, 2], blocks: 1, attention: [1, 2], heads: 2, inject: none, tokens: concepts}'",
+    "edit": "--steps 3 --device cpu",
+    "evaluate": "--steps 2 --device cpu",
+}
+
+
+@pytest.mark.slow
+def test_every_command_of_editing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On dark images with a bright square, whose two segments are always there; edits name segment 1 in place of 5."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, value in (("SMALL", 0.0), ("LARGE", 1.1), ("NEAR", 1.0)):  # the network has learnt next to nothing
+        monkeypatch.setattr(edits, name, value)
+    (tmp_path / "scenes").mkdir()
+    for i in range(16):
+        pixels = np.full((32, 32, 3), 40, np.uint8)
+        pixels[8:24, (i % 4) * 4 : (i % 4) * 4 + 16] = 220
+        Image.fromarray(pixels).save(tmp_path / "scenes" / f"{i}.png")
+    for name in ("photo.jpg", "other.jpg"):
+        Image.open(tmp_path / "scenes" / "3.png").save(tmp_path / name)
+    text = (ROOT / "docs" / "editing.md").read_text()
+    [recipe] = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("[5]", "[1]").replace("[2, 3]", "[0]"))
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    assert len(lines) == 9
+    for line in lines:
+        words = shlex.split(line.split(" #")[0].replace(" 5=", " 1="))
+        words = [{"256": "32", "50": "4", "annotator.k=11": "annotator.k=2"}.get(word, word) for word in words]
+        if "--features" in words:  # there may be no network
+            words = words[: words.index("--features")]
+        result = CliRunner().invoke(app, [*words[1:], *shlex.split(SCENES.get(words[1], ""))])
+        assert words[0] == "ldm-sg" and result.exit_code == 0, (line, result.output[-500:], result.exception)
+    assert len(list((tmp_path / "runs" / "scenes" / "edits").glob("*/report.html"))) == 5
+    [python] = re.findall(r"```python\n(.*?)```", text, re.S)
+    found: dict = {}
+    exec(python.replace("Edit(5", "Edit(1").replace('"runs/scenes"', '"runs/scenes/pipeline"'), found)
+    assert found["images"][0].size == (32, 32)
