@@ -290,11 +290,12 @@ def test_files_beside_images_are_noted(run: Path, tmp_path: Path) -> None:  # no
     result = evaluate(folder, real, "fd", features=str(run.parent / "g"), device="cpu")
     assert (
         result["samples"] == 8
-        and f"1 files beside the images are left out; the first: {folder / 'notes.txt'}" in result["notes"]
+        and f"1 images or files are left out; the first: {folder / 'notes.txt'}: not one of the images of its folder"
+        in result["notes"]
     )
     (folder / "samples.jsonl").write_text('{"file": "000.png"}\n{"file": "001.png"}\n')
     result = evaluate(folder, real, "fd", features=str(run.parent / "g"), device="cpu")
-    assert result["samples"] == 2 and any("7 files beside the images" in note for note in result["notes"])
+    assert result["samples"] == 2 and any(note.startswith("7 images or files are left out") for note in result["notes"])
 
 
 def test_too_few_images_for_the_dimensions_say_how_many_are_needed(run: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -133,13 +133,11 @@ def test_distances_are_those_of_clean_fid(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "cleanfid.npz", mu=mu, sigma=sigma)
     known = statistics.read(str(tmp_path / "cleanfid.npz"))[0]["fd"]
     assert metrics.frechet_of(metrics.Moments.of(a), known) == pytest.approx(float(expected), rel=1e-4)
-    statistics.write(tmp_path / "ours.npz", {"fd": metrics.Moments.of(b), "sfid": metrics.Moments.of(a)}, images=200)
+    statistics.write(tmp_path / "ours.npz", {"fd": metrics.Moments.of(b), "sfid": metrics.Moments.of(a)}, {}, 200)
     ours = np.load(tmp_path / "ours.npz", allow_pickle=False)
     np.testing.assert_allclose(ours["sigma"], sigma, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(ours["mu"], mu, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(ours["sigma_s"], np.cov(own, rowvar=False), rtol=1e-6, atol=1e-9)
-    whole = theirs.kernel_distance(own, b.double().numpy()[:300], num_subsets=1, max_subset_size=200)
-    assert np.isfinite(whole)
     kid = theirs.kernel_distance(own[:200], b.double().numpy(), num_subsets=1)  # the whole of both: nothing is drawn
     assert metrics.kernel_distance(a[:200], b)["kid"] == pytest.approx(kid, rel=1e-4)
 
@@ -167,6 +165,7 @@ def test_cmmd_is_the_papers(block: int, monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torchmetrics")
 def test_inception_score_is_torchmetrics_of_its_own_shuffle() -> None:
     """Ten splits, each its own marginal; torchmetrics shuffles by its own generator, so it is given what ours shuffled."""
     theirs = pytest.importorskip("torchmetrics.image.inception").InceptionScore
@@ -189,8 +188,8 @@ def test_inception_score_of_known_predictions() -> None:
     logits = 100 * torch.nn.functional.one_hot(torch.arange(700) % 7, 7).float()
     score = metrics.inception_score(logits, splits=1)
     assert score["is"] == pytest.approx(7, rel=1e-6)
-    with pytest.raises(InputError, match="fc"):
-        metrics.inception_score(torch.zeros(100, 1008))
+    with pytest.raises(InputError, match="9 images are too few for 10 splits"):
+        metrics.inception_score(logits[:9])
 
 
 @pytest.mark.parametrize(

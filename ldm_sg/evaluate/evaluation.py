@@ -7,8 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import edits, figures, memory, sources, statistics
 from ldm_sg.evaluate.collect import Look, Passes
@@ -18,10 +16,8 @@ from ldm_sg.evaluate.reference import Reference
 from ldm_sg.evaluate.subjects import Subject, open_subject
 from ldm_sg.hardware import pick_device
 
-Pictures = tuple[list[str], list[Tensor]]  # captions, and a row of images each
 
-
-def assess(options: Options) -> tuple[dict[str, Any], Path, Pictures]:
+def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
     """The figures of every judge, with all that is needed to make them again, the file that they belong into, and the samples that
     are nearest to training images.
 
@@ -38,9 +34,8 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, Pictures]:
     wanted = wanted or (["fd"] if known else _default(subject, made_by))
     figures.check_enough(wanted, subject.total, subject.where)
     held_out = _check_extras(wanted, options, known is not None)
-    if not known:
-        figures.check_enough(wanted, real.total, options.reference)
-    labels = figures.check_labels(sources.labels(real), real.where) if "nmi" in wanted else None
+    figures.check_enough(wanted, None if known else real.total, options.reference)
+    labels = sources.labels(real) if "nmi" in wanted else None
     asked = {"metrics": wanted, "run": str(options.run) if options.run else None}
     asked |= {name: getattr(options, name) for name in ("reference", "features", "resize", "size", "n")}
     asked |= {name: given for name in ("prior", "held_out") if (given := getattr(options, name)) is not None}
@@ -64,14 +59,14 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, Pictures]:
         found = judge.measure(seen[judge.space, judge.sees], places, reference)
         values[judge.space] = values.get(judge.space, {}) | found
     if options.statistics:
-        made = {"resize": judges[0].manifest.get("resize") or "own", "sha256": judges[0].manifest["sha256"]}
-        statistics.write(Path(options.statistics), reference.moments[judges[0].space], **made, images=reference.used)
+        statistics.write(Path(options.statistics), reference.moments, judges[0].manifest, reference.used)
     manifests = edited | {judge.space: judge.manifest for judge in judges}
     result = {
         "source": options.source,
         "reference": options.reference,
         "asked": asked,
         "metrics": values,
+        "details": reference.details,
         "judges": {space: found | {"guide": found["sha256"] == made_by} for space, found in manifests.items()},
         "run": str(subject.run) if subject.run else None,
         "samples": len(places),
@@ -82,31 +77,26 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, Pictures]:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {name: version(name) for name in ("ldm-sg", "torch", "diffusers", "torch-fidelity")},
     }
-    result |= (
-        {"details": details} if (details := {space: own for space, own in reference.details.items() if own}) else {}
-    )
-    strays = [*real.strays, *(subject.images.strays if subject.images else ())]
-    smallest = None if known else sources.first_size(real)
-    result["notes"] = subject.notes + figures.remarks(result, smallest, skipped, strays)
-    return result, file, memory.gallery(subject, real, details)
+    for images in (real, subject.images):
+        skipped |= dict.fromkeys(images.strays if images else (), "not one of the images of its folder")
+    smallest = subject.size if known else sources.first_size(real)
+    result["notes"] = subject.notes + figures.remarks(result, smallest, skipped)
+    return result, file, memory.gallery(subject, real, reference.details)
 
 
-def _check_extras(wanted: list[str], options: Options, statistics: bool) -> sources.ImageSet | None:
-    """The held-out images, if there are any; InputError for what does not go together."""
-    for name in wanted:
-        if statistics and name not in figures.OF_STATISTICS:
-            raise InputError(f"{options.reference}: statistics are enough for fd, sfid and is; {name} needs the images")
-    if options.statistics and (
-        statistics or not {"fd", "sfid"} & {*wanted} or len(parse_features(options.features)) > 1
-    ):
+def _check_extras(wanted: list[str], options: Options, known: bool) -> sources.ImageSet | None:
+    """The held-out images, if there are any; InputError for what does not go together. known: the reference is statistics."""
+    other = [name for name in wanted if known and name not in figures.OF_STATISTICS]
+    if other:
+        raise InputError(f"{options.reference}: statistics are enough for fd, sfid and is; {other[0]} needs the images")
+    if options.statistics and (known or not {"fd", "sfid"} & {*wanted} or len(parse_features(options.features)) > 1):
         raise InputError("statistics are written of reference images, for fd or sfid, and of one judge in features")
-    if (options.held_out is not None) != ("memory" in wanted or options.prior == "held-out"):
-        raise InputError(
-            f"held_out={options.held_out!r}: images that training did not see are for, and needed by, metric memory and prior=held-out"
-        )
-    held_out = None if options.held_out is None else sources.open_images(options.held_out)
-    if held_out and "memory" in wanted:
-        memory.check_enough(held_out)
+    if (options.held_out is None) == ("memory" in wanted or options.prior == "held-out"):
+        given = f"held_out={options.held_out!r}"
+        raise InputError(f"{given}: images that training did not see are for, and needed by, memory and prior=held-out")
+    held_out = sources.open_images(options.held_out) if options.held_out else None
+    if held_out and held_out.total is not None and "memory" in wanted and held_out.total < memory.LEAST:
+        raise InputError(f"{held_out.where}: {held_out.total} images are too few for memory: at least {memory.LEAST}")
     return held_out
 
 

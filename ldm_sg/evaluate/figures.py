@@ -3,11 +3,10 @@
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ldm_sg.annotate.clusters import ami, ari, contingency, nmi
@@ -48,33 +47,26 @@ def classifies(network: Any) -> bool:
 
 ABLE: dict[
     str, tuple[Callable[[Any], bool], str]
-] = {  # which networks a metric is for, and what it says where there is none
+] = {  # networks that a metric is for, and what it says where none is one
     "is": (
         classifies,
-        "reads a classifier's scores, and no feature network here has one (its last layer is empty or missing): give "
-        "--features inception with full weights",
+        "reads a classifier's scores (no network here has such a last layer, or it is empty): --features inception",
     ),
-    "sfid": (
-        lambda network: isinstance(network, Inception),
-        "reads maps inside Inception: give --features inception",
-    ),
+    "sfid": (lambda network: isinstance(network, Inception), "reads maps inside Inception: --features inception"),
     "cmmd": (
         lambda network: str(network.manifest.get("model")).startswith("open_clip:"),
-        "compares the embeddings of an open_clip tower: give --features open_clip:MODEL/TAG",
+        "compares embeddings of an open_clip tower: --features open_clip:MODEL/TAG",
     ),
 }
 
 
 def of_networks(wanted: list[str], networks: Mapping[str, Any]) -> dict[str, list[str]]:
     """What each network can judge of the metrics wanted. InputError for one that none of them can."""
-    for name in wanted:
-        able, need = ABLE.get(name, (bool, ""))
-        if networks and need and not any(map(able, networks.values())):
-            raise InputError(f"metric `{name}` {need}, or leave `{name}` out")
-    return {
-        space: [name for name in wanted if name not in ABLE or ABLE[name][0](network)]
-        for space, network in networks.items()
-    }
+    fits = {name: ABLE[name][0] for name in wanted if name in ABLE}
+    for name, able in fits.items():
+        if not any(map(able, networks.values())):
+            raise InputError(f"metric `{name}` {ABLE[name][1]}; or leave `{name}` out")
+    return {space: [name for name in wanted if fits.get(name, bool)(network)] for space, network in networks.items()}
 
 
 def moments(wanted: list[str], features: Tensor, dim: int) -> dict[str, Moments]:
@@ -111,36 +103,27 @@ def by_cluster(
     rows: list[dict[str, Any]] = []
     for k in asked.unique().tolist():
         a, b = samples[asked == k], real[ids == k]
-        row = {"cluster": k, "samples": len(a), "real": len(b)}
-        rows.append(row | ({"fd": metrics.frechet_distance(a, b)} if min(len(a), len(b)) >= LEAST else {}))
+        fd = {"fd": metrics.frechet_distance(a, b)} if min(len(a), len(b)) >= LEAST else {}
+        rows.append({"cluster": k, "samples": len(a), "real": len(b), **fd})
     fds = [row["fd"] for row in rows if "fd" in row]
     counts = {"fd_clusters_counted": len(fds), "fd_clusters_left_out": len(rows) - len(fds)}
-    return counts | ({"fd_clusters": float(np.mean(fds)), "fd_clusters_worst": max(fds)} if fds else {}), rows
+    return counts | ({"fd_clusters": sum(fds) / len(fds), "fd_clusters_worst": max(fds)} if fds else {}), rows
 
 
 def agreement(ids: Tensor, labels: Tensor) -> dict[str, float]:
     """NMI, AMI and ARI of clusters [N] with classes [N], of images that have a class (-1: none), and how many these are."""
-    a, b = (np.unique(part[labels >= 0].numpy(), return_inverse=True)[1] for part in (ids, labels))
+    a, b = (part[labels >= 0].unique(return_inverse=True)[1].numpy() for part in (ids, labels))
     table = contingency(a, b, (a.max() + 1, b.max() + 1))
     return {"nmi": nmi(table), "ami": ami(table), "ari": ari(table), "nmi_images": len(a)}
 
 
-def check_labels(labels: Tensor, where: str) -> Tensor:
-    if len(labels[labels >= 0].unique()) < 2:
-        raise InputError(
-            f"{where}: the metric nmi needs images of at least two classes: KEY.cls in shards, or a folder a class"
-        )
-    return labels
-
-
-def remarks(result: dict[str, Any], smallest: int | None, skipped: dict[str, str], strays: Sequence[str]) -> list[str]:
+def remarks(result: dict[str, Any], smallest: int, skipped: dict[str, str]) -> list[str]:
     """What a reader of the figures must know: counts that fell short or differ, images left out or enlarged, estimates that
-    are biased, judges that are not impartial. smallest: pixels of the first reference image, if there are any; skipped: image
-    -> reason; strays: files beside the images."""
+    are biased, judges that are not impartial. smallest: pixels of the first reference image; skipped: image -> reason."""
     asked, samples, real = result["asked"], result["samples"], result["reference_images"]
     fewer, size = min(samples, real or samples), result["preprocessing"]["size"]
     notes = [f"{samples:,} samples, not the {asked['n']:,} asked for"] * (samples < asked["n"])
-    if smallest is not None and smallest < size:
+    if smallest < size:
         notes.append(
             f"reference images of {smallest} px are enlarged to {size} px: give --size {smallest}, or larger ones"
         )
@@ -164,11 +147,9 @@ def remarks(result: dict[str, Any], smallest: int | None, skipped: dict[str, str
             notes.append(
                 f"{space} made this run's signals, which favours the run: compare in another space (--features)"
             )
-    if strays:
-        notes.append(f"{len(strays):,} files beside the images are left out; the first: {strays[0]}")
     if skipped:
         name, reason = next(iter(skipped.items()))
-        notes.append(f"{len(skipped):,} images could not be read and are left out; the first: {name}: {reason}")
+        notes.append(f"{len(skipped):,} images or files are left out; the first: {name}: {reason}")
     return notes
 
 

@@ -41,29 +41,29 @@ class Judge:
 
 Seer = Inception | FeatureExtractor | memory.Pixels
 Groups = tuple[
-    Tensor, Callable[[Reference], Tensor]
-]  # the clusters that samples were asked for [n], those of real images
+    Tensor, str, LoadedAnnotator
+]  # the clusters that samples were asked for [n], and who tells those of images
 
 
 def distances(space: str, network: Seer, wanted: list[str], seed: int, groups: Groups | None) -> Judge:
     """Samples against real images by their features."""
 
+    key, manifest, dim = (space, "features"), network.manifest, network.manifest["dim"]
+
     def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        key, manifest, known, real = (space, "features"), network.manifest, reference.statistics, None
-        if known is None:
-            real_places, real = reference.features(key, manifest)
-            known = figures.moments(wanted, real, manifest["dim"])
-            reference.moments[space] = known
-        found = figures.compute(wanted, samples, real, known, network, seed)
+        if reference.statistics:
+            return figures.compute(wanted, samples, None, reference.statistics, network, seed)
+        real_places, real = reference.features(key, manifest)
+        reference.moments = figures.moments(wanted, real, dim)
+        found = figures.compute(wanted, samples, real, reference.moments, network, seed)
         details = reference.details.setdefault(space, {})
-        if "fd_clusters" in wanted and groups and real is not None:
-            asked, ids = groups[0][places], groups[1](reference)
-            values, details["clusters"] = figures.by_cluster(
-                asked, samples[:, : manifest["dim"]], ids, real[:, : manifest["dim"]]
-            )
+        samples, real = samples[:, :dim], real[:, :dim]
+        if "fd_clusters" in wanted and groups:
+            ids = reference.clusters(*groups[1:])[1]
+            values, details["clusters"] = figures.by_cluster(groups[0][places], samples, ids, real)
             found |= values
-        if "memory" in wanted and reference.held_out and real is not None:
-            unseen = reference.held_out.features(key, manifest)[1]
+        if "memory" in wanted and reference.held_out:
+            unseen = reference.held_out.features(key, manifest)[1][:, :dim]
             values, *nearest = memory.copies(samples, real, unseen, unit=space != memory.Pixels.name)
             details["nearest"] = memory.closest(places, real_places, *nearest)
             found |= values
@@ -84,9 +84,9 @@ def by_cluster(
             assert ids is not None and pipe.signals.k is not None
             found |= consistency(ids[places], samples, pipe.signals.k.cpu(), *ceiling, own.f)
         if "nmi" in wanted:
-            real_places, real = reference.features((space, "features"), own.extractor.manifest)
+            real_places, real_ids = reference.clusters(space, own)
             assert reference.labels is not None
-            found |= figures.agreement(own.f.assign(real), reference.labels[real_places])
+            found |= figures.agreement(real_ids, reference.labels[real_places])
         return found
 
     return Judge(space, "features", own.extractor.manifest, own.features, measure)
@@ -158,12 +158,7 @@ def open_judges(wanted: list[str], options: Options, subject: Subject, device: t
             raise InputError(f"features={options.features!r}: {space} is the run's own g: name each network once")
         networks[space] = own.extractor
     able, ids = figures.of_networks(compared, networks), subject.ids() if clusters - {"nmi"} else None
-
-    def clusters_of(reference: Reference) -> Tensor:
-        assert own is not None
-        return own.f.assign(reference.features((space, "features"), own.extractor.manifest)[1])
-
-    groups = None if ids is None else (ids, clusters_of)
+    groups = (ids, space, own) if own and ids is not None else None
     judges = []
     for name, network in networks.items():
         if isinstance(network, Inception) and "sfid" in wanted:
@@ -180,14 +175,14 @@ def open_judges(wanted: list[str], options: Options, subject: Subject, device: t
 
 def _check_guidance(wanted: list[str], subject: Subject) -> None:
     """InputError where samples were asked for nothing, or nothing says what it was."""
-    asked = [name for name in ("consistency", "fd_clusters", "layout", "edit") if name in wanted]
-    for name in asked:
-        if not subject.guided:
+    asked = {"consistency", "fd_clusters", "layout", "edit"}.intersection(wanted)
+    for name in wanted:
+        if name in asked and not subject.guided:
             raise InputError(
                 f"metric {name}: {subject.where} was trained without guidance (guidance.drop=1), so its samples follow no "
                 "signal: leave it out"
             )
-    if {*asked} & {"consistency", "fd_clusters"}:
+    if asked & {"consistency", "fd_clusters"}:
         subject.ids()
     if "layout" in wanted:
         if subject.asked is None:

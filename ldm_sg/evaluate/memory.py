@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
 from ldm_sg.evaluate.subjects import Subject
 
@@ -15,6 +14,7 @@ SIDE = 16  # pixels of the images that are compared as they are: 50,000 of them 
 CHANCE = 0.01  # share of unseen images that count as near-copies
 LEAST = 100  # unseen images
 NEAREST, SHOWN = 3, 8  # training images a sample, samples a space
+Rows = list[tuple[str, Tensor]]  # captions, and images uint8 [N, 3, H, W]
 
 
 class Pixels:
@@ -25,14 +25,6 @@ class Pixels:
 
     def __call__(self, images: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(images, SIDE).flatten(1) * (127.5 / self.dim**0.5)
-
-
-def check_enough(held_out: sources.ImageSet) -> None:
-    if held_out.total is not None and held_out.total < LEAST:
-        raise InputError(
-            f"held_out={held_out.where}: {held_out.total} images are too few for memory: the nearest {CHANCE:.0%} of at least {LEAST} "
-            "unseen images are the measure"
-        )
 
 
 def copies(
@@ -65,12 +57,10 @@ def closest(places: Tensor, real: Tensor, distances: np.ndarray, rows: np.ndarra
     ]
 
 
-def gallery(
-    subject: Subject, images: sources.ImageSet, details: dict[str, dict[str, Any]]
-) -> tuple[list[str], list[Tensor]]:
-    """A caption and images uint8 [1 + NEAREST, 3, H, W] of each of the closest: the sample, then its nearest training images."""
+def gallery(subject: Subject, images: sources.ImageSet, details: dict[str, dict[str, Any]]) -> Rows:
+    """Of each of the closest, uint8 [1 + NEAREST, 3, H, W]: the sample, then its nearest training images."""
     pairs = [(space, pair) for space, found in details.items() for pair in found.get("nearest", ())]
     samples = subject.at({pair["sample"] for _, pair in pairs})
     real = sources.at(images, {i for _, pair in pairs for i in pair["images"]}, subject.size, subject.within)
     rows = [torch.stack([samples[pair["sample"]], *(real[i] for i in pair["images"])]) for _, pair in pairs]
-    return [f"{space} {pair['distances'][0]:.3g}" for space, pair in pairs], rows
+    return [(f"{space} {pair['distances'][0]:.3g}", row) for (space, pair), row in zip(pairs, rows)]

@@ -58,7 +58,6 @@ class Options:
             raise InputError(
                 f"n={self.n}, batch_size={self.batch_size}, w={self.w}: counts of at least 1 and a finite strength"
             )
-        if self.resize not in (None, *RESIZES):
-            raise InputError(f"resize={self.resize!r}; {choices(self.resize, RESIZES)}")
-        if self.prior not in (None, *PRIORS):
-            raise InputError(f"prior={self.prior!r}; {choices(self.prior, PRIORS)}")
+        for name, given, known in (("resize", self.resize, RESIZES), ("prior", self.prior, PRIORS)):
+            if given not in (None, *known):
+                raise InputError(f"{name}={given!r}; {choices(given, known)}")

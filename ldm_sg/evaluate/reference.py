@@ -44,7 +44,7 @@ class Reference:
     labels: Tensor | None = None  # classes [N] by position, -1 = not known
     statistics: Mapping[str, Moments] | None = None  # from a file, in place of images
     used: int = 0  # images that figures were made of
-    moments: dict[str, Mapping[str, Moments]] = field(default_factory=dict)  # by space, of its features
+    moments: Mapping[str, Moments] = field(default_factory=dict)  # of the features asked for last
     details: dict[str, dict[str, Any]] = field(default_factory=dict)  # by space, what stands beside the figures
 
     def features(self, of: Key, manifest: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -64,6 +64,11 @@ class Reference:
 
         found = self._remembered(compute, view=2, **settings)
         return found["places"], found["features"]
+
+    def clusters(self, space: str, own: LoadedAnnotator) -> tuple[Tensor, Tensor]:
+        """Positions [M] and clusters [M], by the run's own g, called `space`, and f."""
+        places, features = self.features((space, "features"), own.extractor.manifest)
+        return places, own.f.assign(features)
 
     def ceiling(self, own: LoadedAnnotator, judge: Network, what: str) -> tuple[Tensor, Tensor]:
         """What `judge`, which is `what` of the run's own g and f, says of real images, seen as annotate saw them, and of their

@@ -113,21 +113,22 @@ def _own(path: Path) -> bool:
 
 
 def _others(folder: Path, used: Sequence[str]) -> tuple[str, ...]:
-    known = set(used)
-    found = (path for path in folder.rglob("*") if path.is_file() and not _own(path))
-    return tuple(sorted(str(path) for path in found if str(path) not in known))
+    found = {str(path) for path in folder.rglob("*") if path.is_file() and not _own(path)}
+    return tuple(sorted(found.difference(used)))
 
 
 def labels(images: ImageSet) -> Tensor:
-    """The class of each image [N] by its position, -1 = not known: of a shard KEY.cls, of files the folder that each lies in."""
-    if not images.in_shards:
-        folders = [str(Path(path).parent) for path in images.paths]
-        names = sorted(set(folders))
-        return torch.tensor([names.index(folder) for folder in folders])
-    found: list[int] = []
-    for shard, count in zip(images.paths, images.counts or [0] * len(images.paths)):
+    """The class of each image [N] by its position, -1 = not known: of a shard KEY.cls, of files the folder that each lies in.
+    InputError where there are none."""
+    numbers: dict[Path, int] = {}
+    found = [] if images.in_shards else [numbers.setdefault(Path(path).parent, len(numbers)) for path in images.paths]
+    for shard, count in zip(images.paths, images.counts or itertools.repeat(0)) if images.in_shards else ():
         own = [-1 if sample.cls is None else sample.cls for sample in read_shard(shard, lambda *_: None)]
         found += own + [-1] * (count - len(own))
+    if len({*found} - {-1}) < 2:
+        raise InputError(
+            f"{images.where}: nmi needs images of at least two classes: KEY.cls in shards, or a folder a class"
+        )
     return torch.tensor(found)
 
 

@@ -1,6 +1,5 @@
 """What is judged: samples drawn from a run as they are read, or images on disk."""
 
-import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,11 +133,10 @@ def _prior(pipe: SelfGuidedPipeline, folder: Path, options: Options, n: int) -> 
         return "the training distribution", None
     if pipe.signals.k is None or pipe.signals.k.ndim != 1:
         raise InputError(f"prior={options.prior}: {folder} has no cluster ids to draw from")
-    known = pipe.signals.k.unique().cpu()
-    words = f"a uniform prior over the {len(known):,} clusters of training images"
-    if options.prior == "held-out":
-        if options.held_out is None:
-            raise InputError("prior=held-out: name the images that training did not see: --held-out SHARDS_OR_FOLDER")
+    if options.prior == "uniform":
+        known = pipe.signals.k.unique().cpu()
+        words = f"a uniform prior over the {len(known):,} clusters of training images"
+    else:
         known = _ids(pipe, options)
         words = f"the clusters of {len(known):,} held-out images"
     generators = (image_generator(options.seed, i, "label") for i in range(n))
@@ -146,17 +144,17 @@ def _prior(pipe: SelfGuidedPipeline, folder: Path, options: Options, n: int) -> 
 
 
 def _ids(pipe: SelfGuidedPipeline, options: Options) -> Tensor:
-    """The clusters [M] of the held-out images, seen as `annotate` sees images, by the run's own g and f."""
-    images, own = sources.open_images(str(options.held_out)), load_annotator(pipe.annotator_folder, options.device)
+    """The clusters [M] of the held-out images, seen as `annotate` sees them, by the run's own g and f."""
+    if options.held_out is None:
+        raise InputError("prior=held-out: name images that training did not see: --held-out SHARDS_OR_FOLDER")
+    images, own = sources.open_images(options.held_out), load_annotator(pipe.annotator_folder, pipe.device)
+    seen = {"size": pipe.image_size, "within": pipe.source_size}
+    sources.first_size(images)  # one can be read
 
     def compute() -> dict[str, Tensor]:
-        photos, found = sources.pictures(images, sources.MOST), []
-        while batch := list(itertools.islice(photos, 16)):
-            found.append(own.f.assign(own.features(own.see(batch, pipe.image_size, pipe.source_size)[1]).cpu()))
-        return {"k": torch.cat(found)}
+        return {"k": torch.cat([own.of_image(photo, **seen).k for photo in sources.pictures(images, sources.MOST)])}
 
-    name = sources.fingerprint(images, annotator=own.digest, size=pipe.image_size, within=pipe.source_size, what="k")
-    return sources.cached(name, compute)["k"]
+    return sources.cached(sources.fingerprint(images, annotator=own.digest, what="k", **seen), compute)["k"]
 
 
 def _from_disk(
