@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from ldm_sg.errors import InputError
 
@@ -63,10 +64,12 @@ def kernel_distance(
     size = min(subset_size, len(a), len(b))
     if size == len(a) == len(b):
         subsets = 1  # each would be the whole of both
-    out = kid_features_to_metric(
-        a.double().cpu(), b.double().cpu(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
-    )
-    return {"kid": out[KEY_METRIC_KID_MEAN], "kid_std": out[KEY_METRIC_KID_STD]}
+    rng, found = np.random.RandomState(seed), []  # torch-fidelity's subsets, of which only one is held in float64
+    for _ in range(subsets):
+        x, y = (part[rng.choice(len(part), size, replace=False)].double().cpu() for part in (a, b))
+        out = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=size, verbose=False)
+        found.append(out[KEY_METRIC_KID_MEAN])
+    return {"kid": float(np.mean(found)), "kid_std": float(np.std(found))}
 
 
 def cmmd(samples: Tensor, reference: Tensor, sigma: float = 10, scale: float = 1000) -> float:
@@ -95,8 +98,8 @@ def manifold(samples: Tensor, reference: Tensor, k: int = NEIGHBOURS, seed: int 
     samples, reference = (
         x if len(x) == n else x[torch.randperm(len(x), generator=generator)[:n]] for x in (samples, reference)
     )
-    centre = reference.double().mean(0)  # distances from products lose fewer digits around the origin
-    fake, real = (samples.double() - centre).float(), (reference.double() - centre).float()
+    centre = reference.mean(0, dtype=torch.float64)  # distances from products lose fewer digits around the origin
+    fake, real = (torch.cat([(rows - centre).float() for rows in x.split(ROWS)]) for x in (samples, reference))
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)  # [M], [N], squared
     rows = max(1, BLOCK // len(real))
     precise, density = 0.0, 0.0
