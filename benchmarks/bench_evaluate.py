@@ -1,6 +1,8 @@
-"""Memory and speed of `evaluate` by numbers of samples and of processes, on an untrained little network at 64 px.
+"""Memory and speed of `evaluate` by numbers of samples and of processes, on an untrained little network at 64 px; and what it takes
+of images on disk beside a bare pass of decoded images through the same network.
 
-python benchmarks/bench_evaluate.py [-n 2000 10000] [--processes 1 2]"""
+python benchmarks/bench_evaluate.py [-n 2000 10000] [--processes 1 2]
+python benchmarks/bench_evaluate.py --images 10000 [--judge inception:FILE]"""
 
 import argparse
 import json
@@ -15,11 +17,57 @@ LDM_SG = [sys.executable, "-c", "from ldm_sg.cli import main; main()"]
 SMALL = ["model.channels=16", "model.blocks=1", "model.attention=[]", "steps=1", "batch_size=8"]
 
 
+def against_bare(n: int, judge: str, rounds: int = 3) -> None:
+    """Reference features are remembered, as they are from the second evaluation on. Seconds of all cores, which other programs that
+    run meanwhile change less than the clock's."""
+    import torch
+
+    from ldm_sg.data.images import to_float
+    from ldm_sg.data.shards import read_shard
+    from ldm_sg.evaluate import sources
+    from ldm_sg.evaluate.judges import load_network
+    from ldm_sg.evaluate.subjects import fitting
+    from ldm_sg.verbs.evaluate import evaluate
+
+    shards = sorted(map(str, Path("ldm_sg/assets/fruit64").glob("*.tar")))
+    photos = [sample.image for shard in shards for sample in read_shard(shard, print)]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        images = Path(folder) / "images"
+        images.mkdir()
+        for i in range(n):
+            (images / f"{i:06d}.png").write_bytes(
+                photos[i % len(photos)]
+            )  # of whatever format: it is read by its content
+        device = torch.device("cpu")
+        network, at_once = load_network(judge, None, device), fitting(64, device)
+        found = sources.batches(sources.open_images(str(images)), 64, at_once, n, print)
+        decoded = [batch for _, batch in found]
+        args = {"metrics": "fd,kid,prdc", "features": judge, "device": "cpu", "out": f"{folder}/found.json", "n": n}
+        evaluate(images, images, **args | {"n": 6})
+        for _ in range(rounds):
+            started = time.process_time()
+            with torch.no_grad():
+                for batch in decoded:
+                    network(to_float(batch))
+            bare, started = time.process_time() - started, time.process_time()
+            evaluate(images, images, **args)
+            whole = time.process_time() - started
+            print(
+                f"{n:,} images by {judge}: bare pass {bare:.1f} s, evaluate {whole:.1f} s, {whole / bare:.3f} times",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, help="only compare with a bare pass, of so many images")
+    parser.add_argument("--judge", default="demo-g")
     parser.add_argument("-n", type=int, nargs="+", default=[2000, 10_000])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
+    if args.images:
+        return against_bare(args.images, args.judge)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder  # reference features are made anew by the first
         run, shards = Path(folder) / "run", Path(folder) / "shards"

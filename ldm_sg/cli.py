@@ -332,10 +332,14 @@ def _pair(flag: str, text: str, count: int) -> tuple[int, list[float]]:
 )
 def evaluate(
     source: Annotated[str, typer.Argument(help="Run, folder of samples or images, or shards.")],
-    reference: Annotated[str, typer.Option(help="Real images: shards or a folder.")],
+    reference: Annotated[
+        str, typer.Option(help="Real images: shards or a folder; or .npz statistics (clean-fid, ADM).")
+    ],
     metrics: Annotated[
         str | None,
-        typer.Option(help="Of fd, kid, prdc, is, consistency, layout; default what the run's signals allow."),
+        typer.Option(
+            help="Of fd, kid, prdc, is, sfid, cmmd, fd_clusters, memory, nmi, consistency, layout, edit; default what the run allows."
+        ),
     ] = None,
     features: Annotated[
         str | None,
@@ -358,6 +362,16 @@ def evaluate(
     run: Annotated[
         str | None, typer.Option(help="Run whose g and f judge images on disk; default the one that holds them.")
     ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="What clusters are drawn from: empirical (training's, the default), uniform, held-out."),
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Images that training did not see, for metric memory and --prior held-out.")
+    ] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help=".npz that the reference's mean and covariance go into.")
+    ] = None,
     spacing: Annotated[str | None, typer.Option(help="Of the solver's steps; as in sample.")] = None,
     strategy: Annotated[str | None, typer.Option(help="cfg, cfg_zero or apg.")] = None,
     rescale: Annotated[float | None, typer.Option(help="As in sample.")] = None,
@@ -375,6 +389,7 @@ def evaluate(
     judge(source, reference, metrics, features=features, resize=resize, n=n, w=w, steps=steps, scheduler=scheduler,
         spacing=spacing, strategy=strategy, rescale=rescale, interval=_numbers("--interval", interval, float) or None,
         seed=seed, batch_size=batch_size, size=size, precision=precision, run=run, checkpoint=checkpoint, out=out,
+        prior=prior, held_out=held_out, statistics=statistics,
         processes=processes, executor=executor, address=address, device=device)  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_sg.annotate.clusters import Clusters, ari, contingency, entropy, nmi, normalise
+from ldm_sg.annotate.clusters import Clusters, ami, ari, contingency, entropy, nmi, normalise
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.errors import InputError
 
@@ -112,18 +112,19 @@ def test_few_images_a_cluster_give_one_line_of_warning(capfd):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("n", [300, 200_000])
-def test_nmi_and_ari_equal_scikit_learns(seed, n):
+def test_nmi_ami_and_ari_equal_scikit_learns(seed, n):
     rng = np.random.default_rng(seed)
     a = rng.integers(7, size=n)
     b = np.where(rng.random(n) < 0.25 * seed, rng.integers(5, size=n), a % 5)
     table = contingency(a, b, (9, 5))  # two rows stay empty
     assert nmi(table) == pytest.approx(sklearn_metrics.normalized_mutual_info_score(a, b), abs=1e-9)
     assert ari(table) == pytest.approx(sklearn_metrics.adjusted_rand_score(a, b), abs=1e-9)
+    assert ami(table) == pytest.approx(sklearn_metrics.adjusted_mutual_info_score(a, b), abs=1e-9)
 
 
 def test_nmi_and_ari_of_one_cluster():
     same = contingency(np.zeros(10, int), np.zeros(10, int), (1, 1))
-    assert nmi(same) == 1 and ari(same) == 1
+    assert nmi(same) == 1 and ari(same) == 1 == ami(same)
     assert nmi(contingency(np.zeros(10, int), np.arange(10) % 2, (1, 2))) == 0
 
 

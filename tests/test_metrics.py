@@ -3,6 +3,7 @@
 import pickle
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ldm_sg.data.images import to_float
 from ldm_sg.errors import InputError
-from ldm_sg.evaluate import metrics
+from ldm_sg.evaluate import figures, metrics, statistics
 from ldm_sg.evaluate.consistency import chance, check_ids, consistency, landing
 from ldm_sg.evaluate.figures import parse_metrics
 from ldm_sg.evaluate.inception import RESIZES, load_inception
@@ -114,13 +115,81 @@ def test_manifolds_of_equal_and_of_disjoint_sets() -> None:
     assert set(metrics.manifold(features(50), features(50, seed=1, shift=1e3)).values()) == {0.0}
 
 
+def test_manifolds_are_those_of_prdc() -> None:
+    theirs = pytest.importorskip("prdc").compute_prdc
+    fake, real = features(90, 6, seed=1, shift=0.3), features(90, 6)
+    expected = theirs(real_features=real.double().numpy(), fake_features=fake.double().numpy(), nearest_k=5)
+    assert metrics.manifold(fake, real) == pytest.approx(expected, rel=1e-4)
+
+
+def test_distances_are_those_of_clean_fid(tmp_path: Path) -> None:
+    """Of features, and of the statistics that it keeps in a file."""
+    theirs = pytest.importorskip("cleanfid.fid")
+    a, b = features(300, 24), features(200, 24, seed=1, shift=0.3)
+    mu, sigma = (lambda x: (x.mean(0), np.cov(x, rowvar=False)))(b.double().numpy())
+    own = a.double().numpy()
+    expected = theirs.frechet_distance(own.mean(0), np.cov(own, rowvar=False), mu, sigma)
+    assert metrics.frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-4)
+    np.savez_compressed(tmp_path / "cleanfid.npz", mu=mu, sigma=sigma)
+    known = statistics.read(str(tmp_path / "cleanfid.npz"))[0]["fd"]
+    assert metrics.frechet_of(metrics.Moments.of(a), known) == pytest.approx(float(expected), rel=1e-4)
+    statistics.write(tmp_path / "ours.npz", {"fd": metrics.Moments.of(b), "sfid": metrics.Moments.of(a)}, {}, 200)
+    ours = np.load(tmp_path / "ours.npz", allow_pickle=False)
+    np.testing.assert_allclose(ours["sigma"], sigma, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(ours["mu"], mu, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(ours["sigma_s"], np.cov(own, rowvar=False), rtol=1e-6, atol=1e-9)
+    kid = theirs.kernel_distance(own[:200], b.double().numpy(), num_subsets=1)  # the whole of both: nothing is drawn
+    assert metrics.kernel_distance(a[:200], b)["kid"] == pytest.approx(kid, rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [7, 100, 8192])
+def test_moments_do_not_depend_on_how_many_rows_are_taken_at_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "ROWS", rows)
+    x = features(101, 16, shift=1e3)
+    found = metrics.Moments.of(x)
+    np.testing.assert_allclose(
+        found.root.T @ found.root, np.cov(x.double().numpy(), rowvar=False), rtol=1e-8, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("block", [metrics.BLOCK, 1])
+def test_cmmd_is_the_papers(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the paper's own code: embeddings of unit length, means over all pairs, each with itself too."""
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    a, b = features(70, 32), features(90, 32, seed=1, shift=0.5)
+    x, y = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (a.double().numpy(), b.double().numpy()))
+    k = [np.exp(-((p[:, None] - q[None]) ** 2).sum(2) / (2 * 10**2)).mean() for p, q in ((x, x), (y, y), (x, y))]
+    assert metrics.cmmd(a, b) == pytest.approx(1000 * (k[0] + k[1] - 2 * k[2]), rel=1e-4)
+    assert metrics.cmmd(3 * a, b) == pytest.approx(metrics.cmmd(a, b)) and metrics.cmmd(a, a) == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchmetrics")
+def test_inception_score_is_torchmetrics_of_its_own_shuffle() -> None:
+    """Ten splits, each its own marginal; torchmetrics shuffles by its own generator, so it is given what ours shuffled."""
+    theirs = pytest.importorskip("torchmetrics.image.inception").InceptionScore
+    logits = 2 * torch.randn(200, 12, generator=torch.Generator().manual_seed(0))
+    order = np.random.RandomState(3).permutation(200)
+    judge = theirs(feature=torch.nn.Identity(), splits=10)
+    judge.features.append(logits[order])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
+        mean, spread = judge.compute()
+    ours = metrics.inception_score(logits, seed=3)
+    assert ours["is"] == pytest.approx(float(mean), rel=1e-4)
+    assert ours["is_std"] == pytest.approx(
+        float(spread) * (9 / 10) ** 0.5, rel=1e-4
+    )  # over the splits, not of a sample
+
+
 def test_inception_score_of_known_predictions() -> None:
     """Certain predictions spread evenly over 7 classes: exp(log 7)."""
     logits = 100 * torch.nn.functional.one_hot(torch.arange(700) % 7, 7).float()
     score = metrics.inception_score(logits, splits=1)
     assert score["is"] == pytest.approx(7, rel=1e-6)
-    with pytest.raises(InputError, match="fc"):
-        metrics.inception_score(torch.zeros(100, 1008))
+    with pytest.raises(InputError, match="9 images are too few for 10 splits"):
+        metrics.inception_score(logits[:9])
 
 
 @pytest.mark.parametrize(
@@ -174,6 +243,30 @@ def test_clean_resizing_is_clean_fids(shape: tuple[int, int]) -> None:
             theirs = Image.fromarray(channel.numpy(), mode="F").resize((299, 299), Image.Resampling.BICUBIC)
             np.testing.assert_allclose(ours.numpy(), np.asarray(theirs).clip(0, 255), atol=1e-2)
     assert (found - RESIZES["tf"](pixels)).abs().max() > 20 or shape == (299, 299)
+
+
+def test_the_maps_of_sfid_are_adms(inception) -> None:
+    """The first 7 of TensorFlow's mixed_6/conv, 17 x 17, behind the pooled features; a distance by its own formula."""
+    maps = load_inception(INCEPTION)
+    maps.see_maps()
+    pixels = torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    seen: list[torch.Tensor] = []
+    hook = inception.net.Mixed_6d.branch1x1.register_forward_hook(lambda *args: seen.append(args[2]))
+    pooled = inception(to_float(pixels))
+    hook.remove()
+    found = maps(to_float(pixels))
+    assert found.shape == (4, 2048 + 7 * 17 * 17) and torch.equal(found[:, :2048], pooled)
+    assert torch.equal(found[:, 2048:], seen[0][:, :7].flatten(1)) and (found[:, 2048:] >= 0).all()
+    assert maps.manifest["spatial"] == 7 and "spatial" not in inception.manifest and maps.manifest["dim"] == 2048
+    given = (
+        torch.cat([features(40, 5), features(40, 3, seed=2)], 1),
+        torch.cat([features(40, 5, 1), features(40, 3, 3)], 1),
+    )
+    known = figures.moments(["fd", "sfid"], given[1], 5)
+    judge = SimpleNamespace(manifest={"dim": 5})
+    both = figures.compute(["fd", "sfid"], given[0], None, known, judge, 0)
+    assert both["fd"] == pytest.approx(metrics.frechet_distance(given[0][:, :5], given[1][:, :5]))
+    assert both["sfid"] == pytest.approx(metrics.frechet_distance(given[0][:, 5:], given[1][:, 5:]))
 
 
 def test_inception_says_how_it_resized(inception) -> None:

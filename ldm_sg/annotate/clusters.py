@@ -14,6 +14,7 @@ import faiss
 import numpy as np
 import torch
 from safetensors.torch import save
+from scipy.stats import hypergeom
 from torch import Tensor
 
 from ldm_sg import executor
@@ -202,6 +203,19 @@ def nmi(table: np.ndarray) -> float:
 
     mean = (entropy(table.sum(1)) + entropy(table.sum(0))) / 2
     return max(0.0, float(_mutual_info_score_compute(torch.from_numpy(table).double())) / mean) if mean > 0 else 1.0
+
+
+def ami(table: np.ndarray) -> float:
+    """Adjusted mutual information (Vinh et al., 2010): NMI less what chance gives, with the arithmetic mean. torchmetrics' own
+    loops over all images of all pairs of labels; equal counts have equal terms."""
+    n, h = table.sum(), [entropy(table.sum(axis)) for axis in (0, 1)]
+    mean, mutual, expected = sum(h) / 2, sum(h) - entropy(table.ravel()), 0.0
+    (rows, many), (columns, often) = (np.unique(s[s > 0], return_counts=True) for s in (table.sum(1), table.sum(0)))
+    for a, times in zip(rows, many):
+        both = np.arange(1, a + 1)[:, None]  # images that a row and a column may share, [a, 1]
+        chance = hypergeom.pmf(both, n, a, columns[None])  # [a, columns]
+        expected += times * float((both / n * np.log(n * both / (a * columns)) * chance * often).sum())
+    return 1.0 if np.isclose(mean, expected) else (mutual - expected) / (mean - expected)
 
 
 def ari(table: np.ndarray) -> float:

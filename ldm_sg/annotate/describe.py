@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ldm_sg.annotate.annotator import Annotator, Study
-from ldm_sg.annotate.clusters import ari, entropy, nmi
+from ldm_sg.annotate.clusters import ami, ari, entropy, nmi
 from ldm_sg.annotate.tally import Labels, Summary
 from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.config import AnnotatorConfig
@@ -32,7 +32,9 @@ def describe(
     if table.any():
         f |= {"entropy": round(entropy(counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}
     if known.any():
-        f |= {"classes": known.shape[1], "nmi": round(nmi(known), 4), "ari": round(ari(known), 4)}
+        f |= {"classes": known.shape[1]} | {
+            name: round(compute(known), 4) for name, compute in (("nmi", nmi), ("ami", ami), ("ari", ari))
+        }
     if len(counts):
         f |= {"empty": int((counts == 0).sum()), "counts": counts.tolist()}
     seen: dict[str, Any] = {}  # images.show, in words

@@ -1,12 +1,10 @@
-"""Images -> features, in this process or by workers, and a cache for those of reference images."""
+"""Images -> features, in this process or by workers."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,14 +14,12 @@ from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
 from ldm_sg.evaluate.options import Options
 from ldm_sg.evaluate.subjects import Subject
-from ldm_sg.folder import cache_home, whole
 
 Network = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [-1, 1] -> features [B, D]
 Key = tuple[str, str]  # of a network: the space of a judge, and what it sees
 Seen = tuple[
     np.ndarray, list[np.ndarray], dict[str, str]
 ]  # positions [N], features [N, D] of each, what was left out and why
-MOST = 50_000  # real images, spread over the whole set
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,19 @@ class Look:
             pixels = to_float(images.to(self.device))
             places.append(positions.numpy())
             for found, key in zip(features, keys):
-                found.append(self.networks[key](pixels).float().cpu().numpy())
+                seen = self.networks[key](pixels).float().cpu()
+                broken = positions[~seen.isfinite().all(1)]
+                if len(broken):
+                    raise InputError(
+                        f"{self._name(real, int(broken[0]))}: its features in {key[0]} are not finite: a broken image, or weights"
+                    )
+                found.append(seen.numpy())
             self.told(len(positions))
         return _join(places), [_join(found) for found in features], skipped
+
+    def _name(self, real: bool, position: int) -> str:
+        images = self.real if real else self.subject.images
+        return f"sample {position} of {self.subject.where}" if images is None else images.name(position)
 
     def _samples(self, part: slice, skipped: dict[str, str]) -> Iterator[tuple[Tensor, Tensor]]:
         return self.subject.batches(part, skipped.__setitem__)
@@ -66,7 +72,7 @@ class Look:
     def _real(self, part: slice, skipped: dict[str, str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Seen as the subject's are."""
         size, at_once, within = self.subject.size, self.subject.at_once, self.subject.within
-        return sources.batches(self.real, size, at_once, MOST, skipped.__setitem__, within, part)
+        return sources.batches(self.real, size, at_once, sources.MOST, skipped.__setitem__, within, part)
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:
@@ -86,7 +92,7 @@ class Passes:
         """Positions [N] and, of each network, features [N, D] (float32, CPU)."""
         device, total = self.look.device, self.look.subject.total
         if real:
-            total = min(self.look.real.total or MOST, MOST)
+            total = min(self.look.real.total or sources.MOST, sources.MOST)
         label, here = "real" if real else "samples", executor.alone(self.options, device)
         with tqdm(total=total, desc=label, unit="image", dynamic_ncols=True) as bar:
             make = (lambda _: replace(self.look, told=bar.update)) if here else self.make
@@ -110,19 +116,3 @@ class Passes:
         if here or (images is not None and images.total is None):
             each = total
         return [slice(start, min(start + each, total)) for start in range(0, total, each)]
-
-
-def cached(name: str | None, compute: Callable[[], Tensor]) -> Tensor:
-    """`compute()`, or what it gave before under `name` (None: not cached)."""
-    if name is None:
-        return compute()
-    path = cache_home() / "features" / f"{name}.safetensors"
-    if path.is_file():
-        return load_file(path)["features"]
-    features = compute()
-    try:
-        with whole(path) as new:
-            save_file({"features": features.contiguous()}, new)
-    except InputError as err:
-        print(f"note: features are not remembered: {err}", file=sys.stderr)
-    return features

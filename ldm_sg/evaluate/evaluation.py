@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ldm_sg.evaluate import edits, figures, sources
+from ldm_sg.errors import InputError
+from ldm_sg.evaluate import edits, figures, memory, sources, statistics
 from ldm_sg.evaluate.collect import Look, Passes
 from ldm_sg.evaluate.judges import guide, open_judges, parse_features
 from ldm_sg.evaluate.options import DRAWING, Options
@@ -16,52 +17,87 @@ from ldm_sg.evaluate.subjects import Subject, open_subject
 from ldm_sg.hardware import pick_device
 
 
-def assess(options: Options) -> tuple[dict[str, Any], Path]:
-    """The figures of every judge, with all that is needed to make them again, and the file that they belong into.
+def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
+    """The figures of every judge, with all that is needed to make them again, the file that they belong into, and the samples that
+    are nearest to training images.
 
     Figures stand under the space that they were judged in: result["metrics"]["inception"]["fd"]. Samples pass once through
     all judges and are dropped: memory grows with the features only."""
     started, device, skipped = time.perf_counter(), pick_device(options.device), dict[str, str]()
     options.check()
     wanted = figures.parse_metrics(options.metrics) if options.metrics is not None else None
-    real = sources.open_images(options.reference)
+    known = statistics.read(options.reference) if statistics.is_file(options.reference) else None
+    real = sources.ImageSet(options.reference, (), False) if known else sources.open_images(options.reference)
     subject = open_subject(options, list(parse_features(options.features)))
     precision = options.precision or DRAWING["precision"]
     made_by = guide(subject.pipe)
-    wanted = wanted or _default(subject, made_by)
+    wanted = wanted or (["fd"] if known else _default(subject, made_by))
     figures.check_enough(wanted, subject.total, subject.where)
-    figures.check_enough(wanted, real.total, options.reference)
+    held_out = _check_extras(wanted, options, known is not None)
+    figures.check_enough(wanted, None if known else real.total, options.reference)
+    labels = sources.labels(real) if "nmi" in wanted else None
     asked = {"metrics": wanted, "run": str(options.run) if options.run else None}
     asked |= {name: getattr(options, name) for name in ("reference", "features", "resize", "size", "n")}
+    asked |= {name: given for name in ("prior", "held_out") if (given := getattr(options, name)) is not None}
+    if options.statistics:
+        figures.prepare(Path(options.statistics))
     file = figures.prepare(Path(options.out) if options.out is not None else figures.free(subject.out, asked))
     judges = open_judges(wanted, options, subject, device)
 
+    if known:
+        statistics.check_fits(options.reference, *known, judges[0].manifest)
     look = Look(subject, real, {(judge.space, judge.sees): judge.network for judge in judges}, device)
-    passes = Passes(look, partial(_look, _resolved(options, subject), wanted, real), options, skipped)
-    reference = Reference(real, subject, passes, device, precision)
+    options = _resolved(options, subject)
+    passes = Passes(look, partial(_look, options, wanted, real), options, skipped)
+    reference = Reference(real, subject, passes, device, precision, labels=labels, statistics=known and known[0])
+    if held_out and "memory" in wanted:
+        other = Passes(replace(look, real=held_out), partial(_look, options, wanted, held_out), options, skipped)
+        reference.held_out = Reference(held_out, subject, other, device, precision)
     values, edited = edits.examine(options, subject, real, device) if "edit" in wanted else ({}, {})
     places, seen = passes(False, list(look.networks)) if judges else (range(min(options.n, edits.MOST)), {})
     for judge in judges:
         found = judge.measure(seen[judge.space, judge.sees], places, reference)
         values[judge.space] = values.get(judge.space, {}) | found
+    if options.statistics:
+        statistics.write(Path(options.statistics), reference.moments, judges[0].manifest, reference.used)
     manifests = edited | {judge.space: judge.manifest for judge in judges}
     result = {
         "source": options.source,
         "reference": options.reference,
         "asked": asked,
         "metrics": values,
+        "details": reference.details,
         "judges": {space: found | {"guide": found["sha256"] == made_by} for space, found in manifests.items()},
         "run": str(subject.run) if subject.run else None,
         "samples": len(places),
-        "reference_images": reference.used,
+        "reference_images": known[1].get("images") if known else reference.used,
         "sampling": subject.sampling,
         "preprocessing": {"size": subject.size, **sources.PREPROCESSING},
         "seconds": round(time.perf_counter() - started, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {name: version(name) for name in ("ldm-sg", "torch", "diffusers", "torch-fidelity")},
     }
-    result["notes"] = subject.notes + figures.remarks(result, sources.first_size(real), skipped)
-    return result, file
+    for images in (real, subject.images):
+        skipped |= dict.fromkeys(images.strays if images else (), "not one of the images of its folder")
+    smallest = subject.size if known else sources.first_size(real)
+    result["notes"] = subject.notes + figures.remarks(result, smallest, skipped)
+    return result, file, memory.gallery(subject, real, reference.details)
+
+
+def _check_extras(wanted: list[str], options: Options, known: bool) -> sources.ImageSet | None:
+    """The held-out images, if there are any; InputError for what does not go together. known: the reference is statistics."""
+    other = [name for name in wanted if known and name not in figures.OF_STATISTICS]
+    if other:
+        raise InputError(f"{options.reference}: statistics are enough for fd, sfid and is; {other[0]} needs the images")
+    if options.statistics and (known or not {"fd", "sfid"} & {*wanted} or len(parse_features(options.features)) > 1):
+        raise InputError("statistics are written of reference images, for fd or sfid, and of one judge in features")
+    if (options.held_out is None) == ("memory" in wanted or options.prior == "held-out"):
+        given = f"held_out={options.held_out!r}"
+        raise InputError(f"{given}: images that training did not see are for, and needed by, memory and prior=held-out")
+    held_out = sources.open_images(options.held_out) if options.held_out else None
+    if held_out and held_out.total is not None and "memory" in wanted and held_out.total < memory.LEAST:
+        raise InputError(f"{held_out.where}: {held_out.total} images are too few for memory: at least {memory.LEAST}")
+    return held_out
 
 
 def _resolved(options: Options, subject: Subject) -> Options:

@@ -18,6 +18,7 @@ from ldm_sg.weights import check_finite, read_weights
 
 MARK = "Mixed_7c.branch_pool.conv.weight"  # a key that only this network has
 SIDE = (299, 299)
+CHANNELS = 7  # of TensorFlow's mixed_6/conv [192, 17, 17], of which sFID is (Nash et al., 2021; ADM's evaluator)
 
 
 def _tf(pixels: Tensor) -> Tensor:
@@ -47,14 +48,21 @@ class Inception(nn.Module):
         whole.seek(0)
         self.net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=whole)
         self.manifest = {"name": self.name, "dim": self.dim, "sha256": sha256, "resize": resize}
-        self.resize = RESIZES[resize]
+        self.resize, self.spatial = RESIZES[resize], False
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         x = (self.resize(to_uint8(images).float()) - 128) / 128
+        maps = []
         for layer in list(self.net.children())[:-1]:  # all but the classifier: its forward() would resize by itself
+            if self.spatial and layer is self.net.Mixed_6d:
+                maps.append(layer.branch1x1(x)[:, :CHANNELS].flatten(1))
             x = layer(x)
-        return x.flatten(1)
+        return torch.cat([x.flatten(1), *maps], 1)
+
+    def see_maps(self) -> None:
+        """From now on features are [B, 2048 + 2023]: the pooled ones, then the maps that sFID compares."""
+        self.spatial, self.manifest = True, self.manifest | {"spatial": CHANNELS}
 
     @torch.inference_mode()
     def patches(self, images: Tensor) -> tuple[None, Tensor]:

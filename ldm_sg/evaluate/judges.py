@@ -14,7 +14,7 @@ from ldm_sg.config import FeaturesConfig
 from ldm_sg.configfile import load
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
-from ldm_sg.evaluate import figures, layout
+from ldm_sg.evaluate import figures, layout, memory
 from ldm_sg.evaluate.collect import Network
 from ldm_sg.evaluate.consistency import check_ids, consistency
 from ldm_sg.evaluate.inception import Inception, load_inception
@@ -39,24 +39,55 @@ class Judge:
     measure: Callable[[Tensor, Tensor, Reference], dict[str, float]]
 
 
-def distances(space: str, network: Inception | FeatureExtractor, wanted: list[str], seed: int) -> Judge:
-    """Samples against real images by their features: fd, kid, prdc, is."""
+Seer = Inception | FeatureExtractor | memory.Pixels
+Groups = tuple[
+    Tensor, str, LoadedAnnotator
+]  # the clusters that samples were asked for [n], and who tells those of images
 
-    def measure(samples: Tensor, _: Tensor, reference: Reference) -> dict[str, float]:
-        return figures.compute(
-            wanted, samples, reference.features((space, "features"), network.manifest), network, seed
-        )
+
+def distances(space: str, network: Seer, wanted: list[str], seed: int, groups: Groups | None) -> Judge:
+    """Samples against real images by their features."""
+
+    key, manifest, dim = (space, "features"), network.manifest, network.manifest["dim"]
+
+    def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
+        if reference.statistics:
+            return figures.compute(wanted, samples, None, reference.statistics, network, seed)
+        real_places, real = reference.features(key, manifest)
+        reference.moments = figures.moments(wanted, real, dim)
+        found = figures.compute(wanted, samples, real, reference.moments, network, seed)
+        details = reference.details.setdefault(space, {})
+        samples, real = samples[:, :dim], real[:, :dim]
+        if "fd_clusters" in wanted and groups:
+            ids = reference.clusters(*groups[1:])[1]
+            values, details["clusters"] = figures.by_cluster(groups[0][places], samples, ids, real)
+            found |= values
+        if "memory" in wanted and reference.held_out:
+            unseen = reference.held_out.features(key, manifest)[1][:, :dim]
+            values, *nearest = memory.copies(samples, real, unseen, unit=space != memory.Pixels.name)
+            details["nearest"] = memory.closest(places, real_places, *nearest)
+            found |= values
+        return found
 
     return Judge(space, "features", network.manifest, network, measure)
 
 
-def by_cluster(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, ids: Tensor) -> Judge:
-    """Whether each sample lands in the cluster of `ids` [n] that it was asked for."""
+def by_cluster(
+    space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, ids: Tensor | None, wanted: list[str]
+) -> Judge:
+    """Whether each sample lands in the cluster of `ids` [n] that it was asked for, and whether clusters are classes."""
 
     def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        ceiling = reference.ceiling(own, own.features, "features")
-        assert pipe.signals.k is not None
-        return consistency(ids[places], samples, pipe.signals.k.cpu(), *ceiling, own.f)
+        found: dict[str, float] = {}
+        if "consistency" in wanted:
+            ceiling = reference.ceiling(own, own.features, "features")
+            assert ids is not None and pipe.signals.k is not None
+            found |= consistency(ids[places], samples, pipe.signals.k.cpu(), *ceiling, own.f)
+        if "nmi" in wanted:
+            real_places, real_ids = reference.clusters(space, own)
+            assert reference.labels is not None
+            found |= figures.agreement(real_ids, reference.labels[real_places])
+        return found
 
     return Judge(space, "features", own.extractor.manifest, own.features, measure)
 
@@ -114,9 +145,10 @@ def open_judges(wanted: list[str], options: Options, subject: Subject, device: t
     if resize and Inception.name not in named:
         raise InputError(f"resize={resize!r} is for the judge inception: add it to features")
     _check_guidance(wanted, subject)
+    clusters = {*wanted}.intersection(figures.BY_CLUSTER)
     own = (
         _open_own(wanted, subject, device)
-        if {*wanted} & {"consistency", "layout"} or (compared and OWN in named.values())
+        if clusters or "layout" in wanted or (compared and OWN in named.values())
         else None
     )
     networks = {name: load_network(text, resize, device) for name, text in named.items() if compared and text != OWN}
@@ -125,17 +157,17 @@ def open_judges(wanted: list[str], options: Options, subject: Subject, device: t
         if space in networks:
             raise InputError(f"features={options.features!r}: {space} is the run's own g: name each network once")
         networks[space] = own.extractor
-    if "is" in wanted and not any(map(figures.classifies, networks.values())):
-        raise InputError(
-            "metric `is` reads a classifier's scores, and no feature network here has one (its last layer is empty or "
-            "missing): give --features inception with full weights, or leave `is` out"
-        )
+    able, ids = figures.of_networks(compared, networks), subject.ids() if clusters - {"nmi"} else None
+    groups = (ids, space, own) if own and ids is not None else None
     judges = []
     for name, network in networks.items():
-        able = [metric for metric in compared if metric != "is" or figures.classifies(network)]
-        judges.append(distances(name, network, able, options.seed))
-    if own and pipe and "consistency" in wanted:
-        judges.append(by_cluster(space, own, pipe, subject.ids()))
+        if isinstance(network, Inception) and "sfid" in wanted:
+            network.see_maps()
+        judges.append(distances(name, network, able[name], options.seed, groups))
+    if "memory" in wanted:
+        judges.append(distances(memory.Pixels.name, memory.Pixels(), ["memory"], options.seed, None))
+    if own and pipe and clusters:
+        judges.append(by_cluster(space, own, pipe, ids, wanted))
     if own and pipe and subject.asked and "layout" in wanted:
         judges.append(by_layout(space, own, pipe, subject.asked))
     return judges
@@ -143,13 +175,14 @@ def open_judges(wanted: list[str], options: Options, subject: Subject, device: t
 
 def _check_guidance(wanted: list[str], subject: Subject) -> None:
     """InputError where samples were asked for nothing, or nothing says what it was."""
-    for name in figures.GUIDANCE:
-        if name in wanted and not subject.guided:
+    asked = {"consistency", "fd_clusters", "layout", "edit"}.intersection(wanted)
+    for name in wanted:
+        if name in asked and not subject.guided:
             raise InputError(
                 f"metric {name}: {subject.where} was trained without guidance (guidance.drop=1), so its samples follow no "
                 "signal: leave it out"
             )
-    if "consistency" in wanted:
+    if asked & {"consistency", "fd_clusters"}:
         subject.ids()
     if "layout" in wanted:
         if subject.asked is None:
@@ -172,10 +205,11 @@ def _open_own(wanted: list[str], subject: Subject, device: torch.device) -> Load
         own = load_annotator(folder, device)
     except InputError as err:
         raise InputError(f"{err}; name a feature network (--features) and leave consistency out") from err
-    if "consistency" in wanted:
-        if not own.f.spec.one_id:
-            raise InputError(f"{folder}: its annotator gives no cluster ids, so consistency cannot be judged by it")
-        check_ids(subject.ids(), own.f.k, subject.where)
+    for name in figures.BY_CLUSTER:
+        if name in wanted and not own.f.spec.one_id:
+            raise InputError(f"{folder}: its annotator gives no cluster ids, so {name} cannot be judged by it")
+        if name in wanted and name != "nmi":
+            check_ids(subject.ids(), own.f.k, subject.where)
     return own
 
 

@@ -12,6 +12,7 @@ from ldm_sg.sampling.request import SampleOptions
 
 _USUAL = SampleOptions(precision="auto")  # sample's, but faster
 _OWN = ("steps", "scheduler", "spacing", "precision", "strategy", "rescale")
+PRIORS = ("empirical", "uniform", "held-out")
 DRAWING: dict[str, Any] = {name: getattr(_USUAL, name) for name in _OWN} | {"interval": None}
 
 
@@ -38,6 +39,9 @@ class Options:
     seed: int = 0
     batch_size: int = 64  # samples of a worker's task, in whole passes; changes no figure
     checkpoint: str | None = None  # a step of the run that keeps its weights, or best
+    prior: str | None = None  # of the signals of drawn samples: of PRIORS
+    held_out: str | None = None  # images that training did not see, for the metric memory and for prior=held-out
+    statistics: str | None = None  # .npz that the reference's are written to
     run: str | None = None  # whose g and f judge images on disk; default the run that holds them
     out: str | None = None
     device: str = "auto"
@@ -54,5 +58,6 @@ class Options:
             raise InputError(
                 f"n={self.n}, batch_size={self.batch_size}, w={self.w}: counts of at least 1 and a finite strength"
             )
-        if self.resize not in (None, *RESIZES):
-            raise InputError(f"resize={self.resize!r}; {choices(self.resize, RESIZES)}")
+        for name, given, known in (("resize", self.resize, RESIZES), ("prior", self.prior, PRIORS)):
+            if given not in (None, *known):
+                raise InputError(f"{name}={given!r}; {choices(given, known)}")

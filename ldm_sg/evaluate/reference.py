@@ -1,8 +1,8 @@
 """The real images that samples are compared with: their features, and what the run's own autoencoder leaves of them."""
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,12 +13,22 @@ from ldm_sg.annotate.kinds import LoadedAnnotator
 from ldm_sg.annotate.stream import encode
 from ldm_sg.data.images import to_float, to_uint8
 from ldm_sg.evaluate import sources
-from ldm_sg.evaluate.collect import MOST, Key, Network, Passes, cached
+from ldm_sg.evaluate.collect import Key, Network, Passes
+from ldm_sg.evaluate.metrics import Moments
 from ldm_sg.evaluate.subjects import Subject
 from ldm_sg.hardware import use_bf16
 
 CEILING = 1_000  # of them pass through the autoencoder, for the best that a sample can reach
-IDENTITY = ("name", "sha256", "layer", "pool", "size", "precision", "resize")  # of a network, in its manifest
+IDENTITY = (
+    "name",
+    "sha256",
+    "layer",
+    "pool",
+    "size",
+    "precision",
+    "resize",
+    "spatial",
+)  # of a network, in its manifest
 
 
 @dataclass
@@ -30,13 +40,35 @@ class Reference:
     passes: Passes
     device: torch.device
     precision: str  # of the autoencoder
+    held_out: "Reference | None" = None  # images that training did not see
+    labels: Tensor | None = None  # classes [N] by position, -1 = not known
+    statistics: Mapping[str, Moments] | None = None  # from a file, in place of images
     used: int = 0  # images that figures were made of
+    moments: Mapping[str, Moments] = field(default_factory=dict)  # of the features asked for last
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)  # by space, what stands beside the figures
 
-    def features(self, of: Key, manifest: dict[str, Any]) -> Tensor:
-        """[M, D] of up to MOST images, seen as the subject's are by the network `of`, whose `manifest` this is."""
+    def features(self, of: Key, manifest: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Positions [M] and features [M, D] of up to sources.MOST images, seen as the subject's are by the network `of`, whose `manifest`
+        this is."""
         identity = {key: manifest.get(key) for key in IDENTITY}
-        settings = {"size": self.subject.size, "within": self.subject.within, "limit": MOST, "network": identity}
-        return self._remembered(lambda: self.passes(True, [of])[1][of], 0, **settings)
+        settings = {
+            "size": self.subject.size,
+            "within": self.subject.within,
+            "limit": sources.MOST,
+            "network": identity,
+        }
+
+        def compute() -> dict[str, Tensor]:
+            places, found = self.passes(True, [of])
+            return {"places": places, "features": found[of]}
+
+        found = self._remembered(compute, view=2, **settings)
+        return found["places"], found["features"]
+
+    def clusters(self, space: str, own: LoadedAnnotator) -> tuple[Tensor, Tensor]:
+        """Positions [M] and clusters [M], by the run's own g, called `space`, and f."""
+        places, features = self.features((space, "features"), own.extractor.manifest)
+        return places, own.f.assign(features)
 
     def ceiling(self, own: LoadedAnnotator, judge: Network, what: str) -> tuple[Tensor, Tensor]:
         """What `judge`, which is `what` of the run's own g and f, says of real images, seen as annotate saw them, and of their
@@ -46,7 +78,7 @@ class Reference:
         limit = min(CEILING, self.subject.total)
 
         @torch.no_grad()
-        def compute() -> Tensor:
+        def compute() -> dict[str, Tensor]:
             photos, before, after = sources.pictures(self.images, limit), [], []
             with tqdm(desc="real, rebuilt", total=min(self.images.total or limit, limit), unit="image") as bar:
                 while batch := list(itertools.islice(photos, self.subject.at_once)):
@@ -58,15 +90,15 @@ class Reference:
                     before.append(judge(seen).float().cpu())
                     after.append(judge(to_float(pixels)).float().cpu())
                     bar.update(len(batch))
-            return torch.stack([torch.cat(before), torch.cat(after)])
+            return {"before": torch.cat(before), "after": torch.cat(after)}
 
         identity = {"what": what, "annotator": own.digest, "autoencoder": pipe.autoencoder.manifest.get("sha256")}
-        sizes = {"size": pipe.image_size, "within": pipe.source_size, "limit": limit, "view": 2}
-        before, after = self._remembered(compute, 1, bf16=bf16, **identity, **sizes)
-        return before, after
+        sizes = {"size": pipe.image_size, "within": pipe.source_size, "limit": limit, "view": 3}
+        found = self._remembered(compute, bf16=bf16, **identity, **sizes)
+        return found["before"], found["after"]
 
-    def _remembered(self, compute: Callable[[], Tensor], images: int, **identity: Any) -> Tensor:
-        """`compute()`, or what it gave before for the same files and `identity`; its dimension `images` counts them."""
-        found = cached(sources.fingerprint(self.images, device=self.device.type, **identity), compute)
-        self.used = max(self.used, found.shape[images])
+    def _remembered(self, compute: Callable[[], Mapping[str, Tensor]], **identity: Any) -> Mapping[str, Tensor]:
+        """`compute()`, or what it gave before for the same files and `identity`: rows of images."""
+        found = sources.cached(sources.fingerprint(self.images, device=self.device.type, **identity), compute)
+        self.used = max(self.used, len(next(iter(found.values()))))
         return found

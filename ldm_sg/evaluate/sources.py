@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, read_bytes, to_tensor
 from ldm_sg.data.pool import in_order
 from ldm_sg.data.shards import count_images, expand, holds_shards, is_remote, read_shard
 from ldm_sg.errors import InputError
+from ldm_sg.folder import cache_home, whole
 
 PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 RECORDS = "samples.jsonl"
 RUN_MARKS = ("checkpoints", "pipeline", "model_index.json")  # a run's own sample grids are no samples
+MOST = 50_000  # real images, spread over the whole set
 OnSkip = Callable[[str, str], None]  # (image, reason)
 
 
@@ -37,6 +40,10 @@ class ImageSet:
     paths: tuple[str, ...]  # image files, or shards
     in_shards: bool
     records: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    strays: tuple[str, ...] = ()  # files of the folder that are none of `paths`
+
+    def name(self, position: int) -> str:
+        return f"image {position} of {self.where}" if self.in_shards else self.paths[position]
 
     @functools.cached_property
     def counts(self) -> list[int] | None:
@@ -87,15 +94,49 @@ def open_images(where: str) -> ImageSet:
         raise InputError(f"{where}: an annotation set holds latents, not images: name the source shards it was made of")
     if (folder / RECORDS).is_file():
         records = _records(folder)
-        return ImageSet(where, tuple(str(folder / record["file"]) for record in records), False, records)
+        paths = [str(folder / record["file"]) for record in records]
+        return ImageSet(where, tuple(paths), False, records, _others(folder, paths))
     files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = [file for file in files if not _own(Path(file))]
     if files:
-        return ImageSet(where, tuple(files), in_shards=False)
+        return ImageSet(where, tuple(files), in_shards=False, strays=_others(folder, files))
     if holds_shards(where):
         return ImageSet(where, tuple(expand(where)), in_shards=True)
     raise InputError(
         f"{where}: no images in this folder ({', '.join(sorted(SUFFIXES))}, or .tar or .parquet shards of them)"
     )
+
+
+def _own(path: Path) -> bool:
+    """What `sample` and `evaluate` leave beside images."""
+    return path.name in (RECORDS, "grid.png") or path.name.startswith("evaluation")
+
+
+def _others(folder: Path, used: Sequence[str]) -> tuple[str, ...]:
+    found = {str(path) for path in folder.rglob("*") if path.is_file() and not _own(path)}
+    return tuple(sorted(found.difference(used)))
+
+
+def labels(images: ImageSet) -> Tensor:
+    """The class of each image [N] by its position, -1 = not known: of a shard KEY.cls, of files the folder that each lies in.
+    InputError where there are none."""
+    numbers: dict[Path, int] = {}
+    found = [] if images.in_shards else [numbers.setdefault(Path(path).parent, len(numbers)) for path in images.paths]
+    for shard, count in zip(images.paths, images.counts or itertools.repeat(0)) if images.in_shards else ():
+        own = [-1 if sample.cls is None else sample.cls for sample in read_shard(shard, lambda *_: None)]
+        found += own + [-1] * (count - len(own))
+    if len({*found} - {-1}) < 2:
+        raise InputError(
+            f"{images.where}: nmi needs images of at least two classes: KEY.cls in shards, or a folder a class"
+        )
+    return torch.tensor(found)
+
+
+def at(images: ImageSet, places: Collection[int], size: int, within: int | None = None) -> dict[int, Tensor]:
+    """The images at these positions, seen as in `batches`."""
+    chosen = _chosen(images, sys.maxsize, lambda *_: None)
+    found = ((place, crop_resize(_open(data), size, within)) for place, (_, data) in chosen if place in places)
+    return {place: to_tensor(image) for place, image in itertools.islice(found, len(places))}
 
 
 def _records(folder: Path) -> tuple[dict[str, Any], ...]:
@@ -214,3 +255,19 @@ def fingerprint(images: ImageSet, **settings: Any) -> str | None:
     files = [Path(path).resolve() for path in images.paths]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([stats, PREPROCESSING, settings], sort_keys=True).encode()).hexdigest()
+
+
+def cached(name: str | None, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """`compute()`, or what it gave before under `name` (None: not cached)."""
+    if name is None:
+        return compute()
+    path = cache_home() / "features" / f"{name}.safetensors"
+    if path.is_file():
+        return load_file(path)
+    found = compute()
+    try:
+        with whole(path) as new:
+            save_file({key: value.contiguous() for key, value in found.items()}, new)
+    except InputError as err:
+        print(f"note: features are not remembered: {err}", file=sys.stderr)
+    return found

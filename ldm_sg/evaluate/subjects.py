@@ -1,6 +1,6 @@
 """What is judged: samples drawn from a run as they are read, or images on disk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_sg.annotate.kinds import load_annotator
 from ldm_sg.data.images import squares
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
@@ -16,6 +17,7 @@ from ldm_sg.evaluate.options import DRAWING, Options
 from ldm_sg.folder import pipeline_of
 from ldm_sg.hardware import pick_device
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
+from ldm_sg.sampling.draw import image_generator
 from ldm_sg.sampling.request import SampleOptions
 
 
@@ -45,6 +47,16 @@ class Subject:
     def notes(self) -> list[str]:
         return [] if self.guided else ["trained without guidance (guidance.drop=1): w is 0, whatever was asked"]
 
+    def at(self, places: Collection[int]) -> dict[int, Tensor]:
+        """The images at these positions, uint8 [3, H, W]; of a run, drawn again."""
+        if self.images is not None:
+            return sources.at(self.images, places, self.size)
+        found: dict[int, Tensor] = {}
+        for start in sorted({place - place % self.at_once for place in places}):
+            for there, images in self.batches(slice(start, start + self.at_once), lambda *_: None):
+                found |= dict(zip(there.tolist(), images))
+        return found
+
     @property
     def within(self) -> int | None:
         """Pixels at which reference images are seen before their centre is taken, for a run that learnt crops."""
@@ -64,7 +76,7 @@ def open_subject(options: Options, judges: list[str]) -> Subject:
     pipe = open_pipeline(run, options.device, options.checkpoint) if run else None
     if pipe and run == source:
         return _from_run(pipe, run, options, judges)
-    drawing = ("w", *DRAWING, "checkpoint")
+    drawing = ("w", *DRAWING, "checkpoint", "prior")
     if any(getattr(options, name) is not None for name in drawing):
         raise InputError(f"{', '.join(drawing)} are for drawing from a run; {source} holds images")
     return _from_disk(sources.open_images(options.source), options, run, pipe)
@@ -90,7 +102,8 @@ def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: 
     settings = DRAWING | given | {"w": w, "seed": options.seed}
     solving = SampleOptions(**settings | {"interval": settings["interval"] or []}).solving()
     at_once = fitting(own, pipe.device)
-    padded = pipe.draw(n + -n % at_once, options.seed)
+    prior, clusters = _prior(pipe, folder, options, n + -n % at_once)
+    padded = pipe.draw(n + -n % at_once, options.seed, clusters=clusters)
     drawn = padded[torch.arange(n)]
 
     def batches(part: slice, _: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,13 +118,43 @@ def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: 
         return drawn.k
 
     name = "w{w:g}_{scheduler}{steps}_seed{seed}".format(**settings)
-    made = settings | {"signals": "drawn from the training distribution"}
+    made = settings | {"signals": f"drawn from {prior}"}
     if pipe.checkpoint is not None:
         name, made = f"step{pipe.checkpoint}_{name}", made | {"checkpoint": pipe.checkpoint}
     inside = (folder / "model_index.json").is_file()  # a pipeline folder, which training replaces, of a run
     home, prefix = (folder.parent, f"{folder.name}_") if inside else (folder, "")
     file = home / "evaluations" / f"{prefix}{name}_n{n}_{'_'.join(judges)[:80]}.json"
     return Subject(str(folder), n, own, at_once, batches, ids, None, drawn, made, file, folder, pipe)
+
+
+def _prior(pipe: SelfGuidedPipeline, folder: Path, options: Options, n: int) -> tuple[str, list[int] | None]:
+    """What labels are drawn from, in words, and those of n samples; None: whole signals of training images are drawn."""
+    if options.prior in (None, "empirical"):
+        return "the training distribution", None
+    if pipe.signals.k is None or pipe.signals.k.ndim != 1:
+        raise InputError(f"prior={options.prior}: {folder} has no cluster ids to draw from")
+    if options.prior == "uniform":
+        known = pipe.signals.k.unique().cpu()
+        words = f"a uniform prior over the {len(known):,} clusters of training images"
+    else:
+        known = _ids(pipe, options)
+        words = f"the clusters of {len(known):,} held-out images"
+    generators = (image_generator(options.seed, i, "label") for i in range(n))
+    return words, [int(known[torch.randint(len(known), (1,), generator=each)]) for each in generators]
+
+
+def _ids(pipe: SelfGuidedPipeline, options: Options) -> Tensor:
+    """The clusters [M] of the held-out images, seen as `annotate` sees them, by the run's own g and f."""
+    if options.held_out is None:
+        raise InputError("prior=held-out: name images that training did not see: --held-out SHARDS_OR_FOLDER")
+    images, own = sources.open_images(options.held_out), load_annotator(pipe.annotator_folder, pipe.device)
+    seen = {"size": pipe.image_size, "within": pipe.source_size}
+    sources.first_size(images)  # one can be read
+
+    def compute() -> dict[str, Tensor]:
+        return {"k": torch.cat([own.of_image(photo, **seen).k for photo in sources.pictures(images, sources.MOST)])}
+
+    return sources.cached(sources.fingerprint(images, annotator=own.digest, what="k", **seen), compute)["k"]
 
 
 def _from_disk(

@@ -141,6 +141,7 @@ FIGURES = {  # of the annotator, in manifest.yaml -> what a reader sees
     "empty": ("empty", "{:,}"),
     "entropy": ("entropy", "{:.2f} of {max_entropy:.2f} nats"),
     "nmi": ("NMI with the classes", "{:.3f}"),
+    "ami": ("AMI with the classes", "{:.3f}"),
     "ari": ("ARI with the classes", "{:.3f}"),
     "corloc": ("CorLoc", "{:.1%} of {corloc_images:,}"),
     "not_found": ("no box found", "{:,}"),

@@ -1,0 +1,64 @@
+"""Mean and covariance of real images' features, in the .npz of clean-fid and of ADM's evaluator."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm_sg.errors import InputError, one_line
+from ldm_sg.evaluate.metrics import Moments
+from ldm_sg.folder import whole
+
+KEYS = {"fd": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # the second two are ADM's alone
+MADE = ("resize", "sha256")  # of the judge, in ours, and how many `images`
+
+
+def is_file(where: str) -> bool:
+    return where.endswith(".npz")
+
+
+def read(where: str) -> tuple[dict[str, Moments], dict[str, Any]]:
+    """What the file has of `fd` and `sfid`, and what it says of how it was made. InputError where it is no such file."""
+    try:
+        with np.load(Path(where).expanduser(), allow_pickle=False) as file:
+            found = {
+                name: [file[key] for key in keys] for name, keys in KEYS.items() if name == "fd" or keys[0] in file
+            }
+            made = {key: file[key].item() for key in (*MADE, "images") if key in file}
+    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as err:
+        raise InputError(
+            f"{where}: not the statistics of clean-fid or ADM (mu and sigma): {one_line(err)[:200]}"
+        ) from err
+    return {name: _moments(where, *arrays) for name, arrays in found.items()}, made
+
+
+def _moments(where: str, mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    good = mean.ndim == 1 and covariance.shape == 2 * mean.shape and mean.dtype.kind == covariance.dtype.kind == "f"
+    if not good or not np.isfinite(mean).all() or not np.allclose(covariance, covariance.T):  # NaN is not close to NaN
+        shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
+        raise InputError(f"{where}: not a finite mean [D] and a symmetric covariance [D, D], but {shapes}")
+    values, vectors = torch.linalg.eigh(torch.from_numpy(covariance).double())
+    return Moments(torch.from_numpy(mean).double(), vectors.T * values.clamp(min=0).sqrt()[:, None])
+
+
+def check_fits(where: str, moments: Mapping[str, Moments], made: dict[str, Any], judge: dict[str, Any]) -> None:
+    """InputError where a judge with this manifest cannot have made them."""
+    there = made | {"dim": len(moments["fd"].mean)}
+    for key in ("dim", *MADE):
+        if there.get(key, judge.get(key)) != judge.get(key):
+            raise InputError(
+                f"{where}: made with {key} {there[key]}, and the judge has {judge.get(key)}: those of clean-fid and ADM are for "
+                "--features inception"
+            )
+
+
+def write(path: Path, moments: Mapping[str, Moments], judge: dict[str, Any], images: int) -> None:
+    """A file that clean-fid reads, and with sFID's statistics ADM's evaluator too; judge: the network's manifest."""
+    arrays: dict[str, Any] = {key: judge[key] for key in MADE if key in judge} | {"images": images}
+    for name, found in moments.items():
+        arrays |= zip(KEYS[name], (found.mean.numpy(), (found.root.T @ found.root).numpy()))
+    with whole(path) as new, new.open("wb") as file:
+        np.savez(file, **arrays)
