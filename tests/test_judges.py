@@ -282,6 +282,38 @@ def test_features_that_are_not_finite_name_the_image(run: Path, tmp_path: Path) 
     assert sources.open_images(str(folder)).name(2).endswith("002.png")
 
 
+def test_images_of_which_too_few_can_be_read_are_refused(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = folder_of(tmp_path / "made")
+    for file in sorted(folder.iterdir())[1:]:
+        file.write_bytes(b"x")
+    args: dict[str, Any] = {"features": str(run.parent / "g"), "device": "cpu", "out": tmp_path / "r.json"}
+    for made, real in ((folder, run.parent / "real.tar"), (run.parent / "real.tar", folder)):
+        with pytest.raises(InputError, match=rf"^{re.escape(str(folder))}: 1 images are too few for fd"):
+            evaluate(made, str(real), "fd", **args)
+
+
+@pytest.mark.slow
+def test_copies_and_priors_are_the_same_by_two_processes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # noqa: F811
+    unseen, found = noisy(tmp_path / "unseen", 120, 1), []
+    args: dict[str, Any] = {
+        "metrics": "memory,fd_clusters",
+        "prior": "held-out",
+        "held_out": str(unseen),
+        "n": 40,
+        "steps": 2,
+    }
+    for processes in (1, 2):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"{processes}"))
+        out = tmp_path / f"{processes}.json"
+        result = evaluate(
+            run, str(run.parent / "real.tar"), processes=processes, device="cpu", out=out, batch_size=16, **args
+        )
+        found.append((result["metrics"], result["details"], out.with_suffix(".png").read_bytes()))
+    assert found[0] == found[1]
+
+
 def test_files_beside_images_are_noted(run: Path, tmp_path: Path) -> None:  # noqa: F811
     folder, real = folder_of(tmp_path / "made"), str(run.parent / "real.tar")
     shutil.copy(folder / "000.png", folder / "grid.png")

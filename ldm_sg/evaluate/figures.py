@@ -45,9 +45,8 @@ def classifies(network: Any) -> bool:
     return isinstance(network, Inception) and network.classifies
 
 
-ABLE: dict[
-    str, tuple[Callable[[Any], bool], str]
-] = {  # networks that a metric is for, and what it says where none is one
+# Which networks a metric is for, and what it says where there is none.
+ABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "is": (
         classifies,
         "reads a classifier's scores (no network here has such a last layer, or it is empty): --features inception",

@@ -51,9 +51,11 @@ def distances(space: str, network: Seer, wanted: list[str], seed: int, groups: G
     key, manifest, dim = (space, "features"), network.manifest, network.manifest["dim"]
 
     def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
+        figures.check_enough(wanted, len(samples), reference.subject.where)
         if reference.statistics:
             return figures.compute(wanted, samples, None, reference.statistics, network, seed)
         real_places, real = reference.features(key, manifest)
+        figures.check_enough(wanted, len(real), reference.images.where)
         reference.moments = figures.moments(wanted, real, dim)
         found = figures.compute(wanted, samples, real, reference.moments, network, seed)
         details = reference.details.setdefault(space, {})
