@@ -294,8 +294,10 @@ def test_images_of_which_too_few_can_be_read_are_refused(run: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_copies_and_priors_are_the_same_by_two_processes(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # noqa: F811
+    run: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     unseen, found = noisy(tmp_path / "unseen", 120, 1), []
     args: dict[str, Any] = {
         "metrics": "memory,fd_clusters",
