@@ -1,10 +1,12 @@
 """Parquet tables of images as source shards: those of Hugging Face datasets, whose images are {bytes, path}, or columns of bytes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from ldm_sg.data.tars import Damaged, Member, is_remote
 from ldm_sg.errors import InputError, one_line
+from ldm_sg.folder import whole
 
 LABELS = ("label", "cls", "class", "fine_label", "labels")  # of integers: the first that there is
 ROWS, BYTES = 32, 2**26  # in memory at once, by the mean size that the footer gives
@@ -13,7 +15,7 @@ ROWS, BYTES = 32, 2**26  # in memory at once, by the mean size that the footer g
 def read_rows(url: str, wanted: Mapping[str, int]) -> Iterator[Member]:
     """Each row's image as a file KEY.jpg, where KEY is its number, and its class, if there is one, as KEY.cls, as
     `tars.read_members` gives those of a tar. InputError where there is no such table, Damaged where it cannot be read."""
-    parquet, most = _pyarrow(), wanted.get("jpg", 0)
+    parquet, most = pyarrow(), wanted.get("jpg", 0)
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -48,9 +50,18 @@ def read_rows(url: str, wanted: Mapping[str, int]) -> Iterator[Member]:
 def count_rows(path: str) -> int:
     """Rows of a local table, by its footer; 0 where that is damaged."""
     try:
-        return _pyarrow().ParquetFile(path).metadata.num_rows
+        return pyarrow().ParquetFile(path).metadata.num_rows
     except (OSError, ValueError):
         return 0
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """A table that appears when whole: name -> a value a row."""
+    parquet = pyarrow()
+    import pyarrow as pa
+
+    with whole(path) as new:
+        parquet.write_table(pa.table(dict(columns)), new)
 
 
 def _at_once(meta: Any) -> int:
@@ -92,9 +103,9 @@ def _seekable(url: str) -> IO[bytes]:
         raise InputError(f"shard {url!r} cannot be opened: {one_line(err)}") from err
 
 
-def _pyarrow() -> Any:
+def pyarrow() -> Any:
     try:
         import pyarrow.parquet as parquet
     except ImportError as err:
-        raise InputError("parquet shards need pyarrow: pip install 'ldm-sg[parquet]'") from err
+        raise InputError("parquet tables need pyarrow: pip install 'ldm-sg[parquet]'") from err
     return parquet
