@@ -42,8 +42,8 @@ class Clip:
             self.name, self.sha256 = f"{model}:{Path(file).resolve()}" if file else name, weights_sha256(self.model)
             if not file:
                 check_pinned(f"{name}, whole", self.sha256)
-            chosen = {"name": name, "layer": None, "pool": "auto", "precision": "fp32"}
-            self.visual = FeatureExtractor(self.model.visual, view | chosen, device)
+            view |= {"name": name, "layer": None, "pool": "auto", "precision": "fp32"}
+            self.visual = FeatureExtractor(self.model.visual, view, device)
             from open_clip import get_tokenizer
 
             self.tokenizer = get_tokenizer(model.partition("/")[0])
@@ -82,8 +82,8 @@ def describe(latents: LatentSet, typical: Mapping[int, Sequence[int]], clip: Cli
     vectors = torch.zeros(latents.spec.num_labels, texts.shape[1])
     photos = photos_at(latents, list(owner), clip.visual.size)
     while batch := list(islice(photos, BATCH)):
-        seen = clip.images(to_float(torch.stack([photo.image for photo in batch])))
-        vectors.index_add_(0, torch.tensor([owner[photo.index] for photo in batch]), seen)
+        seen = clip.images(to_float(torch.stack([image for _, image, _ in batch])))
+        vectors.index_add_(0, torch.tensor([owner[i] for i, *_ in batch]), seen)
     vectors = F.normalize(vectors, dim=1)
     best = (vectors @ texts.T).topk(min(BEST, len(words)), dim=1).indices.tolist()
     names = [[words[i] for i in row] if vector.any() else [] for vector, row in zip(vectors, best)]
@@ -92,7 +92,7 @@ def describe(latents: LatentSet, typical: Mapping[int, Sequence[int]], clip: Cli
     write_json(latents.folder / NAMES, said)
 
 
-def read_names(folder: Path, hash: str) -> dict[str, Any] | None:
+def read_names(folder: Path, hash: str | None) -> dict[str, Any] | None:
     """What `describe` wrote: clip, its sha256, and names [K][words]; None where the set of this hash has not been described."""
     if not (path := folder / NAMES).is_file():
         return None

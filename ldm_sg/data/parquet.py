@@ -1,12 +1,10 @@
 """Parquet tables of images as source shards: those of Hugging Face datasets, whose images are {bytes, path}, or columns of bytes."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from ldm_sg.data.tars import Damaged, Member, is_remote
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import whole
 
 LABELS = ("label", "cls", "class", "fine_label", "labels")  # of integers: the first that there is
 ROWS, BYTES = 32, 2**26  # in memory at once, by the mean size that the footer gives
@@ -53,15 +51,6 @@ def count_rows(path: str) -> int:
         return pyarrow().ParquetFile(path).metadata.num_rows
     except (OSError, ValueError):
         return 0
-
-
-def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """A table that appears when whole: name -> a value a row."""
-    parquet = pyarrow()
-    import pyarrow as pa
-
-    with whole(path) as new:
-        parquet.write_table(pa.table(dict(columns)), new)
 
 
 def _at_once(meta: Any) -> int:

@@ -3,43 +3,34 @@
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
-from ldm_sg.data.shards import read_shard
+from ldm_sg.data.shards import Sample, read_shard
 from ldm_sg.data.tars import read_members
 
 if TYPE_CHECKING:
     from ldm_sg.data.latents import LatentSet
 
 
-class Photo(NamedTuple):
-    """One image of a set: its index there, its key, uint8 [3, size, size], its class where it has one."""
-
-    index: int
-    key: str
-    image: Tensor
-    cls: int | None
-
-
-def photos_at(latents: "LatentSet", places: Sequence[int], size: int) -> Iterator[Photo]:
-    """Those of `places` that are still there, read again from the source shards, in the order of these."""
+def photos_at(latents: "LatentSet", places: Sequence[int], size: int) -> Iterator[tuple[int, Tensor, Sample]]:
+    """(index in the set, uint8 [3, size, size], what lies beside it) of those of `places` that are still there, read again from
+    the source shards, in the order of these."""
     for shard in np.unique(latents.shards[list(places)]):
         first, keys = np.searchsorted(latents.shards, shard), annotated_keys(latents.paths[shard])
         index = {keys[i - first]: i for i in places if latents.shards[i] == shard}
         for sample in read_shard(latents.manifest["shards"][shard]["url"], lambda *_: None):
             if sample.key in index:
                 with suppress(BadImage):  # a key that came twice: its annotated copy is the good one
-                    image = to_tensor(crop_resize(decode(sample.image, sample.key), size))
-                    yield Photo(index[sample.key], sample.key, image, sample.cls)
+                    yield index[sample.key], to_tensor(crop_resize(decode(sample.image, sample.key), size)), sample
 
 
 def images_at(latents: "LatentSet", places: Sequence[int], size: int) -> dict[int, Tensor]:
     """Index in the set -> uint8 [3, size, size], in the order of `places`."""
-    found = {photo.index: photo.image for photo in photos_at(latents, places, size)}
+    found = {i: image for i, image, _ in photos_at(latents, places, size)}
     return {i: found[i] for i in places if i in found}
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,10 @@ LIKE = 4  # nearest clusters
 THUMB = 80  # pixels
 EXAMPLES = 32  # images with their boxes or masks
 WALL, BOXES, MASKS = "clusters", "boxes.png", "masks.png"
+SPATIAL = {
+    BOXES: "The box of each image.",
+    MASKS: "Images, and their segments laid over them; a colour is the same class everywhere.",
+}
 WORDS = (
     "g is the frozen network that looked at the images, f the annotator that made signals of what it saw. A label is one of the "
     "ids that f gives; nobody named them. Entropy says how evenly images fall to labels: at its maximum all have as many."
@@ -65,16 +68,12 @@ def one_id(latents: LatentSet) -> bool:
 
 def sections(latents: LatentSet) -> list[str]:
     """What the set's signals are, of the pictures that `write_report` drew."""
-    folder, sizes = latents.folder, latents.signals.counts()
+    folder, sizes = latents.folder, charts.sizes(latents.signals.counts().tolist())
+    drawn = {name: html.picture(folder / name, alt=name) for name in SPATIAL}
     return [
         wall(folder, latents.manifest, "RUN") if one_id(latents) else "",
-        html.section("What the signals look like", "The box of each image.", html.picture(folder / BOXES, alt=BOXES)),
-        html.section(
-            "What the signals look like",
-            "Images, and their segments laid over them; a colour is the same class everywhere.",
-            html.picture(folder / MASKS, alt=MASKS),
-        ),
-        html.section("Sizes", "Images with each label.", html.chart(charts.sizes(sizes.tolist()))),
+        *(html.section("What the signals look like", SPATIAL[name], picture) for name, picture in drawn.items()),
+        html.section("Sizes", "Images with each label.", html.chart(sizes)),
     ]
 
 
@@ -84,7 +83,7 @@ def wall(folder: Path, manifest: Mapping[str, Any], run: str) -> str:
     annotator, clusters = manifest.get("annotator") or {}, about(folder, manifest)
     shown = {k: path for k in range(len(clusters)) if (path := folder / WALL / f"{k:06d}.webp").is_file()}
     rows = [_row(k, clusters, shown, f"ldm-sg sample {run} --cluster {k}") for k in shown]
-    filled = sum(cluster.size > 0 for cluster in clusters)
+    filled = sum(cluster["size"] > 0 for cluster in clusters)
     some = "" if len(rows) == filled else f" {len(rows)} of {filled:,} are shown, from the largest to the smallest."
     text = f"Left the {NEAR} members nearest to the centroid, right the {FAR} farthest from it.{some}"
     if annotator.get("kind") == "oracle":
@@ -93,39 +92,30 @@ def wall(folder: Path, manifest: Mapping[str, Any], run: str) -> str:
     return html.section("What each cluster holds", text, "".join(rows[:OPEN]), more)
 
 
-def _row(k: int, clusters: list["About"], shown: Mapping[int, Path], command: str) -> str:
-    own, called = clusters[k], [" ".join([str(i), *cluster.names[:1]]) for i, cluster in enumerate(clusters)]
-    note = f"{own.size:,} image{'s' * (own.size != 1)}"
-    note += "" if own.purity is None else f", {own.purity:.0%} of class {own.label}"
-    note += "".join(f", or {name}" for name in own.names[1:])
-    like = [(f"cluster-{i}" if i in shown else "", called[i]) for i in own.like]
-    return html.row(": ".join([f"Cluster {k}", *own.names[:1]]), note, command, shown[k], f"cluster-{k}", like)
+def _row(k: int, clusters: list[dict[str, Any]], shown: Mapping[int, Path], command: str) -> str:
+    own, names = clusters[k], clusters[k]["names"]
+    note = f"{own['size']:,} image{'s' * (own['size'] != 1)}"
+    note += "" if own["purity"] is None else f", {own['purity']:.0%} of class {own['label']}"
+    note += "".join(f", or {name}" for name in names[1:])
+    like = [(f"cluster-{i}" if i in shown else "", " ".join([str(i), *clusters[i]["names"][:1]])) for i in own["like"]]
+    return html.row(": ".join([f"Cluster {k}", *names[:1]]), note, command, shown[k], f"cluster-{k}", like)
 
 
-@dataclass
-class About:
-    """What is known of a cluster. `purity`: the share of its most frequent class, `label`, among its images that have one."""
-
-    size: int
-    purity: float | None = None
-    label: int | None = None
-    like: list[int] = field(default_factory=list)  # clusters, that of the nearest centroid first
-    names: list[str] = field(default_factory=list)
-
-
-def about(folder: Path, manifest: Mapping[str, Any]) -> list[About]:
-    """Each cluster of a set where images have one id each, as far as its files tell; [] of any other set."""
-    found = [About(size) for size in (manifest.get("annotator") or {}).get("counts") or []]
-    for own, counts, classes in zip(found, *_tally(folder)):
-        if counts.any():
-            own.purity, own.label = float(counts.max() / counts.sum()), int(classes[counts.argmax()])
-    filled = [k for k, own in enumerate(found) if own.size]
+def about(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a set's files tell of each cluster, where images have one id each: `size`; `purity`, the share of its most frequent
+    class, `label`, among its images that have one (else None); `like`, the clusters of the nearest centroids; `names`."""
+    counts = (manifest.get("annotator") or {}).get("counts") or []
+    found = [{"size": size, "purity": None, "label": None, "like": [], "names": []} for size in counts]
+    for own, of, classes in zip(found, *_tally(folder)):
+        if of.any():
+            own["purity"], own["label"] = float(of.max() / of.sum()), int(classes[of.argmax()])
+    filled = [k for k, size in enumerate(counts) if size]
     if (centroids := _centroids(folder)) is not None and len(centroids) == len(found):
         apart = torch.cdist(centroids[filled], centroids[filled]).fill_diagonal_(torch.inf)
         for k, order in zip(filled, apart.argsort(dim=1, stable=True)[:, : min(LIKE, len(filled) - 1)].tolist()):
-            found[k].like = [filled[i] for i in order]
-    for own, names in zip(found, (read_names(folder, manifest["hash"]) or {"names": []})["names"] if found else []):
-        own.names = names
+            found[k]["like"] = [filled[i] for i in order]
+    for own, names in zip(found, (read_names(folder, manifest.get("hash")) or {"names": []})["names"]):
+        own["names"] = names
     return found
 
 
@@ -190,18 +180,14 @@ def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
     """All clusters that are not empty, by id; where there are more than `limit`, that many from the largest to the
     smallest in even steps."""
     filled = np.flatnonzero(sizes)
-    if len(filled) <= limit:
-        return filled.tolist()
-    by_size = filled[np.argsort(-sizes[filled], kind="stable")]
-    return by_size[np.linspace(0, len(by_size) - 1, limit).round().astype(int)].tolist()
+    return (
+        filled if len(filled) <= limit else evenly(filled[np.argsort(-sizes[filled], kind="stable")], limit)
+    ).tolist()
 
 
-def members(folder: Path, manifest: Mapping[str, Any], clusters: list[int], each: int) -> dict[int, Tensor]:
-    """Cluster -> its first members in the order of the shards, uint8 [at most `each`, 3, size, size]."""
-    latents = LatentSet(folder)
-    chosen = {k: latents.signals.having(k)[:each].tolist() for k in clusters}
-    images = images_at(latents, [i for places in chosen.values() for i in places], manifest["size"])
-    return {k: torch.stack([images[i] for i in places]) for k, places in chosen.items() if places}
+def evenly(of: np.ndarray, n: int) -> np.ndarray:
+    """At most n of them, in even steps, the first and the last one too."""
+    return of[np.linspace(0, len(of) - 1, min(n, len(of))).round().astype(int)]
 
 
 FIGURES = {  # of the annotator, in manifest.yaml -> what a reader sees

@@ -3,38 +3,37 @@
 import base64
 import io
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
 
 from ldm_sg.annotate.dedup import neighbours
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.parquet import write_table
+from ldm_sg.data.parquet import pyarrow
 from ldm_sg.data.photos import photos_at
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError
+from ldm_sg.folder import whole
 from ldm_sg.report import html
-from ldm_sg.report.annotation import about, distances, one_id
+from ldm_sg.report.annotation import about, distances, evenly, one_id
 
 MAPPED, SIDE = 4_000, 48  # images on a page's map, and their pixels
 ROWS, LARGE = 100_000, 128  # of a table
 SHARDS = 100  # that are read for them at most
-NEAR = 16  # images, in a table
-FEW = 16  # images that are too few for umap, which looks at as many neighbours
+NEAR = 16  # nearest images, in a table
 Layout = Callable[[Tensor], np.ndarray]  # points [N, D] -> their places [N, 2]
 
 
 def find_layout(name: str) -> Layout:
     """pca or umap. InputError for another, and where umap-learn is not installed."""
-    if name not in ("pca", "umap"):
-        raise InputError(f"--map {name!r}; {choices(name, ('pca', 'umap'))}")
     if name == "pca":
         return pca
+    if name != "umap":
+        raise InputError(f"--map {name!r}: pca or umap")
     try:
         from umap import UMAP
     except ImportError as err:
@@ -43,19 +42,13 @@ def find_layout(name: str) -> Layout:
 
 
 def pca(points: Tensor) -> np.ndarray:
-    """The two directions in which the points differ most; of each one's two signs, always the same."""
+    """Along the two directions in which the points differ most."""
     centred = (points - points.mean(0)).double()
-    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)
-    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-    return (centred @ (directions * largest.sign())).numpy()
+    return (centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)).numpy()
 
 
 def spread(shards: np.ndarray, most: int) -> np.ndarray:
     """Of images whose shards are `shards` [N], at most `most` indices, evenly, of at most SHARDS shards."""
-
-    def evenly(of: np.ndarray, n: int) -> np.ndarray:
-        return of[np.linspace(0, len(of) - 1, min(n, len(of))).round().astype(int)]
-
     return evenly(np.flatnonzero(np.isin(shards, evenly(np.unique(shards), SHARDS))), most)
 
 
@@ -65,31 +58,27 @@ def gather(latents: LatentSet, most: int, side: int, layout: Layout) -> tuple[di
     the set has no features or its source shards are gone."""
     places = torch.from_numpy(spread(latents.shards, most))
     points = F.normalize(latents.features(places), dim=1)
-    if layout is not pca and len(points) < FEW:
-        raise InputError(f"--map umap: {len(points)} images, it needs {FEW}: --map pca")
+    if layout is not pca and len(points) <= NEAR:  # it looks at as many neighbours
+        raise InputError(f"--map umap: {len(points)} images, it needs more than {NEAR}: --map pca")
+    photos = {i: (_webp(image), sample) for i, image, sample in photos_at(latents, places.tolist(), side)}
+    if lost := len(places) - len(photos):
+        raise InputError(f"{latents.folder}: {lost:,} of its photos are not where its manifest says")
+    images, samples = zip(*(photos[i] for i in places.tolist()))
     xy = layout(points)
-    xy = (xy - xy.min(0)) / max(float(np.ptp(xy, axis=0).max()), 1e-12)
-    photos = {
-        photo.index: (photo.key, _webp(photo.image), photo.cls) for photo in photos_at(latents, places.tolist(), side)
-    }
-    there = torch.tensor([place in photos for place in places.tolist()])
-    at = places[there]
-    keys, images, classes = (list(column) for column in zip(*(photos[i] for i in at.tolist())))
-    x, y = xy[there.numpy()].round(5).T.tolist()
-    columns: dict[str, list[Any]] = {"key": keys, "image": images, "x": x, "y": y, "class": classes}
+    x, y = ((xy - xy.min(0)) / max(float(np.ptp(xy, axis=0).max()), 1e-12)).round(5).T.tolist()
+    columns: dict[str, list[Any]] = {"key": [sample.key for sample in samples], "image": list(images), "x": x, "y": y}
+    columns["class"] = [sample.cls for sample in samples]
     if one_id(latents) and (clusters := about(latents.folder, latents.manifest)):
-        own = [clusters[k] for k in latents.signals.k[at].tolist()]
-        columns |= {
-            "k": latents.signals.k[at].tolist(),
-            "name": [" ".join(cluster.names[:1]) or None for cluster in own],
-        }
-        columns |= {"cluster_size": [cluster.size for cluster in own], "purity": [cluster.purity for cluster in own]}
-        columns["distance"] = [None] if (apart := distances(latents, at)) is None else apart.round(4).tolist()
-    return {name: column for name, column in columns.items() if set(column) != {None}}, points[there]
+        columns["k"] = latents.signals.k[places].tolist()
+        own = [clusters[k] for k in columns["k"]]
+        columns["name"] = [" ".join(cluster["names"][:1]) or None for cluster in own]
+        columns |= {f"cluster_{what}": [cluster[what] for cluster in own] for what in ("size", "purity")}
+        columns["distance"] = [None] if (apart := distances(latents, places)) is None else apart.round(4).tolist()
+    return {name: column for name, column in columns.items() if set(column) != {None}}, points
 
 
 def _webp(image: Tensor) -> bytes:
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file := io.BytesIO(), "WEBP", quality=75)
+    to_pil_image(image).save(file := io.BytesIO(), "WEBP", quality=75)
     return file.getvalue()
 
 
@@ -109,17 +98,20 @@ def section(latents: LatentSet, name: str, layout: Layout) -> str:
         "cluster; scroll to zoom in until points are pictures, drag to move."
     )
     columns["image"] = [base64.b64encode(image).decode() for image in columns["image"]]
-    clusters = [asdict(cluster) for cluster in about(latents.folder, latents.manifest)]
-    script = html.script("explore.js", {"columns": columns, "clusters": clusters})
+    script = html.script("explore.js", {"columns": columns, "clusters": about(latents.folder, latents.manifest)})
     return html.section("Map", text, '<div id="explore"></div>', script)
 
 
 def write_atlas(latents: LatentSet, path: Path, layout: Layout) -> int:
     """The table that embedding-atlas opens, one row an image: the columns of `gather`, and neighbors (row numbers and 1 - cosine,
     nearest first, itself among them). Returns how many rows it has."""
+    parquet = pyarrow()
+    import pyarrow as pa
+
     columns, points = gather(latents, ROWS, LARGE, layout)
     cosines, near = neighbours(points.numpy(), min(NEAR, len(points)))
     columns["image"] = [{"bytes": image, "path": None} for image in columns["image"]]
     pairs = zip(near.tolist(), (1 - cosines).clip(0).tolist())
-    write_table(path, columns | {"neighbors": [{"ids": ids, "distances": apart} for ids, apart in pairs]})
+    with whole(path) as new:
+        parquet.write_table(pa.table(columns | {"neighbors": [{"ids": ids, "distances": d} for ids, d in pairs]}), new)
     return len(points)

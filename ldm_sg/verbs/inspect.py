@@ -6,7 +6,6 @@ from pathlib import Path
 from ldm_sg.annotate import names
 from ldm_sg.configfile import ASSETS
 from ldm_sg.data.latents import LatentSet
-from ldm_sg.data.parquet import pyarrow
 from ldm_sg.errors import InputError
 from ldm_sg.folder import locked, read_mapping, write_text
 from ldm_sg.hardware import pick_device
@@ -33,8 +32,6 @@ def inspect(
     for flag, path, suffix in (("--out", out, ".html"), ("--parquet", parquet, ".parquet")):
         if path and (path.suffix != suffix or path.is_dir()):
             raise InputError(f"{flag} {str(path)!r}: give a file NAME{suffix}")
-    if parquet:
-        pyarrow()
     words = names.read_vocabulary(vocabulary or ASSETS / "nouns.txt") if describe else []
     latents = LatentSet(annotations)
     if clip:
@@ -45,15 +42,15 @@ def inspect(
             typical = {k: groups[0] for k, groups in annotation.extremes(latents, every).items()}
             names.describe(latents, typical, model, words)
         print(f"{len(typical):,} clusters named by {len(words):,} words: {annotations / names.NAMES}")
+    if parquet:
+        rows = explore.write_atlas(latents, parquet, place)
+        print(f"{rows:,} of {len(latents):,} images, for")
+        print(f"embedding-atlas {shlex.quote(str(parquet))} --image image --x x --y y --neighbors neighbors")
     if not (annotations / "report.html").is_file():  # the pictures of the sections
         annotation.write_report(annotations)
     sections = [explore.section(latents, layout, place), *annotation.sections(latents)]
     write_text(out, annotation.document(annotations, latents.manifest, sections))
     print(out)
-    if parquet:
-        rows = explore.write_atlas(latents, parquet, place)
-        print(f"{rows:,} of {len(latents):,} images, for")
-        print(f"embedding-atlas {shlex.quote(str(parquet))} --image image --x x --y y --neighbors neighbors")
     return out
 
 
