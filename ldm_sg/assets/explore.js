@@ -1,7 +1,11 @@
 // The map of the images: colour by a column, find, zoom until points are pictures; and the rows of clusters, sorted.
-const {keys, columns, xy, pictures} = JSON.parse(document.getElementById("data").textContent);
-const el = id => document.getElementById(id), canvas = el("points"), pen = canvas.getContext("2d");
-const WORDS = new Set(["cluster", "class", "name"]);  // columns of kinds, not of amounts
+const {columns: {key: keys, image: pictures, x: xs, y: ys, ...columns}, clusters} = JSON.parse(document.getElementById("data").textContent);
+const el = id => document.getElementById(id), xy = xs.map((x, i) => [x, ys[i]]);
+el("explore").innerHTML = `<div class="tools"><label>colour <select id="colour"></select></label>
+  <label>find <input id="find" type="search" placeholder="name, key, cluster 7"></label><span id="legend"></span></div>
+  <div class="map"><canvas id="points" aria-label="map of the images"></canvas><aside id="seen"></aside></div>`;
+const canvas = el("points"), pen = canvas.getContext("2d");
+const WORDS = new Set(["k", "class", "name"]);  // columns of kinds, not of amounts
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const make = (tag, parts = {}, ...inside) => { const e = Object.assign(document.createElement(tag), parts); e.append(...inside); return e; };
 const said = name => name === "k" ? "cluster" : name.replace("_", " ");
