@@ -67,13 +67,13 @@ def gather(latents: LatentSet, most: int, side: int, layout: Layout) -> tuple[di
     xy = layout(points)
     x, y = ((xy - xy.min(0)) / max(float(np.ptp(xy, axis=0).max()), 1e-12)).round(5).T.tolist()
     columns: dict[str, list[Any]] = {"key": [sample.key for sample in samples], "image": list(images), "x": x, "y": y}
-    columns["class"] = [sample.cls for sample in samples]
     if one_id(latents) and (clusters := about(latents.folder, latents.manifest)):
         columns["k"] = latents.signals.k[places].tolist()
         own = [clusters[k] for k in columns["k"]]
         columns["name"] = [" ".join(cluster["names"][:1]) or None for cluster in own]
         columns |= {f"cluster_{what}": [cluster[what] for cluster in own] for what in ("size", "purity")}
         columns["distance"] = [None] if (apart := distances(latents, places)) is None else apart.round(4).tolist()
+    columns["class"] = [sample.cls for sample in samples]
     return {name: column for name, column in columns.items() if set(column) != {None}}, points
 
 
