@@ -202,6 +202,7 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
 @app.command(
     epilog=examples(
         "sample runs/demo --cluster 3 -n 8",
+        "sample runs/churches --name 'church at night' -n 8",
         "sample runs/demo --sweep-w 0,1,2,3 -n 8",
         "sample runs/demo --interpolate 3,17 -n 8",
         "sample runs/demo --trajectory -n 4",
@@ -217,6 +218,9 @@ def sample(
     cluster: Annotated[
         list[int] | None,
         typer.Option(help="Cluster id; may be repeated. Default: drawn from the training distribution."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help='Clusters by a text, "church at night": the 3 most like it, once described.')
     ] = None,
     box: Annotated[
         str | None, typer.Option(help="Where the object is, in pixels: x0,y0,x1,y1 (runs with boxes).")
@@ -260,11 +264,17 @@ def sample(
 ) -> None:
     """Run -> PNGs, grid.png and one JSON line an image."""
     given = {**locals()}
-    for name, kind in (("box", float), ("interval", float), ("sweep_w", float), ("interpolate", int)):
-        given[name] = _numbers(f"--{name.replace('_', '-')}", given[name], kind)
+    for flag, kind in (("box", float), ("interval", float), ("sweep_w", float), ("interpolate", int)):
+        given[flag] = _numbers(f"--{flag.replace('_', '-')}", given[flag], kind)
     given |= {"cluster": list(cluster or []), "size": _numbers("--size", size.replace("x", ",") if size else None, int)}
     from ldm_sg.sampling.request import SampleOptions, apply_preset
 
+    if name is not None:
+        if cluster or interpolate or like or mask:
+            raise InputError(
+                f"--name {name!r} picks the clusters: leave --cluster, --interpolate, --like and --mask out"
+            )
+        given["cluster"] = _verb("inspect", "clusters_named")(run, name, device)
     options = SampleOptions(**{field.name: given[field.name] for field in fields(SampleOptions)})
     print(_verb("sample")(run, apply_preset(options, preset), out, overwrite) / "grid.png")
 
@@ -468,6 +478,29 @@ def dedup(
 ) -> None:
     """Near-duplicates and outliers -> a list that `train leave_out=` reads, and a picture. Nothing is deleted."""
     _verb("dedup")(**locals())
+
+
+@app.command(
+    epilog=examples(
+        "inspect annotations/churches",
+        "inspect annotations/churches --describe --clip ViT-B-32/laion2b_s34b_b79k",
+        "inspect annotations/churches --map umap --parquet churches.parquet",
+    )
+)
+def inspect(
+    annotations: Annotated[Path, typer.Argument(help="Annotation set.")],
+    out: Annotated[Path | None, typer.Option(help="The page; default ANNOTATIONS/inspect.html.")] = None,
+    layout: Annotated[str, typer.Option("--map", help="pca, or umap (needs umap-learn): where images lie.")] = "pca",
+    describe: Annotated[bool, typer.Option("--describe", help="Name the clusters, in ANNOTATIONS/names.json.")] = False,
+    clip: Annotated[str | None, typer.Option(help="open_clip model that names them: MODEL/TAG or MODEL:FILE.")] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="Words to choose from, one a line; default common nouns.")
+    ] = None,
+    parquet: Annotated[Path | None, typer.Option(help="A table of the images too, for embedding-atlas.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Annotation set -> a page to explore: clusters, their names, and a map of the images."""
+    _verb("inspect")(**locals())
 
 
 @app.command(

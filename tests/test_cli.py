@@ -35,6 +35,7 @@ VERBS = [
     "sample",
     "evaluate",
     "export",
+    "inspect",
     "configs",
     "demo",
     "fit-autoencoder",

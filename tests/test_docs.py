@@ -1,5 +1,6 @@
-"""docs/your-own-images.md and docs/scale.md, typed as they stand, on few photos and few steps."""
+"""docs/your-own-images.md, docs/scale.md and docs/explore.md, typed as they stand, on few photos and few steps."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -14,14 +15,19 @@ from conftest import TINY
 from PIL import Image
 from test_annotate import config, make_shards
 from test_finetune import base, few_samples, photos  # noqa: F401
+from test_inspect import tiny_clip
 from typer.testing import CliRunner
 
+from ldm_sg.annotate.names import read_vocabulary
 from ldm_sg.cli import app
 from ldm_sg.config import FeaturesConfig, TrainConfig
-from ldm_sg.configfile import to_yaml
+from ldm_sg.configfile import ASSETS, to_yaml
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.evaluate import edits
 from ldm_sg.pipeline import open_pipeline
+from ldm_sg.report import annotation, explore
+from ldm_sg.verbs.annotate import annotate
+from ldm_sg.verbs.train import train
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!/bin/bash
@@ -145,3 +151,31 @@ def test_every_command_of_editing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found: dict = {}
     exec(python.replace("Edit(5", "Edit(1").replace('"runs/scenes"', '"runs/scenes/pipeline"'), found)
     assert found["images"][0].size == (32, 32)
+
+
+def test_every_command_of_explore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/explore.md on 18 photos, with a tiny CLIP in place of the one that is fetched; and what it says in numbers."""
+    small = config(tmp_path, make_shards(tmp_path / "data"), out=str(tmp_path / "annotations" / "churches"))
+    annotate(small)
+    train(
+        TrainConfig(
+            annotation=small.out, out=str(tmp_path / "runs" / "churches"), model=TINY, steps=2, device="cpu", workers=0
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    text, clip = (ROOT / "docs" / "explore.md").read_text(), tiny_clip(tmp_path)[0]
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    assert len(lines) == 5
+    for line in lines:
+        if "umap" in line and importlib.util.find_spec("umap") is None:
+            continue
+        words = shlex.split(line.replace("ViT-B-32/laion2b_s34b_b79k", clip))
+        result = CliRunner().invoke(app, words[1:] + (["--steps", "2"] if words[1] == "sample" else []))
+        assert words[0] == "ldm-sg" and result.exit_code == 0, (line, result.output[-500:], result.exception)
+    assert (tmp_path / "annotations" / "churches" / "inspect.html").is_file() and (
+        tmp_path / "churches.parquet"
+    ).is_file()
+    assert len(list(tmp_path.glob("runs/churches/samples/*/0*.png"))) == 24
+    assert f"{len(read_vocabulary(ASSETS / 'nouns.txt'))} common nouns" in text
+    assert f"At most {explore.MAPPED:,} images" in text and f"{annotation.ROWS} clusters" in text
+    assert f"up to {explore.ROWS:,} images" in text and f"`image` ({explore.LARGE} px)" in text

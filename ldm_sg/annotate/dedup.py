@@ -28,7 +28,7 @@ def left_out(features: np.ndarray, threshold: float, outliers: float) -> list[Le
     """Features [N, D] -> what to leave out. Of images joined by cosines of at least `threshold` those go that are so like the
     first; then of the rest the share `outliers` that is farthest from its neighbours."""
     points = normalise(features)
-    cosines, near = _neighbours(points, min(NEIGHBOURS, len(points)))
+    cosines, near = neighbours(points, min(NEIGHBOURS, len(points)))
     rows, columns = np.nonzero((cosines >= threshold) & (near >= 0))
     pairs = coo_array((np.ones(len(rows)), (rows, near[rows, columns])), shape=(len(points),) * 2)
     groups = connected_components(pairs, directed=False)[1]
@@ -42,7 +42,7 @@ def left_out(features: np.ndarray, threshold: float, outliers: float) -> list[Le
     return gone + [Left(int(kept[i]), None, float(near_by[i])) for i in far]
 
 
-def _neighbours(points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and indices [N, k] of the nearest points, nearest first (itself, usually); -1 = none found."""
     index: faiss.Index = faiss.IndexFlatIP(points.shape[1])
     if len(points) > EXACT:

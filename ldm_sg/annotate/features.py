@@ -1,6 +1,6 @@
 """g, the feature extractor: images -> image-level features [B, D], patch features [B, Dp, h, w], keys [B, Dk, h, w].
 
-The only file that imports timm and open_clip. A g is a shipped extractor (a folder of ours), any timm model, or any
+With `names`, the only file that imports timm or open_clip. A g is a shipped extractor (a folder of ours), any timm model, or any
 open_clip image tower; it resizes and normalises by itself, runs frozen, and can be read at a chosen block."""
 
 import difflib
@@ -215,7 +215,8 @@ def load_extractor(
     folder = None if clip else _shipped(cfg.model)
     if folder is not None:
         return _load_folder(folder, cfg, device)
-    tower, own = _open_clip(cfg) if clip else _timm(cfg, source)
+    tower, own = open_clip_model(cfg) if clip else _timm(cfg, source)
+    tower = tower.visual if clip else tower
     weights = str(Path(cfg.weights).resolve()) if cfg.weights else None
     chosen = {"layer": cfg.layer, "pool": cfg.pool, "precision": cfg.precision}
     manifest = {"name": cfg.model, "model": cfg.model, "weights": weights, **own, **chosen}
@@ -244,7 +245,7 @@ def _load_folder(folder: Path, cfg: FeaturesConfig, device: torch.device | str) 
     if file_sha256(path) != own["sha256"]:
         raise InputError(f"{path}: its sha256 is not the one that manifest.yaml beside it gives: the file was changed")
     tower = timm.create_model(own["model"], **own["kwargs"])
-    _load_state(tower, state, path)
+    load_state(tower, state, path)
     manifest = {key: own[key] for key in ("name", "mean", "std", "sha256")} | {"unit": own.get("unit", False)}
     manifest |= {"model": cfg.model, "weights": None, "size": cfg.size or own["size"], "precision": cfg.precision}
     manifest["layer"] = own["layer"] if cfg.layer is None else cfg.layer
@@ -303,7 +304,7 @@ def _load_timm_state(tower: nn.Module, state: dict[str, Tensor], path: Path) -> 
     try:
         state = adapt(state, tower) if adapt else state
         parts = {key.split(".")[0] for key in tower.state_dict()}
-        _load_state(tower, {k: v for k, v in state.items() if k.split(".")[0] in parts}, path)
+        load_state(tower, {k: v for k, v in state.items() if k.split(".")[0] in parts}, path)
     except (KeyError, IndexError, AttributeError, AssertionError) as err:  # timm's renaming of another model's weights
         raise InputError(f"{path}: does not fit the model") from err
 
@@ -313,7 +314,8 @@ def _weights(cfg: FeaturesConfig) -> AbstractContextManager[None]:
     return hub(f"features.model={cfg.model!r}: its weights", "give a local copy as features.weights=FILE")
 
 
-def _open_clip(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
+def open_clip_model(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """A CLIP, with the weights of its image tower at least, and how that wants its images."""
     import open_clip  # a second heavy import, only for those who use it
 
     model, _, tag = cfg.model.removeprefix("open_clip:").partition("/")
@@ -327,18 +329,19 @@ def _open_clip(cfg: FeaturesConfig) -> tuple[nn.Module, dict[str, Any]]:
         )
     kwargs: dict[str, Any] = {} if cfg.size is None else {"force_image_size": cfg.size}
     if cfg.weights:
-        tower = open_clip.create_model(model, pretrained=None, **kwargs).visual
+        clip = open_clip.create_model(model, pretrained=None, **kwargs)
         state = read_weights(Path(cfg.weights))
         visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-        _load_state(tower, visual or state, Path(cfg.weights))
+        load_state(clip.visual, visual or state, Path(cfg.weights))
     else:
         with _weights(cfg):
-            tower = open_clip.create_model(model, pretrained=tag, **kwargs).visual
+            clip = open_clip.create_model(model, pretrained=tag, **kwargs)
+    tower = clip.visual
     size = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
-    return tower, {"size": size, "mean": list(map(float, tower.image_mean)), "std": list(map(float, tower.image_std))}
+    return clip, {"size": size, "mean": list(map(float, tower.image_mean)), "std": list(map(float, tower.image_std))}
 
 
-def _load_state(tower: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def load_state(tower: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     try:
         tower.load_state_dict(dict(state))
     except RuntimeError as err:

@@ -13,7 +13,7 @@ ROWS, BYTES = 32, 2**26  # in memory at once, by the mean size that the footer g
 def read_rows(url: str, wanted: Mapping[str, int]) -> Iterator[Member]:
     """Each row's image as a file KEY.jpg, where KEY is its number, and its class, if there is one, as KEY.cls, as
     `tars.read_members` gives those of a tar. InputError where there is no such table, Damaged where it cannot be read."""
-    parquet, most = _pyarrow(), wanted.get("jpg", 0)
+    parquet, most = pyarrow(), wanted.get("jpg", 0)
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -48,7 +48,7 @@ def read_rows(url: str, wanted: Mapping[str, int]) -> Iterator[Member]:
 def count_rows(path: str) -> int:
     """Rows of a local table, by its footer; 0 where that is damaged."""
     try:
-        return _pyarrow().ParquetFile(path).metadata.num_rows
+        return pyarrow().ParquetFile(path).metadata.num_rows
     except (OSError, ValueError):
         return 0
 
@@ -92,9 +92,9 @@ def _seekable(url: str) -> IO[bytes]:
         raise InputError(f"shard {url!r} cannot be opened: {one_line(err)}") from err
 
 
-def _pyarrow() -> Any:
+def pyarrow() -> Any:
     try:
         import pyarrow.parquet as parquet
     except ImportError as err:
-        raise InputError("parquet shards need pyarrow: pip install 'ldm-sg[parquet]'") from err
+        raise InputError("parquet tables need pyarrow: pip install 'ldm-sg[parquet]'") from err
     return parquet

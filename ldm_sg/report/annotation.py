@@ -8,23 +8,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm_sg.annotate.names import read_names
+from ldm_sg.annotate.tally import TALLY
 from ldm_sg.autoencoder.manifest import blurred
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.photos import images_at
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import write_text
 from ldm_sg.report import charts, grids, html
 from ldm_sg.report.signals import over, with_boxes
+from ldm_sg.weights import read_finite
 
 ROWS, OPEN = 400, 40  # clusters of the wall, and how many of them are not folded away
 NEAR, FAR = 7, 3  # members shown: nearest to their centroid, and farthest from it
 SEEN = 20_000  # images, the first ones, among which they are looked for
+LIKE = 4  # nearest clusters
 THUMB = 80  # pixels
 EXAMPLES = 32  # images with their boxes or masks
 WALL, BOXES, MASKS = "clusters", "boxes.png", "masks.png"
+SPATIAL = {
+    BOXES: "The box of each image.",
+    MASKS: "Images, and their segments laid over them; a colour is the same class everywhere.",
+}
 WORDS = (
     "g is the frozen network that looked at the images, f the annotator that made signals of what it saw. A label is one of the "
     "ids that f gives; nobody named them. Entropy says how evenly images fall to labels: at its maximum all have as many."
@@ -41,29 +48,42 @@ def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Pat
     if shards is not None:
         for entry, url in zip(latents.manifest["shards"], shards):
             entry["url"] = url
-    signals, sections = latents.signals, []
-    sizes = signals.counts()
-    if signals.k is not None and signals.k.ndim == 1:
-        for k, groups in extremes(latents, chosen_clusters(sizes, ROWS)).items():
-            grids.save(grids.strip(groups), folder / WALL / f"{k:06d}.webp")
-        sections.append(wall(folder, latents.manifest, "RUN"))
-    if signals.spec.spatial:
-        sections.append(_spatial(folder, latents))
-    if len(sizes):
-        sections.append(html.section("Sizes", "Images with each label.", html.chart(charts.sizes(sizes.tolist()))))
-    write_text(folder / "report.html", document(folder, latents.manifest, sections))
+    if one_id(latents):
+        kept = extremes(latents, chosen_clusters(latents.signals.counts(), ROWS))
+        places = [i for groups in kept.values() for group in groups for i in group]
+        images = images_at(latents, places, min(THUMB, latents.manifest["size"]))
+        for k, groups in kept.items():
+            stacks = [torch.stack([images[i] for i in group]) for group in groups]
+            grids.save(grids.strip(stacks), folder / WALL / f"{k:06d}.webp")
+    if latents.spec.spatial:
+        _draw_spatial(folder, latents)
+    write_text(folder / "report.html", document(folder, latents.manifest, sections(latents)))
     return folder / "report.html"
 
 
+def one_id(latents: LatentSet) -> bool:
+    """Whether each image has one id."""
+    return latents.signals.k is not None and latents.signals.k.ndim == 1
+
+
+def sections(latents: LatentSet) -> list[str]:
+    """What the set's signals are, of the pictures that `write_report` drew."""
+    folder, sizes = latents.folder, charts.sizes(latents.signals.counts().tolist())
+    drawn = {name: html.picture(folder / name, alt=name) for name in SPATIAL}
+    return [
+        wall(folder, latents.manifest, "RUN") if one_id(latents) else "",
+        *(html.section("What the signals look like", SPATIAL[name], picture) for name, picture in drawn.items()),
+        html.section("Sizes", "Images with each label.", html.chart(sizes)),
+    ]
+
+
 def wall(folder: Path, manifest: Mapping[str, Any], run: str) -> str:
-    """A row a cluster: id, images, the command that samples it from `run`, members; '' where the set has no strips."""
-    annotator, rows = manifest.get("annotator") or {}, []
-    counts = annotator.get("counts") or []
-    for k, count in enumerate(counts):
-        if (strip := folder / WALL / f"{k:06d}.webp").is_file():
-            size = f"{count:,} image{'s' * (count != 1)}"
-            rows.append(html.row(f"Cluster {k}", size, f"ldm-sg sample {run} --cluster {k}", strip))
-    filled = sum(count > 0 for count in counts)
+    """A row a cluster: id, what is known of it, the command that samples it from `run`, members; '' where the set has no
+    strips."""
+    annotator, clusters = manifest.get("annotator") or {}, about(folder, manifest)
+    shown = {k: path for k in range(len(clusters)) if (path := folder / WALL / f"{k:06d}.webp").is_file()}
+    rows = [_row(k, clusters, shown, f"ldm-sg sample {run} --cluster {k}") for k in shown]
+    filled = sum(cluster["size"] > 0 for cluster in clusters)
     some = "" if len(rows) == filled else f" {len(rows)} of {filled:,} are shown, from the largest to the smallest."
     text = f"Left the {NEAR} members nearest to the centroid, right the {FAR} farthest from it.{some}"
     if annotator.get("kind") == "oracle":
@@ -72,44 +92,82 @@ def wall(folder: Path, manifest: Mapping[str, Any], run: str) -> str:
     return html.section("What each cluster holds", text, "".join(rows[:OPEN]), more)
 
 
-def extremes(latents: LatentSet, clusters: list[int]) -> dict[int, list[Tensor]]:
-    """Cluster -> its members nearest to its centroid, and those farthest from it (nearer ones first), two stacks uint8
-    [N, 3, THUMB, THUMB]. Where f has no centroids, the first ones."""
-    distances = _distances(latents)
-    ids, kept = latents.signals.k[: len(distances)].numpy(), {}
+def _row(k: int, clusters: list[dict[str, Any]], shown: Mapping[int, Path], command: str) -> str:
+    own, names = clusters[k], clusters[k]["names"]
+    note = f"{own['size']:,} image{'s' * (own['size'] != 1)}"
+    note += "" if own["purity"] is None else f", {own['purity']:.0%} of class {own['label']}"
+    note += "".join(f", or {name}" for name in names[1:])
+    like = [(f"cluster-{i}" if i in shown else "", " ".join([str(i), *clusters[i]["names"][:1]])) for i in own["like"]]
+    return html.row(": ".join([f"Cluster {k}", *names[:1]]), note, command, shown[k], f"cluster-{k}", like)
+
+
+def about(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a set's files tell of each cluster, where images have one id each: `size`; `purity`, the share of its most frequent
+    class, `label`, among its images that have one (else None); `like`, the clusters of the nearest centroids; `names`."""
+    counts = (manifest.get("annotator") or {}).get("counts") or []
+    found = [{"size": size, "purity": None, "label": None, "like": [], "names": []} for size in counts]
+    for own, of, classes in zip(found, *_tally(folder)):
+        if of.any():
+            own["purity"], own["label"] = float(of.max() / of.sum()), int(classes[of.argmax()])
+    filled = [k for k, size in enumerate(counts) if size]
+    if (centroids := _centroids(folder)) is not None and len(centroids) == len(found):
+        apart = torch.cdist(centroids[filled], centroids[filled]).fill_diagonal_(torch.inf)
+        for k, order in zip(filled, apart.argsort(dim=1, stable=True)[:, : min(LIKE, len(filled) - 1)].tolist()):
+            found[k]["like"] = [filled[i] for i in order]
+    for own, names in zip(found, (read_names(folder, manifest.get("hash")) or {"names": []})["names"]):
+        own["names"] = names
+    return found
+
+
+def _tally(folder: Path) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+    """For each cluster, its images of each class, and the classes; nothing of a set that keeps no tally."""
+    if not (path := folder / TALLY).is_file():
+        return [], []
+    try:
+        with np.load(path, allow_pickle=False) as tally:
+            return tally["table"][:, :-1], [tally["classes"]] * len(tally["table"])
+    except Exception as err:  # zip and numpy raise what they like
+        raise InputError(f"{path} is damaged: {one_line(err)[:100]}: annotate again") from err
+
+
+def _centroids(folder: Path) -> Tensor | None:
+    """[K, D], or None where f has none."""
+    path = folder / "annotator" / "centroids.safetensors"
+    return read_finite(path, {"centroids": (0, 0)})["centroids"] if path.is_file() else None
+
+
+def distances(latents: LatentSet, at: Tensor) -> np.ndarray | None:
+    """From the images `at` [B] to their own centroids [B]; None where f has none, or where g's features were removed."""
+    if (centroids := _centroids(latents.folder)) is not None:
+        with suppress(InputError):
+            points = torch.nn.functional.normalize(latents.features(at), dim=1)
+            return (points - centroids[latents.signals.k[at]]).norm(dim=1).numpy()
+    return None
+
+
+def extremes(latents: LatentSet, clusters: list[int]) -> dict[int, list[list[int]]]:
+    """Cluster -> indices of its members nearest to its centroid, and of those farthest from it (nearer ones first). Where f
+    has no centroids, the first ones."""
+    first = torch.arange(min(SEEN, len(latents)))
+    ids, apart, kept = latents.signals.k[first].numpy(), distances(latents, first), {}
     for k in clusters:
         own = np.flatnonzero(ids == k)
-        own = own[np.argsort(distances[own], kind="stable")].tolist()
+        own = (own if apart is None else own[np.argsort(apart[own], kind="stable")]).tolist()
         kept[k] = [group for group in (own[:NEAR], own[max(NEAR, len(own) - FAR) :]) if group]
-    places = [i for groups in kept.values() for group in groups for i in group]
-    images = images_at(latents, places, min(THUMB, latents.manifest["size"]))
-    return {k: [torch.stack([images[i] for i in group]) for group in groups] for k, groups in kept.items() if groups}
+    return {k: groups for k, groups in kept.items() if groups}
 
 
-def _distances(latents: LatentSet) -> np.ndarray:
-    """From the first SEEN images to their own centroids; zeros where f has none, or where g's features were removed."""
-    path, first = latents.folder / "annotator" / "centroids.safetensors", torch.arange(min(SEEN, len(latents)))
-    if path.is_file():
-        with suppress(InputError):
-            points = torch.nn.functional.normalize(latents.features(first), dim=1)
-            return (points - load_file(path)["centroids"][latents.signals.k[first]]).norm(dim=1).numpy()
-    return np.zeros(len(first))
-
-
-def _spatial(folder: Path, latents: LatentSet) -> str:
-    """The first images with their boxes or masks."""
+def _draw_spatial(folder: Path, latents: LatentSet) -> None:
+    """boxes.png or masks.png: the first images with their boxes or masks."""
     images, places = first_images(latents, EXAMPLES)
     signals = latents.signals[places]
     if signals.box is not None:
-        name, text = BOXES, "The box of each image."
         picture = grids.grid(with_boxes(images, signals.box), 8, scale=grids.best_scale(images))
     else:
-        name, text = MASKS, "Images, and their segments laid over them; a colour is the same class everywhere."
         drawn = over(images, signals.masks(), signals.spec.num_labels)
         rows = [row for pair in zip(images.split(8), drawn.split(8), strict=True) for row in pair]
         picture = grids.grid(torch.cat(rows), len(rows[0]), scale=grids.best_scale(images))
-    grids.save(picture, folder / name)
-    return html.section("What the signals look like", text, html.picture(folder / name, alt=name))
+    grids.save(picture, folder / (MASKS if signals.box is None else BOXES))
 
 
 def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
@@ -122,18 +180,14 @@ def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
     """All clusters that are not empty, by id; where there are more than `limit`, that many from the largest to the
     smallest in even steps."""
     filled = np.flatnonzero(sizes)
-    if len(filled) <= limit:
-        return filled.tolist()
-    by_size = filled[np.argsort(-sizes[filled], kind="stable")]
-    return by_size[np.linspace(0, len(by_size) - 1, limit).round().astype(int)].tolist()
+    return (
+        filled if len(filled) <= limit else evenly(filled[np.argsort(-sizes[filled], kind="stable")], limit)
+    ).tolist()
 
 
-def members(folder: Path, manifest: Mapping[str, Any], clusters: list[int], each: int) -> dict[int, Tensor]:
-    """Cluster -> its first members in the order of the shards, uint8 [at most `each`, 3, size, size]."""
-    latents = LatentSet(folder)
-    chosen = {k: latents.signals.having(k)[:each].tolist() for k in clusters}
-    images = images_at(latents, [i for places in chosen.values() for i in places], manifest["size"])
-    return {k: torch.stack([images[i] for i in places]) for k, places in chosen.items() if places}
+def evenly(of: np.ndarray, n: int) -> np.ndarray:
+    """At most n of them, in even steps, the first and the last one too."""
+    return of[np.linspace(0, len(of) - 1, min(n, len(of))).round().astype(int)]
 
 
 FIGURES = {  # of the annotator, in manifest.yaml -> what a reader sees
@@ -166,7 +220,7 @@ def recipe(manifest: Mapping[str, Any]) -> str:
 
 
 def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:
-    """report.html, self-contained."""
+    """The page, self-contained."""
     f, g, first = manifest["annotator"], manifest["features"], manifest["autoencoder"]
     shapes = {tuple(shard.get("latent_shape", manifest["latent_shape"])) for shard in manifest["shards"]}
     latents = ", ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))

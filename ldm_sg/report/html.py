@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -51,10 +52,20 @@ def picture(path: Path, caption: str = "", alt: str = "") -> str:
     return f'<figure><img alt="{escape(alt or caption or path.stem)}" src="{_embedded(path)}">{below}</figure>'
 
 
-def row(title: str, note: str, command: str, path: Path) -> str:
-    """Title, note and command (a click selects it) beside the picture of `path`."""
-    words = f"<div><b>{escape(title)}</b><span>{escape(note)}</span><code>{escape(command)}</code></div>"
-    return f'<div class="row">{words}<img alt="{escape(title)}" src="{_embedded(path)}"></div>'
+def row(title: str, note: str, command: str, path: Path, at: str, like: Sequence[tuple[str, str]] = ()) -> str:
+    """Title, note and command (a click selects it) beside the picture of `path`; its id on the page is `at`. `like`: ids of
+    other rows, or '', and what they are called."""
+    near = ", ".join(f'<a href="#{escape(to)}">{escape(said)}</a>' if to else escape(said) for to, said in like)
+    near = f"<span>like {near}</span>" if near else ""
+    words = f"<div><b>{escape(title)}</b><span>{escape(note)}</span>{near}<code>{escape(command)}</code></div>"
+    return f'<div class="row" id="{escape(at)}">{words}<img alt="{escape(title)}" src="{_embedded(path)}"></div>'
+
+
+def script(name: str, data: Any) -> str:
+    """`data` as JSON, in which nothing can end it, and the script of ldm_sg/assets that reads it once the page is there."""
+    held = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    code = (ASSETS / name).read_text(encoding="utf-8")
+    return f'<script type="application/json" id="data">{held}</script><script type="module">{code}</script>'
 
 
 def _embedded(path: Path) -> str:

@@ -65,7 +65,7 @@ def write_report(run: Path) -> Path:
     if not run.is_dir():
         raise InputError(f"run {str(run)!r}: no such folder")
     config = _read(run / "config.yaml")
-    annotation = _annotation_folder(run, config)
+    annotation = annotation_folder(run, config)
     manifest = _read(annotation / "manifest.yaml") if annotation else {}
     timings = _numbers(_read(run / "timings.json"))
     curves = read_curves(run / "metrics.csv")
@@ -105,7 +105,7 @@ def _pictures(run: Path, words: Mapping[str, tuple[str, str]]) -> list[str]:
 def run_facts(run: Path) -> dict[str, str]:
     """What stands at the top of the report, in words, and which images it learnt from."""
     config = _read(run / "config.yaml")
-    annotation = _annotation_folder(run, config)
+    annotation = annotation_folder(run, config)
     manifest = _read(annotation / "manifest.yaml") if annotation else {}
     folders = [Path(str(folder)).name for folder in manifest.get("source") or []]
     curves, timings = read_curves(run / "metrics.csv"), _numbers(_read(run / "timings.json"))
@@ -292,7 +292,7 @@ def _facts(
     return {name: value for name, value in facts.items() if value and (name != "steps" or step)}
 
 
-def _annotation_folder(run: Path, config: Mapping[str, Any]) -> Path | None:
+def annotation_folder(run: Path, config: Mapping[str, Any]) -> Path | None:
     """What config.yaml names, from the current folder or from the run's; None when it is not here any more."""
     named = config.get("annotation")
     places = [Path(named), run / named] if isinstance(named, str) else []

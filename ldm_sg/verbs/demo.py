@@ -17,7 +17,7 @@ from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import write_json
 from ldm_sg.pipeline import open_pipeline
 from ldm_sg.report import grids
-from ldm_sg.report.annotation import first_images, members
+from ldm_sg.report.annotation import first_images
 from ldm_sg.report.run import write_report
 from ldm_sg.report.signals import pictures
 from ldm_sg.sampling.request import SampleOptions
@@ -152,9 +152,10 @@ def _cluster_picture(run: Path, annotation: Path, path: Path, device: str) -> No
     ids = [ids[i * len(ids) // (2 * ROWS)] for i in range(ROWS)]
     pipe = open_pipeline(run, device)
     samples = pipe.generate(pipe.clusters([k for k in ids for _ in range(SAMPLES)]), precision="auto").split(SAMPLES)
-    real = members(annotation, LatentSet(annotation).manifest, ids, REAL)
-    picture = grids.cluster_picture(ids, list(real.values()), samples)
-    grids.save(picture, path)
+    latents = LatentSet(annotation)
+    chosen = [latents.signals.having(k)[:REAL] for k in ids]
+    real = latents.images(torch.cat(chosen)).split([len(places) for places in chosen])
+    grids.save(grids.cluster_picture(ids, real, samples), path)
 
 
 def _layout_picture(run: Path, annotation: Path, path: Path, device: str) -> None:
