@@ -212,10 +212,10 @@ def ami(table: np.ndarray) -> float:
     mean, mutual, expected = sum(h) / 2, sum(h) - entropy(table.ravel()), 0.0
     (rows, many), (columns, often) = (np.unique(s[s > 0], return_counts=True) for s in (table.sum(1), table.sum(0)))
     for a, times in zip(rows, many):
-        both = np.arange(1, a + 1)[:, None]  # images that a row and a column may share, [a, 1]
+        both = np.arange(1, min(a, columns.max()) + 1)[:, None]  # images that a row and a column may share, [a, 1]
         chance = hypergeom.pmf(both, n, a, columns[None])  # [a, columns]
-        expected += times * float((both / n * np.log(n * both / (a * columns)) * chance * often).sum())
-    return 1.0 if np.isclose(mean, expected) else (mutual - expected) / (mean - expected)
+        expected += float(times * (both / n * np.log(n * both / (a * columns)) * chance * often).sum())
+    return 1.0 if np.isclose(mean, expected) else float((mutual - expected) / (mean - expected))
 
 
 def ari(table: np.ndarray) -> float:
