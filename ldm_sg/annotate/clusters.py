@@ -215,7 +215,7 @@ def ami(table: np.ndarray) -> float:
         both = np.arange(1, a + 1)[:, None]  # images that a row and a column may share, [a, 1]
         chance = hypergeom.pmf(both, n, a, columns[None])  # [a, columns]
         expected += times * float((both / n * np.log(n * both / (a * columns)) * chance * often).sum())
-    return 1.0 if np.isclose(mean, expected) else (mutual - expected) / (mean - expected)
+    return 1.0 if np.isclose(mean, expected) else float((mutual - expected) / (mean - expected))
 
 
 def ari(table: np.ndarray) -> float:
