@@ -297,8 +297,8 @@ def edit(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="For RUN, a StableDiffusion(XL)Pipeline's folder, whose CONCEPTs are the prompt's words. It has been run on "
-            "nothing larger than the random pipelines that its tests make."
+            help="RUN is a diffusers StableDiffusion(XL)Pipeline folder, and CONCEPTs are words of this prompt. Run so far on "
+            "nothing larger than the tiny random pipelines of its tests."
         ),
     ] = None,
     like: Annotated[str | None, typer.Option(help="A photo to edit, in place of what the run draws.")] = None,

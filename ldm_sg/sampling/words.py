@@ -23,8 +23,7 @@ from ldm_sg.sampling.editor import Editor, Source
 from ldm_sg.weights import check_finite
 
 CLASSES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-PARTS = r"UNet2DConditionModel|Autoencoder\w+|CLIP\w+|StableDiffusionSafetyChecker|\w+Scheduler"  # no code of others
+PARTS = r"(diffusers|transformers|stable_diffusion)\.(UNet2DCondition|Autoencoder|CLIP|StableDiffusionSafety|\w+Scheduler)\w*"
 WORD = r"\w+(?:-\w+)*"
 NO_OBJECTS = ("a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "the", "to", "with")  # not kept in place
 
@@ -42,7 +41,7 @@ def open_text_to_image(folder: Path, device: str = "auto") -> Any:
     index = read_mapping(folder / "model_index.json")
     for name, entry in index.items():
         if isinstance(entry, list) and any(entry):
-            if entry[0] not in LIBRARIES or not re.fullmatch(PARTS, str(entry[-1])):
+            if not re.fullmatch(PARTS, ".".join(map(str, entry))):
                 raise InputError(f"{folder}/model_index.json: its {name} is {entry}, whose code is not run")
             if any((folder / name).glob("*.bin")) and not any((folder / name).glob("*.safetensors")):
                 raise InputError(f"{folder / name}: its weights are pickled, which could run code: give safetensors")
@@ -137,7 +136,7 @@ class WordEditor(Editor):
         tokens = word_tokens(prompt, tokenizers)
         for word in named:
             if word not in tokens:
-                there = ", ".join(tokens) or "no word"
+                there = ", ".join(tokens) or "none"
                 raise InputError(f"--prompt {prompt!r} has no word {word!r} that the model reads; there are {there}")
         if w <= 1 or pipe.unet.config.time_cond_proj_dim is not None:
             raise InputError(f"w={w:g}: editing words needs w above 1, and a network not distilled to do without")
@@ -154,8 +153,7 @@ class WordEditor(Editor):
     def drawn(self, n: int, seed: int = 0, first_index: int = 0) -> Source:
         """Image i is what the pipeline makes with `generator=torch.Generator().manual_seed(seed + i)`."""
         seeds, states = seed + first_index + torch.arange(n), list[Tensor]()
-        keep = torch.ones(n, dtype=torch.bool)
-        guidance = Guidance(keep, concepts=self.concepts.expand(n, -1)).to(self.pipe.device)
+        guidance = Guidance(torch.ones(n).bool(), concepts=self.concepts.expand(n, -1)).to(self.pipe.device)
         images = self._solve(guidance, seeds, remembering(self.strategy, states))
         times = self.pipe.scheduler.timesteps.to(self.pipe.device)
         return Source(images, guidance, seeds, record(self.network, states, times, guidance, self.count))

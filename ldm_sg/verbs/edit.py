@@ -173,9 +173,9 @@ def _likeness(made: Tensor, images: Tensor, lpips: nn.Module | None) -> dict[str
 
 
 def _report(folder: Path, edits: list[Edit], options: EditOptions, facts: dict[str, str]) -> str:
-    asked = [(str(e.concept), f"{e.dx:+g}, {e.dy:+g}", f"{e.scale**2:g}") for e in edits]
+    asked = [(e.name, f"{e.dx:+g}, {e.dy:+g}", f"{e.scale**2:g}") for e in edits]
     return html.page(
-        f"Edits of {options.like or f'seed {options.seed}'}",
+        f"Edits of {options.prompt or options.like or f'seed {options.seed}'}",
         "The source, where the network sees each edited concept and where it is asked for, and what came of it.",
         [
             html.section("Edits", "", html.facts(facts), html.picture(folder / "edits.png")),
