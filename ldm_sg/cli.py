@@ -284,15 +284,23 @@ def sample(
         "edit runs/scenes --seed 3 --move 5=0.2,0",
         "edit runs/scenes --like photo.jpg --resize 5=1.5 --strength 10,20,40",
         "edit runs/scenes --seed 3 --layout-from other.jpg",
+        "edit models/sd --prompt 'a cat on a sofa' --move cat=0.2,0 --resize cat=1.5 --seed 3 --strength 5,20",
         "edit runs/scenes --seed 3 --compose recipe.yaml --move 5=0.2,0",
     )
 )
 def edit(
-    run: Annotated[str, typer.Argument(help="Run that was trained with a token for each concept.")],
+    run: Annotated[str, typer.Argument(help="Run that was trained with a token for each concept; or see --prompt.")],
     move: Annotated[
         list[str] | None, typer.Option(help="CONCEPT=DX,DY: shares of the sides, right and down. Repeatable.")
     ] = None,
     resize: Annotated[list[str] | None, typer.Option(help="CONCEPT=TIMES its area. Repeatable.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="RUN is a diffusers StableDiffusion(XL)Pipeline folder, and CONCEPTs are words of this prompt. Run so far on "
+            "nothing larger than the tiny random pipelines of its tests."
+        ),
+    ] = None,
     like: Annotated[str | None, typer.Option(help="A photo to edit, in place of what the run draws.")] = None,
     layout_from: Annotated[str | None, typer.Option(help="A photo whose shapes are taken.")] = None,
     compose: Annotated[
@@ -302,7 +310,7 @@ def edit(
     n: Annotated[int, typer.Option("-n", help="Images to draw and edit.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the images, as in sample.")] = 0,
     strength: Annotated[str, typer.Option(help="How hard; several, with commas, make a strip.")] = "20",
-    w: Annotated[float, typer.Option(help="Guidance strength, as in sample.")] = 2.0,
+    w: Annotated[float | None, typer.Option(help="Guidance strength; default 2, with --prompt 7.5.")] = None,
     steps: Annotated[int, typer.Option(help="Solver steps.")] = 25,
     checkpoint: Checkpoint = None,
     lpips: Annotated[
@@ -315,23 +323,25 @@ def edit(
     from ldm_sg.verbs.edit import EditOptions
     from ldm_sg.verbs.edit import edit as run_edit
 
-    moves = {k: (v[0], v[1]) for k, v in (_pair("--move", text, 2) for text in move or [])}
-    sizes = {k: v[0] for k, v in (_pair("--resize", text, 1) for text in resize or [])}
+    moves = {k: (v[0], v[1]) for k, v in (_pair("--move", text, 2, bool(prompt)) for text in move or [])}
+    sizes = {k: v[0] for k, v in (_pair("--resize", text, 1, bool(prompt)) for text in resize or [])}
     strengths = _numbers("--strength", strength, float)
+    w = w if w is not None else 7.5 if prompt else 2.0
     options = EditOptions(
-        moves, sizes, like, layout_from, compose, n, seed, strengths, w, steps, device, checkpoint, lpips
+        moves, sizes, prompt, like, layout_from, compose, n, seed, strengths, w, steps, device, checkpoint, lpips
     )
     print(run_edit(run, options, out) / "edits.png")
 
 
-def _pair(flag: str, text: str, count: int) -> tuple[int, list[float]]:
+def _pair(flag: str, text: str, count: int, words: bool) -> tuple[Any, list[float]]:
     concept, equals, values = text.partition("=")
-    numbers = _numbers(flag, values, float) if equals and concept.isdecimal() else []
+    numbers = _numbers(flag, values, float) if equals and (words or concept.isdecimal()) else []
     if len(numbers) != count:
         raise InputError(
-            f"{flag} {text}: CONCEPT={'DX,DY' if count == 2 else 'TIMES'}, for example 5={'0.2,0' if count == 2 else '1.5'}"
+            f"{flag} {text}: CONCEPT={'DX,DY' if count == 2 else 'TIMES'}, for example "
+            f"{'cat' if words else 5}={'0.2,0' if count == 2 else '1.5'}"
         )
-    return int(concept), numbers
+    return concept.lower() if words else int(concept), numbers
 
 
 @app.command(

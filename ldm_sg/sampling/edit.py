@@ -26,6 +26,7 @@ class Edit:
     dx: float = 0.0
     dy: float = 0.0
     scale: float = 1.0  # of the sides
+    name: str = ""  # of the concept, for messages, where it is not its number
 
     def of(self, maps: Tensor) -> Tensor:
         """Maps of the concept [..., h, w], edited."""
@@ -189,7 +190,7 @@ def check(edits: Sequence[Edit], source: Observed) -> None:
         centre = centre + centre.new_tensor([edit.dx, edit.dy])
         if not ((centre > 0) & (centre < 1)).all():
             raise InputError(
-                f"--move {edit.concept}={edit.dx:g},{edit.dy:g}: leads out of the image, whose sides are 1"
+                f"--move {edit.name or edit.concept}={edit.dx:g},{edit.dy:g}: leads out of the image, whose sides are 1"
             )
         if not 0.1 <= edit.scale <= 10:
-            raise InputError(f"--resize {edit.concept}={edit.scale:g}: between 0.1 and 10")
+            raise InputError(f"--resize {edit.name or edit.concept}={edit.scale:g}: between 0.1 and 10")

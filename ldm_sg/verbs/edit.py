@@ -1,5 +1,6 @@
 """edit: what a run draws, or photos -> the same with concepts moved, resized, or taken from other images."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ldm_sg.report.grids import labelled_rows, save
 from ldm_sg.sampling.edit import Edit, check
 from ldm_sg.sampling.editor import Editor
 from ldm_sg.sampling.request import read_photo
+from ldm_sg.sampling.words import WordEditor, is_text_to_image, open_text_to_image
 from ldm_sg.training.autoencoder import perceptual_distance
 
 
@@ -56,8 +58,9 @@ class Recipe:
 class EditOptions:
     """What a person asks for."""
 
-    move: dict[int, tuple[float, float]] = field(default_factory=dict)  # concept -> right, down, as shares of the sides
-    resize: dict[int, float] = field(default_factory=dict)  # concept -> times its size
+    move: dict[int | str, tuple[float, float]] = field(default_factory=dict)  # concept -> right, down, in sides
+    resize: dict[int | str, float] = field(default_factory=dict)  # concept -> times its size
+    prompt: str | None = None  # of a text-to-image pipeline, whose concepts are words of it
     like: str | None = None  # a photo to edit, in place of images that the run draws
     layout_from: str | None = None  # a photo whose shapes are taken
     compose: str | None = None  # YAML of a Recipe
@@ -76,8 +79,7 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
     report.html and settings.yaml into `out`; returns it."""
     edits = edits_of(options)
     lpips = perceptual_distance(options.lpips) if options.lpips else None
-    pipe = open_pipeline(run, options.device, options.checkpoint)
-    editor = Editor(pipe, options.w, options.steps)
+    editor = _editor(run, options, edits)
     folder = Path(out) if out else Path(run) / "edits" / _name(options)
     like, seed = options.like, options.seed
     source = editor.photo(read_photo("--like", like), seed) if like else editor.drawn(options.n, seed)
@@ -100,8 +102,8 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
         maps = {}
         for edit in edits:
             seen = selfguide.soft(source.observed[-1].maps[:, edit.concept])  # at the last step
-            maps[f"attention of {edit.concept}"] = _grey(seen, source.images)
-            maps[f"asked of {edit.concept}"] = _grey(edit.of(seen), source.images)
+            maps[f"attention of {edit.name}"] = _grey(seen, source.images)
+            maps[f"asked of {edit.name}"] = _grey(edit.of(seen), source.images)
         rows, facts = {"source": source.images} | maps | made, {}
         if options.like:
             rows["unedited"] = editor.edit(source, (), options.strength[-1])
@@ -113,6 +115,18 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
                 with whole(folder / f"{name}-{i:03d}.png") as new:
                     to_pil_image(image).save(new, "PNG")
     return folder
+
+
+def _editor(run: str, options: EditOptions, edits: list[Edit]) -> Editor:
+    """Of a run of ours, or with a prompt of a diffusers folder."""
+    if options.prompt is None:
+        if is_text_to_image(run):
+            raise InputError(f"{run}: a text-to-image pipeline: give it a --prompt, whose words are its concepts")
+        return Editor(open_pipeline(run, options.device, options.checkpoint), options.w, options.steps)
+    if other := next((o for o in ("like", "layout_from", "compose", "checkpoint") if getattr(options, o)), None):
+        raise InputError(f"--{other.replace('_', '-')}: of runs of ldm_sg only, not with --prompt")
+    pipe = open_text_to_image(Path(run), options.device)
+    return WordEditor(pipe, options.prompt, [edit.name for edit in edits], options.w, options.steps)
 
 
 def edits_of(options: EditOptions) -> list[Edit]:
@@ -127,14 +141,16 @@ def edits_of(options: EditOptions) -> list[Edit]:
     if not options.strength or not all(0 <= s <= 1000 for s in options.strength):
         raise InputError(f"--strength {options.strength}: from 0 to 1000")
     found = []
-    for concept in dict.fromkeys([*options.move, *options.resize]):
+    for i, concept in enumerate(dict.fromkeys([*options.move, *options.resize])):
         dx, dy = options.move.get(concept, (0.0, 0.0))
-        found.append(Edit(concept, dx, dy, options.resize.get(concept, 1.0) ** 0.5))
+        number = concept if isinstance(concept, int) else i  # WordEditor counts the words that it is given
+        found.append(Edit(number, dx, dy, options.resize.get(concept, 1.0) ** 0.5, str(concept)))
     return found
 
 
 def _name(options: EditOptions) -> str:
     parts = [f"{Path(file).stem[:30]}" for file in (options.like, options.layout_from, options.compose) if file]
+    parts += [re.sub(r"\W+", "-", options.prompt)[:40]] if options.prompt else []
     parts += [f"move{k}_{dx:g}_{dy:g}" for k, (dx, dy) in options.move.items()]
     parts += [f"resize{k}_{times:g}" for k, times in options.resize.items()]
     how = f"n{options.n}_seed{options.seed}_w{options.w:g}_{options.steps}_strength{'-'.join(map('{:g}'.format, options.strength))}"
@@ -157,9 +173,9 @@ def _likeness(made: Tensor, images: Tensor, lpips: nn.Module | None) -> dict[str
 
 
 def _report(folder: Path, edits: list[Edit], options: EditOptions, facts: dict[str, str]) -> str:
-    asked = [(str(e.concept), f"{e.dx:+g}, {e.dy:+g}", f"{e.scale**2:g}") for e in edits]
+    asked = [(e.name, f"{e.dx:+g}, {e.dy:+g}", f"{e.scale**2:g}") for e in edits]
     return html.page(
-        f"Edits of {options.like or f'seed {options.seed}'}",
+        f"Edits of {options.prompt or options.like or f'seed {options.seed}'}",
         "The source, where the network sees each edited concept and where it is asked for, and what came of it.",
         [
             html.section("Edits", "", html.facts(facts), html.picture(folder / "edits.png")),
