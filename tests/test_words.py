@@ -182,7 +182,7 @@ def test_pickled_weights_and_foreign_classes_are_refused(tmp_path: Path) -> None
     index = tmp_path / "foreign" / "model_index.json"
     for entry in (["os", "system"], ["transformers", "AutoModel"], ["unet", "Own"]):
         index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder": entry}))
-        with pytest.raises(InputError, match="its text_encoder is .*not run"):
+        with pytest.raises(InputError, match=r"its text_encoder is .*not run"):
             open_text_to_image(tmp_path / "foreign", "cpu")
 
 
