@@ -38,8 +38,7 @@ def open_text_to_image(folder: Path, device: str = "auto") -> Any:
     """That pipeline, from safetensors alone, in fp32; no code that lies there is run. InputError where it cannot be had so."""
     if not is_text_to_image(folder):
         raise InputError(f"{folder}: --prompt needs a folder that diffusers saved a {' or '.join(CLASSES)} in")
-    index = read_mapping(folder / "model_index.json")
-    for name, entry in index.items():
+    for name, entry in (index := read_mapping(folder / "model_index.json")).items():
         if isinstance(entry, list) and any(entry):
             if not re.fullmatch(PARTS, ".".join(map(str, entry))):
                 raise InputError(f"{folder}/model_index.json: its {name} is {entry}, whose code is not run")
