@@ -323,8 +323,8 @@ def edit(
     from ldm_sg.verbs.edit import EditOptions
     from ldm_sg.verbs.edit import edit as run_edit
 
-    moves = {k: (v[0], v[1]) for k, v in (_pair("--move", text, 2, bool(prompt)) for text in move or [])}
-    sizes = {k: v[0] for k, v in (_pair("--resize", text, 1, bool(prompt)) for text in resize or [])}
+    moves = {k: (v[0], v[1]) for k, v in _pairs("--move", move, 2, bool(prompt)).items()}
+    sizes = {k: v[0] for k, v in _pairs("--resize", resize, 1, bool(prompt)).items()}
     strengths = _numbers("--strength", strength, float)
     w = w if w is not None else 7.5 if prompt else 2.0
     options = EditOptions(
@@ -333,15 +333,22 @@ def edit(
     print(run_edit(run, options, out) / "edits.png")
 
 
-def _pair(flag: str, text: str, count: int, words: bool) -> tuple[Any, list[float]]:
-    concept, equals, values = text.partition("=")
-    numbers = _numbers(flag, values, float) if equals and (words or concept.isdecimal()) else []
-    if len(numbers) != count:
-        raise InputError(
-            f"{flag} {text}: CONCEPT={'DX,DY' if count == 2 else 'TIMES'}, for example "
-            f"{'cat' if words else 5}={'0.2,0' if count == 2 else '1.5'}"
-        )
-    return concept.lower() if words else int(concept), numbers
+def _pairs(flag: str, texts: list[str] | None, count: int, words: bool) -> dict[Any, list[float]]:
+    """CONCEPT=NUMBERS, each concept once."""
+    found: dict[Any, list[float]] = {}
+    for text in texts or []:
+        concept, equals, values = text.partition("=")
+        numbers = _numbers(flag, values, float) if equals and (words or concept.isdecimal()) else []
+        if len(numbers) != count:
+            raise InputError(
+                f"{flag} {text}: CONCEPT={'DX,DY' if count == 2 else 'TIMES'}, for example "
+                f"{'cat' if words else 5}={'0.2,0' if count == 2 else '1.5'}"
+            )
+        key = concept.lower() if words else int(concept)
+        if key in found:
+            raise InputError(f"{flag} {text}: {concept} is named twice: give one {flag} of it")
+        found[key] = numbers
+    return found
 
 
 @app.command(

@@ -141,6 +141,7 @@ def test_the_papers_schedule_of_steps() -> None:
         ([Edit(1, dx=0.1)], "concept 1 is not in the source; there are .* 2 "),
         ([Edit(2, dx=0.9)], "leads out of the image"),
         ([Edit(2, dx=0.1), Edit(2, dy=0.1)], "edited twice"),
+        ([Edit(0, dx=0.1), Edit(0, dy=0.1)], "edited twice"),
         ([Edit(2, scale=99.0)], "between 0.1 and 10"),
     ],
 )
@@ -214,6 +215,8 @@ def test_the_command_moves_a_concept_of_a_run(tmp_path: Path) -> None:
         ([], "nothing to edit"),
         (["--move", "1=0.2"], "1=0.2: CONCEPT=DX,DY"),
         (["--move", "7=0.1,0"], "concept 7 is not in the source"),
+        (["--move", "1=0.1,0", "--move", "1=-0.1,0"], "1 is named twice"),
+        (["--resize", "0=-1"], "0=-1: from 0.01 to 100"),
         (["--resize", "1=2", "--strength", "-1"], "from 0 to 1000"),
     ):
         refused = CliRunner().invoke(app, [*asked, *flags, "--out", str(tmp_path / "no")])

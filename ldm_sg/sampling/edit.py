@@ -178,7 +178,7 @@ def check(edits: Sequence[Edit], source: Observed) -> None:
     """InputError where an edit names a concept that is not in every image, names it twice, or leads out of the image."""
     present = {k: float(source.maps[:, k].mean()) for k in source.there.all(0).nonzero()[:, 0].tolist()}
     named = [edit.concept for edit in edits]
-    if twice := next((k for k in named if named.count(k) > 1), None):
+    if (twice := next((k for k in named if named.count(k) > 1), None)) is not None:
         raise InputError(f"concept {twice}: edited twice; give one --move and one --resize of it at most")
     for edit in edits:
         if edit.concept not in present:

@@ -50,7 +50,7 @@ class Recipe:
             taken += part.concepts
         if not self.take:
             raise InputError("recipe: take is empty: it needs at least one source with its concepts")
-        if twice := next((k for k in taken if taken.count(k) > 1), None):
+        if (twice := next((k for k in taken if taken.count(k) > 1), None)) is not None:
             raise InputError(f"recipe: concept {twice} is taken twice: an image has one token of each concept")
 
 
@@ -140,6 +140,9 @@ def edits_of(options: EditOptions) -> list[Edit]:
             raise InputError(f"{name}={getattr(options, name)}: at least {least}")
     if not options.strength or not all(0 <= s <= 1000 for s in options.strength):
         raise InputError(f"--strength {options.strength}: from 0 to 1000")
+    for concept, times in options.resize.items():
+        if not 0.01 <= times <= 100:
+            raise InputError(f"--resize {concept}={times:g}: from 0.01 to 100 times its area")
     found = []
     for i, concept in enumerate(dict.fromkeys([*options.move, *options.resize])):
         dx, dy = options.move.get(concept, (0.0, 0.0))
