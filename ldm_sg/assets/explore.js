@@ -103,7 +103,7 @@ canvas.addEventListener("wheel", e => {
 const id = row => +row.id.slice("cluster-".length);
 const rows = [...document.querySelectorAll(".row")], home = rows.length ? rows[0].parentElement : null, folded = home && home.querySelector("details");
 el("find").oninput = e => {
-  const text = e.target.value.trim().toLowerCase(), says = row => row.querySelector("div").textContent.toLowerCase();
+  const text = e.target.value.trim().toLowerCase(), says = row => [...row.querySelector("div").children].map(part => part.textContent).join("\n").toLowerCase();
   found = text ? new Set(keys.map((_, i) => i).filter(i => keys[i].toLowerCase().includes(text) || `cluster ${columns.k?.[i]}` === text || `${columns.name?.[i] ?? ""}`.toLowerCase().includes(text))) : null;
   if (text && folded) folded.open = true;
   for (const row of rows) row.hidden = Boolean(text) && !says(row).includes(text) && !(columns.k && [...found].some(i => columns.k[i] === id(row)));
