@@ -85,14 +85,10 @@ def _webp(image: Tensor) -> bytes:
 def section(latents: LatentSet, name: str, layout: Layout) -> str:
     """The map on a page, and the script that draws it; why there is none, where g's features are missing."""
     if not (latents.folder / "features").is_dir():
-        return html.section(
-            "Map", "", html.paragraph("None: this set has no features of g by which images could be placed.")
-        )
+        return html.section("Map", "", html.paragraph("None: the set has no features of g to place images by."))
     columns, _ = gather(latents, MAPPED, SIDE, layout)
     shown = len(columns["key"])
-    some = (
-        "" if shown == len(latents) else f" {shown:,} of {len(latents):,} images are shown, spread evenly over the set."
-    )
+    some = "" if shown == len(latents) else f" {shown:,} of {len(latents):,} images are shown, evenly spread."
     text = (
         f"Each point is an image, placed by {name.upper()} of g's features.{some} Point at one to see it, click for its "
         "cluster; scroll to zoom in until points are pictures, drag to move."
