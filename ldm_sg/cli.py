@@ -450,7 +450,8 @@ def export(
 def reproduce(
     suite: Annotated[str, typer.Argument(help="Of configs/reproduce/, or a YAML of your own.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs of the suite: data.NAME=PATH, seeds=[0], train.steps=500.")
+        list[str] | None,
+        typer.Argument(help="key=value pairs of the suite: data.NAME=PATH, seeds=[0], train.steps=500."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of all it makes; default runs/reproduce/SUITE.")] = None,
     size: Annotated[str, typer.Option(help="small: two CPU cores; gpu.")] = "small",

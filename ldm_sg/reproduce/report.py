@@ -22,6 +22,7 @@ class Row:
     cell: str
     seed: int
     paper: str
+    line: str
     swept: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     judge: str = ""
@@ -32,7 +33,9 @@ class Row:
 
     def csv(self) -> dict[str, Any]:
         own = {"cell": self.cell, "seed": self.seed} | self.swept | self.facts
-        return own | {"judge": self.judge, "guide": self.guide} | self.figures | {"file": self.file, "error": self.error}
+        return (
+            own | {"judge": self.judge, "guide": self.guide} | self.figures | {"file": self.file, "error": self.error}
+        )
 
 
 def write_suite_report(out: Path, suite: Mapping[str, Any], rows: Sequence[Row], pictures: Mapping[str, Path]) -> Path:
@@ -47,7 +50,7 @@ def write_suite_report(out: Path, suite: Mapping[str, Any], rows: Sequence[Row],
     marks = [" | ".join(line) for line in [head, ["---"] * len(head), *body]]
     notes = [f"{row.cell} seed {row.seed} failed: {row.error}" for row in rows if row.error]
     notes += [f"\\*: {GUIDE}"] * any(row.guide for row in rows)
-    title = suite["title"] or suite["suite"]
+    title = suite["title"] or suite["name"]
     seeds = f"Mean ± standard deviation over seeds {', '.join(map(str, suite['seeds']))}."
     text_of = "\n\n".join([f"# {title}", seeds, "\n".join(f"| {mark} |" for mark in marks), *notes])
     write_text(out / "table.md", text_of + "\n")
@@ -57,10 +60,12 @@ def write_suite_report(out: Path, suite: Mapping[str, Any], rows: Sequence[Row],
     sections = [
         html.section("Table", seeds, html.table(head, body), *map(html.paragraph, notes)),
         html.section("Plots", "Bars and bands: one standard deviation.", *map(html.chart, drawn.values())),
-        html.section("Samples", "The same noise in every cell.", *(html.picture(at, name) for name, at in pictures.items())),
+        html.section(
+            "Samples", "The same noise in every cell.", *(html.picture(at, name) for name, at in pictures.items())
+        ),
         html.section("How it was made", "", html.yaml_code(suite)),
     ]
-    write_text(out / "report.html", html.page(title, f"Suite {suite['suite']}.", sections, "Made by ldm-sg."))
+    write_text(out / "report.html", html.page(title, f"Suite {suite['name']}.", sections, "Made by ldm-sg."))
     return out / "report.html"
 
 
@@ -85,18 +90,22 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str], list[
 
 
 def plots(rows: Sequence[Row], x: str | None) -> dict[str, str]:
-    """Name -> SVG of the first distance of each judge over `x`: a line a cell where x is swept, else all cells on one line for
+    """Name -> SVG of the first distance of each judge over `x`: a line a cell where x is swept, else the cells' own lines, one for
     each combination of what is swept."""
     found = {}
     good = [row for row in rows if row.figures and x]
     for judge in dict.fromkeys(row.judge for row in good):
-        metric = next((name for name in METRICS if any(name in row.figures for row in good if row.judge == judge)), None)
+        metric = next(
+            (name for name in METRICS if any(name in row.figures for row in good if row.judge == judge)), None
+        )
         groups: dict[tuple[str, float | None], list[float]] = {}
         for row in (row for row in good if row.judge == judge and metric in row.figures):
             inner = x in row.swept or (x == "images" and "checkpoint" in row.swept)
-            others = [f"{key} = {value}" for key, value in row.swept.items() if key not in (x, "checkpoint" if inner else x)]
-            at = row.swept.get(x, row.facts.get(x))
-            name = ", ".join([row.cell] * (inner or at is None) + others) or str(x)
+            others = [
+                f"{key} = {value}" for key, value in row.swept.items() if not inner or key not in (x, "checkpoint")
+            ]
+            at = row.swept.get(x, row.facts.get(x)) if inner or row.line else None
+            name = ", ".join([row.cell if inner or not row.line else row.line, *others])
             groups.setdefault((name, None if at is None else float(at)), []).append(row.figures[metric])
         lines: dict[str, list[tuple[float | None, float, float]]] = {}
         for (name, at), values in groups.items():

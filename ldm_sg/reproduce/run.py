@@ -34,42 +34,48 @@ def reproduce(
     if jobs < 1:
         raise InputError(f"jobs={jobs}: at least 1")
     read = read_suite(suite, overrides, size)
-    out = out or Path("runs") / "reproduce" / Path(suite).stem
+    out = out or Path("runs") / "reproduce" / read.name
     cells = plan(read, out)
     if dry_run:
         for cell in cells:
             print("\n".join([f"# {cell}", *cell.commands]))
         return None
     with locked(out):
-        wanted = {"suite": Path(suite).stem} | to_mapping(read)
-        claim(out, "suite.yaml", wanted, free=[key for key in wanted if key != "suite"])
+        wanted = to_mapping(read)
+        claim(out, "suite.yaml", wanted, free=[key for key in wanted if key != "name"])
         for path, text in judge_files(read, out).items():
             write_text(path, text)
-        failed = _run(cells, out, jobs, device, Path(suite).stem)
-        report = write_suite_report(out, wanted, list(_rows(read, cells, failed)), _pictures(cells))
-    print(f"{out / 'table.md'}\n{report}")
+        failed: dict[str, str] = {}
+
+        def report() -> Path:
+            return write_suite_report(out, wanted, list(_rows(read, cells, failed, out)), _pictures(cells))
+
+        for cell, why in _run(cells, out, jobs, device, read.name):
+            failed |= {str(cell): why} if why else {}
+            report()  # of what there is so far
+        page = report()
+    print(f"{out / 'table.md'}\n{page}")
     if failed:
         name, why = next(iter(failed.items()))
-        raise InputError(f"{len(failed)} of {len(cells)} runs failed, the others stand in {report}; the first: {name}: {why}")
-    return report
+        raise InputError(
+            f"{len(failed)} of {len(cells)} runs failed, the others stand in {page}; the first: {name}: {why}"
+        )
+    return page
 
 
-def _run(cells: list[Cell], out: Path, jobs: int, device: str, title: str) -> dict[str, str]:
-    """Makes what is not done; returns why cells failed."""
-    failed: dict[str, str] = {}
+def _run(cells: list[Cell], out: Path, jobs: int, device: str, title: str) -> Iterator[tuple[Cell, str | None]]:
+    """Makes what is not done; gives each cell when it is through, and why it failed, if it did."""
     todo = [cell for cell in cells if not _is_done(cell, out)]
     settings = SimpleNamespace(executor="local", processes=jobs, address=None)
-    on = pick_device(device)
     with tqdm(desc=title, total=len(cells), initial=len(cells) - len(todo), unit="run", mininterval=0) as bar:
-        for cell, why in _results(todo, settings, on, out, bar):
+        for cell, why in _results(todo, settings, pick_device(device), out, bar):
             why = why.why if isinstance(why, executor.Lost) else why
             if why:
-                failed[str(cell)] = why
                 bar.write(f"{cell} failed: {why}", file=sys.stderr)
             else:
                 write_text(_done_file(cell, out), cell.identity)
             bar.update()
-    return failed
+            yield cell, why
 
 
 def _results(todo: list[Cell], settings: Any, on: Any, out: Path, bar: tqdm) -> Iterator[tuple[Cell, Any]]:
@@ -148,11 +154,13 @@ def _pictures(cells: list[Cell]) -> dict[str, Path]:
     return {cell.name: path for cell in cells if cell.sample and (path := _picture(cell)).is_file()}
 
 
-def _rows(suite: SuiteConfig, cells: list[Cell], failed: dict[str, str]) -> Iterator[Row]:
-    """What evaluate wrote, a row each judge of each evaluation; one row for a cell that failed."""
+def _rows(suite: SuiteConfig, cells: list[Cell], failed: dict[str, str], out: Path) -> Iterator[Row]:
+    """What evaluate wrote, a row each judge of each evaluation of the cells that are done; one row for a cell that failed."""
     for cell in cells:
         if str(cell) in failed:
-            yield Row(cell.name, cell.seed, cell.paper, error=failed[str(cell)])
+            yield Row(cell.name, cell.seed, cell.paper, cell.line, error=failed[str(cell)])
+            continue
+        if not _is_done(cell, out):
             continue
         manifest = read_mapping(finished_manifest(Path(cell.annotate.out)))
         whole = {"annotate": to_mapping(cell.annotate), "train": to_mapping(cell.train), "set": manifest}
@@ -163,6 +171,6 @@ def _rows(suite: SuiteConfig, cells: list[Cell], failed: dict[str, str]) -> Iter
             images = int(found["sampling"].get("checkpoint", cell.train.steps)) * cell.train.batch_size
             for judge, figures in found["metrics"].items():
                 yield Row(
-                    cell.name, cell.seed, cell.paper, swept, facts | {"images": images}, judge, figures,
+                    cell.name, cell.seed, cell.paper, cell.line, swept, facts | {"images": images}, judge, figures,
                     guide=found["judges"][judge]["guide"], file=str(each.options.out),
                 )  # fmt: skip

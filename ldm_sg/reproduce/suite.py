@@ -25,46 +25,53 @@ SIZES = ("small", "gpu")
 Section = dict[str, Any]
 
 
-def section() -> Any:
-    return field(default_factory=dict)
-
-
 @dataclass
 class CellConfig:
     """What a cell changes of the suite's own sections, under the names of the verbs."""
 
-    pack: Section = section()  # src, and pack's flags; empty: annotate.shards names shards
-    annotate: Section = section()  # config: a YAML of configs/annotate/, and keys of it
-    train: Section = section()  # config: a YAML of configs/train/, and keys of it
-    evaluate: Section = section()  # its flags; a list is swept over the samples of one run
-    sample: Section = section()  # flags of the cell's grid
+    pack: Section = field(default_factory=dict)  # src, and pack's flags; empty: annotate.shards names shards
+    annotate: Section = field(default_factory=dict)  # config: a YAML of configs/annotate/, and keys of it
+    train: Section = field(default_factory=dict)  # config: a YAML of configs/train/, and keys of it
+    evaluate: Section = field(default_factory=dict)  # its flags; a list is swept over the samples of one run
+    sample: Section = field(default_factory=dict)  # flags of the cell's grid
     paper: str = ""  # the paper's own figures, where the data is the same
+    line: str = ""  # of the plots, on which the cell is a point; none: it is a level of its own
 
 
 @dataclass
 class SuiteConfig(CellConfig):
+    name: str = ""  # of the YAML
     title: str = ""
-    data: Section = section()  # places of images and weights, for ${data.NAME} below: data.NAME=PATH when it is started
-    judges: Section = section()  # name -> a judge as `evaluate --features` takes it, or the settings of a g
+    data: Section = field(
+        default_factory=dict
+    )  # places of images and weights, for ${data.NAME} below: data.NAME=PATH when it is started
+    judges: Section = field(
+        default_factory=dict
+    )  # name -> a judge as `evaluate --features` takes it, or the settings of a g; null: left out
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     seeded: list[str] = field(default_factory=lambda: ["train.seed", "evaluate.seed"])  # what gets the seed
-    columns: dict[str, str] = section()  # of the table: name -> key in `annotate`, `train` or `set` (its manifest)
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # of the table: name -> key in `annotate`, `train` or `set` (its manifest)
     plot: str | None = None  # a column, something swept, or images (seen in training): x of the plots
-    cells: Section = section()
-    gpu: Section = section()  # what --size gpu changes
+    cells: Section = field(default_factory=dict)  # null: one of the base that this suite does not have
+    gpu: Section = field(default_factory=dict)  # what --size gpu changes
 
     def check(self) -> None:
         """Raises InputError for what is no suite."""
+        self.cells = {name: cell for name, cell in self.cells.items() if cell is not None}
         if not self.cells:
             raise InputError("cells: there is none: a suite compares at least one")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds={self.seeds}: at least one, each once, from 0")
         known = [each.name for each in fields(CellConfig)]
         for name, cell in self.cells.items():
-            for key, value in (cell or {}).items():
+            if not isinstance(cell, dict):
+                raise InputError(f"cells.{name}={cell!r}: a mapping of verbs is expected; {{}} changes nothing")
+            for key, value in cell.items():
                 if key not in known:
                     raise InputError(f"cells.{name}.{key}: no such verb; {choices(key, known)}")
-                if key != "paper" and not isinstance(value, dict):
+                if key not in ("paper", "line") and not isinstance(value, dict):
                     raise InputError(f"cells.{name}.{key}={value!r}: a mapping of keys to values is expected")
 
 
@@ -88,6 +95,7 @@ class Cell:
     evaluations: list[Evaluation]
     sample: SampleOptions | None  # for the first seed
     paper: str
+    line: str
     commands: list[str]
 
     def __str__(self) -> str:
@@ -101,7 +109,12 @@ class Cell:
     def identity(self) -> str:
         """All that decides its figures, as text."""
         made = [asdict(each.options) for each in self.evaluations]
-        whole = {"pack": self.packed, "annotate": to_mapping(self.annotate), "train": to_mapping(self.train), "made": made}
+        whole = {
+            "pack": self.packed,
+            "annotate": to_mapping(self.annotate),
+            "train": to_mapping(self.train),
+            "made": made,
+        }
         return json.dumps(whole | {"sample": self.sample and asdict(self.sample)}, sort_keys=True, default=str)
 
 
@@ -119,6 +132,7 @@ def read_suite(name: str, overrides: list[str] | None = None, size: str = "small
             suite = load(SuiteConfig, path, [*assignments(suite.gpu), *(overrides or [])])
     except InputError as err:
         raise InputError(str(err) if str(path) in str(err) else f"{path}: {err}") from err
+    suite.name = path.stem
     for place in suite.data:
         if place not in known:
             raise InputError(f"data.{place}: {path} has no such place; {choices(place, known)}")
@@ -147,14 +161,14 @@ def plan(suite: SuiteConfig, out: Path) -> list[Cell]:
     for seed, name in itertools.product(suite.seeds, suite.cells):
         try:
             cells.append(_cell(suite, name, seed, out, home))
-        except InputError as err:
-            raise InputError(f"cells.{name}: {err}") from err
+        except (InputError, TypeError) as err:  # a word where a number is due
+            raise InputError(f"{suite.name}: cells.{name}: {err}") from err
     return cells
 
 
 def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cell:
     own = OmegaConf.create({key.name: getattr(suite, key.name) for key in fields(CellConfig)})
-    own = OmegaConf.merge(own, suite.cells[name] or {})
+    own = OmegaConf.merge(own, suite.cells[name])
     for key in suite.seeded:
         OmegaConf.update(own, key, seed, force_add=True)
     given: Any = OmegaConf.to_container(own)
@@ -174,7 +188,7 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
     words = _words("train", given["train"] | {"annotation": str(annotation), "out": str(run)})
     train = load(TrainConfig, *words)
     commands.append(shlex.join(["ldm-sg", "train", str(words[0]), *words[1]]))
-    judges = [str(_judge_file(out, judge)) if isinstance(of, dict) else of for judge, of in suite.judges.items()]
+    judges = [str(_judge_file(out, judge)) if isinstance(of, dict) else of for judge, of in suite.judges.items() if of]
     evaluations = _evaluations(given["evaluate"], run, shards, ",".join(judges))
     for each in evaluations:
         told = {key: value for key, value in asdict(each.options).items() if value != getattr(Options, key, ...)}
@@ -185,7 +199,7 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
         sample = SampleOptions(**{"precision": "auto"} | given["sample"])
         sample.check()
         commands.append(_flags("sample", [str(run)], given["sample"]))
-    return Cell(name, seed, packed, annotate, train, evaluations, sample, given["paper"], commands)
+    return Cell(name, seed, packed, annotate, train, evaluations, sample, given["paper"], given["line"], commands)
 
 
 def _evaluations(given: Section, run: Path, shards: str, features: str) -> list[Evaluation]:
