@@ -37,6 +37,7 @@ VERBS = [
     "export",
     "inspect",
     "configs",
+    "reproduce",
     "demo",
     "fit-autoencoder",
     "distill",

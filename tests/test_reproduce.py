@@ -93,7 +93,7 @@ def test_a_suite_with_a_cell_that_fails_is_killed_and_goes_on(tmp_path: Path) ->
     at_two = [each["metrics"]["small-g"]["fd"] for each in written if each["sampling"]["w"] == 2]
     mean, deviation = statistics.fmean(at_two), statistics.stdev(at_two)
     text = (out / "table.md").read_text()
-    assert f"| clusters | 4 | 2 | 2 | {mean:,.4g} ± {deviation:,.4g} | FD 1.5 |" in text, text
+    assert f"| clusters | 4 | 2 | 2 | {mean:,.4g} ± {deviation:,.4g} * | FD 1.5 |" in text, text
     assert "labels seed 1 failed: " in text and "| labels |  |  | 2 failed | – |  |" in text
     page = (out / "report.html").read_text()
     assert "<svg" in page and "data:image/" in page and (out / "plots" / "fd-small-g-w.svg").is_file()
