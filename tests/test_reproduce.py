@@ -66,18 +66,30 @@ def results(out: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((out / "results.csv").open()))
 
 
-def test_a_suite_with_a_cell_that_fails_is_killed_and_goes_on(tmp_path: Path) -> None:
-    photos(tmp_path / "photos")
-    file, out = suite(tmp_path / "small.yaml"), tmp_path / "out"
-    command = [sys.executable, "-c", "from ldm_sg.cli import main; main()", "reproduce", str(file), "--out", str(out), "--device", "cpu"]  # fmt: skip
+def kill(command: list[str], when: Path) -> None:
     begun = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    last = out / "runs" / "clusters-0" / "checkpoints" / "last.ckpt"
     until = time.monotonic() + 120
-    while not last.exists() and begun.poll() is None and time.monotonic() < until:
+    while not when.exists() and begun.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     begun.kill()
     begun.wait()
-    assert last.exists() and not (out / "done" / "clusters-0.json").exists()
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", pytest.param("kill", marks=pytest.mark.slow)])
+def test_a_suite_with_a_cell_that_fails_is_stopped_and_goes_on(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos(tmp_path / "photos")
+    file, out = suite(tmp_path / "small.yaml"), tmp_path / "out"
+    command = [sys.executable, "-c", "from ldm_sg.cli import main; main()", "reproduce", str(file), "--out", str(out), "--device", "cpu"]  # fmt: skip
+    last = out / "runs" / "clusters-0" / "checkpoints" / "last.ckpt"
+    if how == "kill":
+        kill(command, last)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "evaluate", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert CliRunner().invoke(app, command[3:]).exit_code == 130
+    assert last.exists() and not (out / "done").exists()
 
     result = CliRunner().invoke(app, [*command[3:]])
     assert result.exit_code == 2, result.output
