@@ -440,6 +440,29 @@ def export(
     _verb("export")(**locals())
 
 
+@app.command(
+    epilog=examples(
+        "reproduce table_guidance data.cifar10=data/cifar10 --dry-run",
+        "reproduce table_guidance data.cifar10=data/cifar10 data.inception=inception:FILE --out runs/table",
+        "reproduce clusters data.cifar10=data/cifar10 --size gpu --jobs 8",
+    )
+)
+def reproduce(
+    suite: Annotated[str, typer.Argument(help="Of configs/reproduce/, or a YAML of your own.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value pairs of the suite: data.NAME=PATH, seeds=[0], train.steps=500."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of all it makes; default runs/reproduce/SUITE.")] = None,
+    size: Annotated[str, typer.Option(help="small: two CPU cores; gpu.")] = "small",
+    jobs: Annotated[int, typer.Option(help="Cells side by side, shared out over the GPUs.")] = 1,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and their commands.")] = False,
+) -> None:
+    """A table of the paper as a set of runs over several seeds -> CSV, table, plots, report. The same command resumes."""
+    import_module("ldm_sg.reproduce.run").reproduce(**locals())
+
+
 @app.command("configs", epilog=examples("configs"))
 def configs_() -> None:
     """List the configs that ship, with a line each."""

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 GREY, BLUE, AMBER = "#8b949e", "#388bfd", "#d29922"
 MOST = 400  # points a line; longer ones are averaged in equal stretches
 Points = Sequence[tuple[float, float]]  # (step, value)
+Spread = Sequence[tuple[float | None, float, float]]  # (x, mean, standard deviation)
 
 
 def losses(train: Points, guided: Points, null: Points) -> str:
@@ -50,6 +51,25 @@ def line(points: Points, label: str) -> str:
     if low >= 0:
         axes.set_ylim(0, high * 1.1 or 1.0)
     return _svg(figure, f"{label} over the steps")
+
+
+def compared(lines: Mapping[str, Spread], x: str, y: str) -> str:
+    """Means and standard deviations over x, a line each name; one without x is level. '' without points."""
+    if not any(lines.values()):
+        return ""
+    figure, axes = _axes(9, 3.6)
+    for number, (name, points) in enumerate(lines.items()):
+        colour = f"C{number % 10}"
+        if at := sorted(point for point in points if point[0] is not None):
+            places, means, spreads = zip(*at)
+            axes.errorbar(places, means, spreads, color=colour, label=name, lw=1.6, marker="o", ms=4, capsize=3)
+        for _, mean, spread in (point for point in points if point[0] is None):
+            axes.axhline(mean, color=colour, ls="--", lw=1.2, label=name)
+            axes.axhspan(mean - spread, mean + spread, color=colour, alpha=0.12, lw=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(frameon=False, labelcolor=GREY, fontsize=10)
+    return _svg(figure, f"{y} over {x}")
 
 
 def sizes(counts: Sequence[int]) -> str:

@@ -1,0 +1,251 @@
+"""Suites of configs/reproduce/: cells, each of them overrides of the verbs, times seeds -> ordinary configs, folders and commands."""
+
+import hashlib
+import itertools
+import json
+import shlex
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from ldm_sg.config import AnnotateConfig, TrainConfig
+from ldm_sg.configfile import ROOT, load, to_mapping
+from ldm_sg.errors import InputError, choices
+from ldm_sg.evaluate.options import Options
+from ldm_sg.folder import flat
+from ldm_sg.sampling.request import SampleOptions
+from ldm_sg.verbs.pack import pack
+
+SIZES = ("small", "gpu")
+Section = dict[str, Any]
+
+
+@dataclass
+class CellConfig:
+    """What a cell changes of the suite's own sections, under the names of the verbs."""
+
+    pack: Section = field(default_factory=dict)  # src, and pack's flags; empty: annotate.shards names shards
+    annotate: Section = field(default_factory=dict)  # config: a YAML of configs/annotate/, and keys of it
+    train: Section = field(default_factory=dict)  # config: a YAML of configs/train/, and keys of it
+    evaluate: Section = field(default_factory=dict)  # its flags; a list is swept over the samples of one run
+    sample: Section = field(default_factory=dict)  # flags of the cell's grid
+    paper: str = ""  # the paper's own figures, where the data is the same
+    line: str = ""  # of the plots, on which the cell is a point; none: it is a level of its own
+
+
+@dataclass
+class SuiteConfig(CellConfig):
+    name: str = ""  # of the YAML
+    title: str = ""
+    data: Section = field(
+        default_factory=dict
+    )  # places of images and weights, for ${data.NAME} below: data.NAME=PATH when it is started
+    judges: Section = field(
+        default_factory=dict
+    )  # name -> a judge as `evaluate --features` takes it, or the settings of a g; null: left out
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeded: list[str] = field(default_factory=lambda: ["train.seed", "evaluate.seed"])  # what gets the seed
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # of the table: name -> key in `annotate`, `train` or `set` (its manifest)
+    plot: str | None = None  # a column, something swept, or images (seen in training): x of the plots
+    cells: Section = field(default_factory=dict)  # null: one of the base that this suite does not have
+    gpu: Section = field(default_factory=dict)  # what --size gpu changes
+
+    def check(self) -> None:
+        """Raises InputError for what is no suite."""
+        self.cells = {name: cell for name, cell in self.cells.items() if cell is not None}
+        if not self.cells:
+            raise InputError("cells: there is none: a suite compares at least one")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds={self.seeds}: at least one, each once, from 0")
+        known = [each.name for each in fields(CellConfig)]
+        for name, cell in self.cells.items():
+            if not isinstance(cell, dict):
+                raise InputError(f"cells.{name}={cell!r}: a mapping of verbs is expected; {{}} changes nothing")
+            for key, value in cell.items():
+                if key not in known:
+                    raise InputError(f"cells.{name}.{key}: no such verb; {choices(key, known)}")
+                if key not in ("paper", "line") and not isinstance(value, dict):
+                    raise InputError(f"cells.{name}.{key}={value!r}: a mapping of keys to values is expected")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One judgement of a run's samples; `swept`: what tells it from the others of its cell."""
+
+    swept: dict[str, Any]
+    options: Options
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell with one seed, ready for the verbs."""
+
+    name: str
+    seed: int
+    packed: tuple[Path, Section] | None  # folder and arguments
+    annotate: AnnotateConfig
+    train: TrainConfig
+    evaluations: list[Evaluation]
+    sample: SampleOptions | None  # for the first seed
+    paper: str
+    line: str
+    commands: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.name} seed {self.seed}"
+
+    @property
+    def run(self) -> Path:
+        return Path(self.train.out)
+
+    @cached_property
+    def identity(self) -> str:
+        """All that decides its figures, as text."""
+        made = [asdict(each.options) for each in self.evaluations]
+        whole = {
+            "pack": self.packed,
+            "annotate": to_mapping(self.annotate),
+            "train": to_mapping(self.train),
+            "made": made,
+        }
+        return json.dumps(whole | {"sample": self.sample and asdict(self.sample)}, sort_keys=True, default=str)
+
+
+def read_suite(name: str, overrides: list[str] | None = None, size: str = "small") -> SuiteConfig:
+    """`name`: of configs/reproduce/, or a file. InputError for what is no suite."""
+    if size not in SIZES:
+        raise InputError(f"size={size!r}; {choices(size, SIZES)}")
+    shipped = ROOT / "configs" / "reproduce"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped / f"{name}.yaml"
+    if not path.is_file() and path.parent == shipped:
+        raise InputError(f"suite {name!r}; {choices(name, [file.stem for file in shipped.glob('*.yaml')])}")
+    try:
+        known, suite = load(SuiteConfig, path).data, load(SuiteConfig, path, overrides)
+        if size == "gpu":
+            suite = load(SuiteConfig, path, [*assignments(suite.gpu), *(overrides or [])])
+    except InputError as err:
+        raise InputError(str(err) if str(path) in str(err) else f"{path}: {err}") from err
+    suite.name = path.stem
+    for place in suite.data:
+        if place not in known:
+            raise InputError(f"data.{place}: {path} has no such place; {choices(place, known)}")
+    return suite
+
+
+def assignments(tree: Section) -> list[str]:
+    """A mapping -> key=value words of a command line."""
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flat(tree).items()]
+
+
+def plan(suite: SuiteConfig, out: Path) -> list[Cell]:
+    """All cells, first those of the first seed. What two of them have in common (shards, annotation set, run) is one folder, called
+    after the first. InputError for a cell that no verb would take."""
+    homes: dict[str, Path] = {}
+
+    def home(kind: str, cell: str, what: Any) -> Path:
+        key = json.dumps([kind, what], sort_keys=True, default=str)
+        if key not in homes:
+            numbered = (f"{cell}-{number}" for number in itertools.count(1))
+            places = (out / kind / name for name in itertools.chain([cell], numbered))
+            homes[key] = next(place for place in places if place not in homes.values())
+        return homes[key]
+
+    cells = []
+    for seed, name in itertools.product(suite.seeds, suite.cells):
+        try:
+            cells.append(_cell(suite, name, seed, out, home))
+        except (InputError, TypeError) as err:  # a word where a number is due
+            raise InputError(f"{suite.name}: cells.{name}: {err}") from err
+    return cells
+
+
+def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cell:
+    own = OmegaConf.create({key.name: getattr(suite, key.name) for key in fields(CellConfig)})
+    own = OmegaConf.merge(own, suite.cells[name])
+    for key in suite.seeded:
+        OmegaConf.update(own, key, seed, force_add=True)
+    given: Any = OmegaConf.to_container(own)
+    packed, shards, commands = None, given["annotate"].get("shards"), []
+    if given["pack"]:
+        _check_names("pack", given["pack"], set(signature(pack).parameters) - {"dst"})
+        packed = home("shards", name, given["pack"]), given["pack"]
+        shards = f"{packed[0]}/*.tar"
+        commands.append(_flags("pack", [str(given["pack"].get("src")), str(packed[0])], given["pack"], "src"))
+    if not shards:
+        raise InputError("neither pack.src nor annotate.shards: give the images")
+    annotation = home("annotations", name, [shards, given["annotate"]])
+    words = _words("annotate", given["annotate"] | {"shards": shards, "out": str(annotation)})
+    annotate = load(AnnotateConfig, *words)
+    commands.append(shlex.join(["ldm-sg", "annotate", str(words[0]), *words[1]]))
+    run = home("runs", f"{name}-{seed}", [str(annotation), given["train"]])
+    words = _words("train", given["train"] | {"annotation": str(annotation), "out": str(run)})
+    train = load(TrainConfig, *words)
+    commands.append(shlex.join(["ldm-sg", "train", str(words[0]), *words[1]]))
+    judges = [str(_judge_file(out, judge)) if isinstance(of, dict) else of for judge, of in suite.judges.items() if of]
+    evaluations = _evaluations(given["evaluate"], run, shards, ",".join(judges))
+    for each in evaluations:
+        told = {key: value for key, value in asdict(each.options).items() if value != getattr(Options, key, ...)}
+        commands.append(_flags("evaluate", [str(run)], told, "source"))
+    _check_names("sample", given["sample"], {each.name for each in fields(SampleOptions)})
+    sample = None
+    if seed == suite.seeds[0]:
+        sample = SampleOptions(**{"precision": "auto"} | given["sample"])
+        sample.check()
+        commands.append(_flags("sample", [str(run)], given["sample"]))
+    return Cell(name, seed, packed, annotate, train, evaluations, sample, given["paper"], given["line"], commands)
+
+
+def _evaluations(given: Section, run: Path, shards: str, features: str) -> list[Evaluation]:
+    """One for each combination of the values in lists."""
+    _check_names("evaluate", given, {each.name for each in fields(Options)} - {"source", "out", "features", "device"})
+    swept = {k: v for k, v in given.items() if isinstance(v, list) and (k != "interval" or isinstance(v[0], list))}
+    found = []
+    for values in itertools.product(*swept.values()):
+        point = dict(zip(swept, values))
+        told = {"reference": shards, "features": features or None} | given | point
+        if told.get("checkpoint") is not None:
+            told["checkpoint"] = str(told["checkpoint"])
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+        stem = "_".join(["reproduce", *(f"{k}{v}".replace(" ", "") for k, v in point.items()), digest])
+        options = Options(str(run), **told, out=str(run / "evaluations" / f"{stem}.json"))
+        options.check()
+        found.append(Evaluation(point, options))
+    return found
+
+
+def judge_files(suite: SuiteConfig, out: Path) -> dict[Path, str]:
+    """Of the judges that are settings of a g, as `evaluate --features FILE` reads them."""
+    return {_judge_file(out, name): yaml.safe_dump(of) for name, of in suite.judges.items() if isinstance(of, dict)}
+
+
+def _judge_file(out: Path, name: str) -> Path:
+    return out / "judges" / f"{name}.yaml"
+
+
+def _check_names(verb: str, given: Section, known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise InputError(f"{verb}.{key}: unknown; {choices(key, known)}")
+
+
+def _words(verb: str, given: Section) -> tuple[str, list[str]]:
+    """The config and the overrides of a verb's command."""
+    if not isinstance(given.get("config"), str):
+        raise InputError(f"{verb}.config: none: give a YAML of configs/{verb}/")
+    return given["config"], assignments({key: value for key, value in given.items() if key != "config"})
+
+
+def _flags(verb: str, words: list[str], given: Section, named: str = "") -> str:
+    """The command with a flag each value that is not null, but the one `named` among the words."""
+    for key, value in given.items():
+        if key != named and value is not None and value is not False:
+            joined = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [f"--{key.replace('_', '-')}"] + [joined] * (value is not True)
+    return shlex.join(["ldm-sg", verb, *words])
