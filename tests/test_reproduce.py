@@ -175,7 +175,7 @@ def test_names_of_suites_places_and_sizes_are_checked() -> None:
             read_suite(name, overrides, size)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [SIZES[0], pytest.param(SIZES[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_every_suite_makes_cells(path: Path, size: str) -> None:
     cells = plan(read_suite(path.stem, ["seeds=[7]"], size), Path("out"))

@@ -42,17 +42,14 @@ class CellConfig:
 class SuiteConfig(CellConfig):
     name: str = ""  # of the YAML
     title: str = ""
-    data: Section = field(
-        default_factory=dict
-    )  # places of images and weights, for ${data.NAME} below: data.NAME=PATH when it is started
-    judges: Section = field(
-        default_factory=dict
-    )  # name -> a judge as `evaluate --features` takes it, or the settings of a g; null: left out
+    # data: places of images and weights, for ${data.NAME} below: data.NAME=PATH when it is started; judges: name -> one as
+    # `evaluate --features` takes it, or the settings of a g, or null: left out; columns of the table: name -> key in `annotate`,
+    # `train` or `set` (its manifest)
+    data: Section = field(default_factory=dict)
+    judges: Section = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     seeded: list[str] = field(default_factory=lambda: ["train.seed", "evaluate.seed"])  # what gets the seed
-    columns: dict[str, str] = field(
-        default_factory=dict
-    )  # of the table: name -> key in `annotate`, `train` or `set` (its manifest)
     plot: str | None = None  # a column, something swept, or images (seen in training): x of the plots
     cells: Section = field(default_factory=dict)  # null: one of the base that this suite does not have
     gpu: Section = field(default_factory=dict)  # what --size gpu changes
@@ -189,7 +186,7 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
     train = load(TrainConfig, *words)
     commands.append(shlex.join(["ldm-sg", "train", str(words[0]), *words[1]]))
     judges = [str(_judge_file(out, judge)) if isinstance(of, dict) else of for judge, of in suite.judges.items() if of]
-    evaluations = _evaluations(given["evaluate"], run, shards, ",".join(judges))
+    evaluations = _evaluations(given["evaluate"], run, shards, ",".join(judges), suite.judges)
     for each in evaluations:
         told = {key: value for key, value in asdict(each.options).items() if value != getattr(Options, key, ...)}
         commands.append(_flags("evaluate", [str(run)], told, "source"))
@@ -202,8 +199,8 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
     return Cell(name, seed, packed, annotate, train, evaluations, sample, given["paper"], given["line"], commands)
 
 
-def _evaluations(given: Section, run: Path, shards: str, features: str) -> list[Evaluation]:
-    """One for each combination of the values in lists."""
+def _evaluations(given: Section, run: Path, shards: str, features: str, judges: Section) -> list[Evaluation]:
+    """One for each combination of the values in lists. Other settings, of the judges too, are other files."""
     _check_names("evaluate", given, {each.name for each in fields(Options)} - {"source", "out", "features", "device"})
     swept = {k: v for k, v in given.items() if isinstance(v, list) and (k != "interval" or isinstance(v[0], list))}
     found = []
@@ -212,7 +209,7 @@ def _evaluations(given: Section, run: Path, shards: str, features: str) -> list[
         told = {"reference": shards, "features": features or None} | given | point
         if told.get("checkpoint") is not None:
             told["checkpoint"] = str(told["checkpoint"])
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps([told, judges], sort_keys=True).encode()).hexdigest()[:8]
         stem = "_".join(["reproduce", *(f"{k}{v}".replace(" ", "") for k, v in point.items()), digest])
         options = Options(str(run), **told, out=str(run / "evaluations" / f"{stem}.json"))
         options.check()
