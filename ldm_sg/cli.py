@@ -1,6 +1,7 @@
 """The command line. Torch is imported inside the verbs, so that --help answers at once."""
 
 import errno
+import math
 import os
 import sys
 from dataclasses import fields
@@ -30,7 +31,7 @@ class ExitCodes(TyperGroup):
             print(f"ldm-sg: {err}", file=sys.stderr)
             ctx.exit(2)
         except OSError as err:
-            if err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
                 raise
             print(f"ldm-sg: {err.filename or 'while writing'}: {err.strerror}", file=sys.stderr)
             ctx.exit(2)
@@ -338,8 +339,10 @@ def _pairs(flag: str, texts: list[str] | None, count: int, words: bool) -> dict[
     found: dict[Any, list[float]] = {}
     for text in texts or []:
         concept, equals, values = text.partition("=")
-        numbers = _numbers(flag, values, float) if equals and (words or concept.isdecimal()) else []
-        if len(numbers) != count:
+        numbers = (
+            _numbers(flag, values, float) if equals and (words or (concept.isdecimal() and len(concept) < 10)) else []
+        )
+        if len(numbers) != count or not all(map(math.isfinite, numbers)):
             raise InputError(
                 f"{flag} {text}: CONCEPT={'DX,DY' if count == 2 else 'TIMES'}, for example "
                 f"{'cat' if words else 5}={'0.2,0' if count == 2 else '1.5'}"

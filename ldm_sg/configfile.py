@@ -32,7 +32,7 @@ def load(schema: type[Schema], path: str | Path | Schema | None = None, override
         check_keys(layer, merged, source)
         try:
             merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as err:
+        except (OmegaConfBaseException, TypeError) as err:  # a list where a mapping belongs, and the other way round
             raise InputError(f"{source}: {str(err).splitlines()[0]}") from err
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:

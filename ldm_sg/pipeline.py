@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from ldm_sg.data.images import MAX_SIDE
+from ldm_sg.data.images import MAX_SIDE, to_rgb
 from ldm_sg.errors import InputError, choices, one_line
 from ldm_sg.folder import WEIGHTS, file_sha256, pipeline_of, read_mapping
 from ldm_sg.guidance.compose import Denoiser, Strategy, cfg
@@ -325,8 +325,10 @@ class SelfGuidedPipeline(DiffusionPipeline):
         it, layouts and parts of other images, by `sampling.editor.Editor(pipe)`. InputError as there."""
         from ldm_sg.sampling.editor import Editor  # it needs this file
 
+        if not isinstance(source, int | Image.Image) or not n >= 1:
+            raise InputError(f"source={source!r:.60}, n={n}: a seed or a PIL image, and at least 1")
         editor = Editor(self, self.usual_w)
-        found = editor.drawn(n, source) if isinstance(source, int) else editor.photo(source)
+        found = editor.drawn(n, source) if isinstance(source, int) else editor.photo(to_rgb(source))
         return [Image.fromarray(image) for image in editor.edit(found, edits, strength).permute(0, 2, 3, 1).numpy()]
 
     def _output(self, latents: Tensor, kind: str) -> Any:

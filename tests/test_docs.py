@@ -149,7 +149,7 @@ def test_every_command_of_editing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(list((tmp_path / "runs" / "scenes" / "edits").glob("*/report.html"))) == 5
     [python] = re.findall(r"```python\n(.*?)```", text, re.S)
     found: dict = {}
-    exec(python.replace("Edit(5", "Edit(1").replace('"runs/scenes"', '"runs/scenes/pipeline"'), found)
+    exec(python.replace("Edit(5", "Edit(1"), found)
     assert found["images"][0].size == (32, 32)
 
 

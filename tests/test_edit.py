@@ -142,7 +142,7 @@ def test_the_papers_schedule_of_steps() -> None:
         ([Edit(2, dx=0.9)], "leads out of the image"),
         ([Edit(2, dx=0.1), Edit(2, dy=0.1)], "edited twice"),
         ([Edit(0, dx=0.1), Edit(0, dy=0.1)], "edited twice"),
-        ([Edit(2, scale=99.0)], "between 0.1 and 10"),
+        ([Edit(2, scale=99.0)], "scale=99: its sides between 0.1 and 10"),
     ],
 )
 def test_edits_that_cannot_be_are_named(edits: list[Edit], message: str, network: GuidedUNet) -> None:
@@ -216,6 +216,13 @@ def test_the_command_moves_a_concept_of_a_run(tmp_path: Path) -> None:
         (["--move", "1=0.2"], "1=0.2: CONCEPT=DX,DY"),
         (["--move", "7=0.1,0"], "concept 7 is not in the source"),
         (["--move", "1=0.1,0", "--move", "1=-0.1,0"], "1 is named twice"),
+        (["--move", "1=nan,0"], "1=nan,0: CONCEPT=DX,DY"),
+        (["--move", f"{'9' * 5000}=0.1,0"], "CONCEPT=DX,DY"),
+        (["--move", "1=0.1,0", "--w", "nan"], "w=nan: a finite number"),
+        (["--move", "1=0.1,0", "--like", ""], "--like '': a file is needed"),
+        (["--move", "1=0.1,0", "--like", "/dev/zero"], "no regular file"),
+        (["--move", "1=0.1,0", "--strength", "20,20.0"], "give each once"),
+        (["--move", "1=0.1,0", "-n", "65"], "at most 64"),
         (["--resize", "0=-1"], "0=-1: from 0.01 to 100"),
         (["--resize", "1=2", "--strength", "-1"], "from 0 to 1000"),
     ):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_annotate import config as annotate_config
 from test_edit import SMALL, scenes
 from test_train import config as train_config
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from ldm_sg.annotate.run import annotate_shards
 from ldm_sg.cli import app
 from ldm_sg.config import AnnotatorConfig, FeaturesConfig, GuidanceConfig, SegmentsConfig
+from ldm_sg.errors import InputError
 from ldm_sg.evaluate import edits
 from ldm_sg.evaluate.edits import (
     Asked,
@@ -28,7 +30,9 @@ from ldm_sg.evaluate.edits import (
     paste,
 )
 from ldm_sg.guidance import selfguide
+from ldm_sg.pipeline import open_pipeline
 from ldm_sg.sampling.edit import Edit
+from ldm_sg.sampling.editor import Editor
 from ldm_sg.verbs.train import train
 
 CELLS = 64
@@ -143,3 +147,38 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"edit_shift", "edit_shift_paste", "edit_size_rank_real", "edit_fd_paste_real"} <= found.keys()
     refused = CliRunner().invoke(app, ["evaluate", str(tmp_path / "source"), *flags])
     assert refused.exit_code == 2 and "give a run" in refused.output
+    pipe = open_pipeline(run, "cpu")
+    there = [
+        editor.observed[-1].there[0]
+        for editor in (
+            Editor(pipe, steps=2).photo(Image.new("RGB", (40, 30), (250, 20, 20))),
+            Editor(pipe, steps=2).drawn(1, 9),
+        )
+    ]
+    concept = int((there[0] & there[1]).nonzero()[0])
+    Image.new("RGBA", (40, 30), (250, 20, 20, 255)).save(tmp_path / "photo.png")
+    (tmp_path / "take.yaml").write_text(f"take: [{{seed: 9, concepts: [{concept}]}}]")
+    photo = [
+        "edit",
+        str(run),
+        "--steps",
+        "4",
+        "--device",
+        "cpu",
+        "--like",
+        str(tmp_path / "photo.png"),
+        "--move",
+        f"{concept}=0.01,0",
+    ]
+    for _ in range(2):  # with the usual n, which a photo has no use for; and once more into the same folder
+        done = CliRunner().invoke(
+            app, [*photo, "--compose", str(tmp_path / "take.yaml"), "--out", str(tmp_path / "photo")]
+        )
+        assert done.exit_code == 0, (done.output, done.exception)
+    (tmp_path / "mapping.yaml").write_text("take: {seed: 9, concepts: [1]}")
+    assert CliRunner().invoke(app, [*photo, "--compose", str(tmp_path / "mapping.yaml")]).exit_code == 2
+    with Image.open(tmp_path / "photo.png") as image:
+        pipe.edit(image, [Edit(concept, dx=0.01)])
+        for source, strength in ((image, -1.0), ("photo.png", 1.0)):
+            with pytest.raises(InputError):
+                pipe.edit(source, [Edit(concept, dx=0.01)], strength)

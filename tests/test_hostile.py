@@ -307,7 +307,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch):
         inside.remove(image)
         return image
 
-    monkeypatch.setattr(images, "_to_rgb", slow)
+    monkeypatch.setattr(images, "to_rgb", slow)
     large, small = photo(1, (90, 90)), photo(1, (40, 40))
     monkeypatch.setattr(images, "LARGE", 50 * 50)
     with ThreadPoolExecutor(8) as pool:

@@ -158,7 +158,7 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("side", [100_000, 12_000])  # beyond Pillow's limit, and between its warning and it
 def test_huge_headers_are_refused_without_decoding(side, monkeypatch):
-    monkeypatch.setattr("ldm_sg.data.images._to_rgb", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr("ldm_sg.data.images.to_rgb", lambda image: pytest.fail("decoded"))
     bmp = (
         b"BM"
         + struct.pack("<IHHI", 100, 0, 0, 54)

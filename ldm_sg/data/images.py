@@ -59,6 +59,8 @@ class BadImage(Exception):
 
 def read_bytes(path: str | Path, what: str = "") -> bytes:
     """A file's content; BadImage where it cannot be read."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise BadImage(f"{what}cannot be read: no regular file")  # a device has no end
     try:
         return Path(path).read_bytes()
     except OSError as err:
@@ -76,7 +78,7 @@ def decode(data: bytes, key: str = "", least: int = 0) -> Image.Image:
         if least:
             image.draft(image.mode, (least, least))
         with _large if image.width * image.height > LARGE else nullcontext():
-            rgb = _to_rgb(image)
+            rgb = to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -106,7 +108,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode.startswith("I"):  # 16-bit greyscale ("I;16...", or "I" from 32-bit containers)
         grey = np.asarray(image).astype(np.float64) / 257.0

@@ -193,4 +193,12 @@ def check(edits: Sequence[Edit], source: Observed) -> None:
                 f"--move {edit.name or edit.concept}={edit.dx:g},{edit.dy:g}: leads out of the image, whose sides are 1"
             )
         if not 0.1 <= edit.scale <= 10:
-            raise InputError(f"--resize {edit.name or edit.concept}={edit.scale:g}: between 0.1 and 10")
+            raise InputError(
+                f"concept {edit.name or edit.concept}: scale={edit.scale:g}: its sides between 0.1 and 10 times as long"
+            )
+
+
+def check_strength(strength: float) -> None:
+    """InputError outside 0 to 1000."""
+    if not 0 <= strength <= 1000:
+        raise InputError(f"strength={strength:g}: from 0 to 1000")

@@ -14,7 +14,7 @@ from ldm_sg.guidance.signal import Guidance
 from ldm_sg.guidance.spatial import concept_ids
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.sampling import draw
-from ldm_sg.sampling.edit import Edit, Observed, check, noised, record, remembering, selfguided
+from ldm_sg.sampling.edit import Edit, Observed, check, check_strength, noised, record, remembering, selfguided
 from ldm_sg.sampling.solvers import Grid, dpmpp_2m, make_grid, solve
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Editor:
         self, noise: Tensor, guidance: Guidance, aims: list[Observed], edits: Sequence[Edit], strength: float
     ) -> Tensor:
         """uint8 [B, 3, H, W], drawn towards the aims and edits."""
+        check_strength(strength)
         return self._solve(guidance, noise, selfguided(self.network, aims, edits, strength, base=self.strategy))
 
     @torch.no_grad()

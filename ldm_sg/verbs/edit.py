@@ -1,5 +1,6 @@
 """edit: what a run draws, or photos -> the same with concepts moved, resized, or taken from other images."""
 
+import hashlib
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +18,13 @@ from ldm_sg.guidance import selfguide
 from ldm_sg.pipeline import open_pipeline
 from ldm_sg.report import html
 from ldm_sg.report.grids import labelled_rows, save
-from ldm_sg.sampling.edit import Edit, check
+from ldm_sg.sampling.edit import Edit, check, check_strength
 from ldm_sg.sampling.editor import Editor
-from ldm_sg.sampling.request import read_photo
+from ldm_sg.sampling.request import MOST_W, read_photo
 from ldm_sg.sampling.words import WordEditor, is_text_to_image, open_text_to_image
 from ldm_sg.training.autoencoder import perceptual_distance
+
+MOST = 64  # images, which are edited together
 
 
 @dataclass
@@ -90,14 +93,15 @@ def edit(run: str, options: EditOptions, out: str | None = None) -> Path:
     for part in load(Recipe, options.compose).take if options.compose else ():
         other = (
             editor.photo(read_photo("take.photo", part.photo), seed)
-            if part.photo
-            else editor.drawn(options.n, part.seed)
+            if part.photo is not None
+            else editor.drawn(len(source.images), part.seed)
         )
         check([Edit(k) for k in part.concepts], other.observed[-1])
         others.append((other, part.concepts, True))
     aims, guidance = editor.aims(source, edits, others)
     with locked(folder):
-        claim(folder, "settings.yaml", asdict(options) | {"run": str(run)}, free=("device",))
+        moves = {concept: list(way) for concept, way in options.move.items()}  # as YAML gives them back
+        claim(folder, "settings.yaml", asdict(options) | {"move": moves, "run": str(run)}, free=("device",))
         made = {f"strength {s:g}": editor.solve(source.noise, guidance, aims, edits, s) for s in options.strength}
         maps = {}
         for edit in edits:
@@ -138,8 +142,17 @@ def edits_of(options: EditOptions) -> list[Edit]:
     for name, least in (("n", 1), ("steps", 2)):
         if getattr(options, name) < least:
             raise InputError(f"{name}={getattr(options, name)}: at least {least}")
-    if not options.strength or not all(0 <= s <= 1000 for s in options.strength):
-        raise InputError(f"--strength {options.strength}: from 0 to 1000")
+    if options.n > MOST:
+        raise InputError(f"n={options.n}: at most {MOST} at once; others by another --seed")
+    if not abs(options.w) <= MOST_W:
+        raise InputError(f"w={options.w}: a finite number, at most {MOST_W}")
+    for flag in ("like", "layout_from", "compose", "lpips"):
+        if getattr(options, flag) == "":
+            raise InputError(f"--{flag.replace('_', '-')} '': a file is needed")
+    if len({f"{s:g}" for s in options.strength}) < max(1, len(options.strength)):
+        raise InputError(f"--strength {options.strength}: give each once")
+    for strength in options.strength:
+        check_strength(strength)
     for concept, times in options.resize.items():
         if not 0.01 <= times <= 100:
             raise InputError(f"--resize {concept}={times:g}: from 0.01 to 100 times its area")
@@ -156,8 +169,9 @@ def _name(options: EditOptions) -> str:
     parts += [re.sub(r"\W+", "-", options.prompt)[:40]] if options.prompt else []
     parts += [f"move{k}_{dx:g}_{dy:g}" for k, (dx, dy) in options.move.items()]
     parts += [f"resize{k}_{times:g}" for k, times in options.resize.items()]
-    how = f"n{options.n}_seed{options.seed}_w{options.w:g}_{options.steps}_strength{'-'.join(map('{:g}'.format, options.strength))}"
-    return "_".join([*parts, how])[-160:]
+    how = f"{'' if options.like else f'n{options.n}_'}seed{options.seed}_w{options.w:g}_{options.steps}_strength{'-'.join(map('{:g}'.format, options.strength))}"
+    name = re.sub(r"[^\w.,=+-]", "-", "_".join([*parts, how]))
+    return name if len(name) < 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _grey(maps: Tensor, images: Tensor) -> Tensor:
