@@ -220,7 +220,7 @@ def test_the_command_moves_a_concept_of_a_run(tmp_path: Path) -> None:
         (["--move", f"{'9' * 5000}=0.1,0"], "CONCEPT=DX,DY"),
         (["--move", "1=0.1,0", "--w", "nan"], "w=nan: a finite number"),
         (["--move", "1=0.1,0", "--like", ""], "--like '': a file is needed"),
-        (["--move", "1=0.1,0", "--like", "/dev/zero"], "no regular file"),
+        (["--move", "1=0.1,0", "--like", "/dev/zero"], "a device, which has no end"),
         (["--move", "1=0.1,0", "--strength", "20,20.0"], "give each once"),
         (["--move", "1=0.1,0", "-n", "65"], "at most 64"),
         (["--resize", "0=-1"], "0=-1: from 0.01 to 100"),

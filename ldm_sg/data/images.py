@@ -59,8 +59,8 @@ class BadImage(Exception):
 
 def read_bytes(path: str | Path, what: str = "") -> bytes:
     """A file's content; BadImage where it cannot be read."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise BadImage(f"{what}cannot be read: no regular file")  # a device has no end
+    if Path(path).is_char_device():
+        raise BadImage(f"{what}cannot be read: a device, which has no end")
     try:
         return Path(path).read_bytes()
     except OSError as err:

@@ -119,18 +119,19 @@ def energy(now: Observed, aim: Observed, edits: Sequence[Edit], weights: Weights
     not be as they were where an edited one was and where it shall be, for somebody must fill the place and make room."""
     masks, centroids = selfguide.soft(aim.maps), selfguide.centroid(aim.maps)
     edited, sized = torch.zeros_like(now.there), torch.zeros_like(now.there)
-    free = torch.zeros_like(masks[:, :1])
+    free, sizes = torch.zeros_like(masks[:, :1]), masks.mean((-2, -1))
     for edit in edits:
         k, before = edit.concept, masks[:, edit.concept]
         after = edit.of(before)
         free = torch.maximum(free, torch.maximum(before, after)[:, None])
         masks = masks.index_copy(1, torch.tensor([k], device=masks.device), after[:, None])
         centroids[:, k] += centroids.new_tensor([edit.dx, edit.dy])
+        sizes[:, k] *= edit.scale**2  # as asked, whatever of the mask the borders cut off
         edited[:, k], sized[:, k] = True, edit.scale != 1
     there = now.there & aim.there
     edited, others, sized = there & edited, there & ~edited, there & sized
     own, rest = selfguide.shape_energy(now.maps, masks), selfguide.shape_energy(now.maps, masks, 1 - free)
-    size = masks.mean((-2, -1)).clamp(min=SMALLEST)
+    size = sizes.clamp(SMALLEST, 1)
     own = torch.where(sized, own * TYPICAL / size, own)  # of a resized one as a share of what it shall be
     total = weights.shape * edited * own + weights.others_shape * others * rest
     total = total + weights.centroid * edited * selfguide.centroid_energy(now.maps, centroids)
