@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm_sg.annotate.features import FeatureExtractor
-from ldm_sg.annotate.kinds import LoadedAnnotator, load_annotator
+from ldm_sg.annotate.kinds import LoadedAnnotator
 from ldm_sg.data.images import to_float
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import metrics, sources
@@ -23,9 +23,6 @@ from ldm_sg.evaluate.subjects import Subject
 from ldm_sg.guidance import selfguide
 from ldm_sg.sampling.edit import Edit
 from ldm_sg.sampling.editor import Editor, Source
-
-if TYPE_CHECKING:
-    from ldm_sg.pipeline import SelfGuidedPipeline
 
 MOST = 64  # images
 SHIFT = 0.2  # of the width
@@ -117,7 +114,7 @@ def look_distance(masks: Tensor, features: Tensor, concept: int) -> float:
 
 @dataclass(frozen=True)
 class Made:
-    """Of one image, by one judge: the source and what became of it, `names` but the first; masks, features, and g's of the whole."""
+    """Of one image, by one judge: masks and features of the source and of what became of it."""
 
     asked: Asked
     masks: dict[str, Tensor]
@@ -155,52 +152,29 @@ def figures(found: list[Made], way: str = "") -> dict[str, float]:
 def paste(image: Tensor, mask: Tensor, edit: Edit) -> Tensor:
     """[3, H, W] with what lies in the mask [h, w] cut out, moved or resized, and put in again; the hole holds the mirrored image."""
     soft = F.interpolate(mask[None, None], image.shape[1:], mode="bilinear")[0]
-    layers = torch.cat([image * soft, soft])
-    way = {"shift": (edit.dx, edit.dy), "scale": edit.scale}
-    *pasted, there = _around(layers, soft[0], **way)
+    *pasted, there = edit.of(torch.cat([image * soft, soft]), around=soft)
     rest = torch.where(soft > 0.5, image.flip(2), image)
     return rest * (1 - there) + torch.stack(pasted)
-
-
-def _around(layers: Tensor, mask: Tensor, shift: tuple[float, float], scale: float) -> Tensor:
-    """Layers [C, H, W], moved and resized around the mask's centroid."""
-    (x, y), (height, width) = selfguide.centroid(mask).tolist(), mask.shape
-    place = torch.tensor([[[1 / scale, 0, 0], [0, 1 / scale, 0]]])
-    place[0, 0, 2] = 2 * x - 1 - (2 * (x + shift[0]) - 1) / scale
-    place[0, 1, 2] = 2 * y - 1 - (2 * (y + shift[1]) - 1) / scale
-    grid = F.affine_grid(place.to(layers), [1, len(layers), height, width], align_corners=False)
-    return F.grid_sample(layers[None], grid, align_corners=False)[0]
 
 
 class Examiner:
     """Draws or reads sources, one at a time (image i depends on (seed, i) only), edits them, and lets the judges see."""
 
-    def __init__(
-        self,
-        pipe: "SelfGuidedPipeline",
-        own: LoadedAnnotator,
-        judges: dict[str, Sight],
-        w: float,
-        steps: int,
-        seed: int,
-    ):
-        self.editor, self.own, self.judges, self.seed = Editor(pipe, w, steps), own, judges, seed
+    def __init__(self, editor: Editor, judges: dict[str, Sight], seed: int) -> None:
+        self.editor, self.judges, self.seed = editor, judges, seed
 
     def drawn(self, n: int) -> Iterator[Source]:
         return (self.editor.drawn(1, self.seed, i) for i in range(n))
 
     def photos(self, images: sources.ImageSet, n: int) -> Iterator[Source]:
-        pipe = self.editor.pipe
-        for i, image in enumerate(sources.pictures(images, n)):
-            squares, views = self.own.see([image], pipe.image_size, pipe.source_size)
-            yield self.editor.photos(squares, self.own(views), self.seed + i)
+        return (self.editor.photo(image, self.seed + i) for i, image in enumerate(sources.pictures(images, n)))
 
     def __call__(self, found: Iterator[Source], n: int, label: str) -> dict[str, dict[str, float]]:
         """Figures by the name of the judge."""
         seen: dict[str, list[Made]] = {name: [] for name in self.judges}
         sure: list[float] = []
         for i, source in enumerate(tqdm(found, label, n, unit="image", dynamic_ncols=True)):
-            [masks] = coverage(self.own, to_float(source.images))
+            [masks] = coverage(self.editor.annotator, to_float(source.images))
             last = source.observed[-1]
             candidates = able(masks) & last.there[0]
             chosen = candidates & localised(masks, last.maps[0])
@@ -233,11 +207,12 @@ def examine(
     pipe = subject.pipe
     if pipe is None or subject.asked is None:
         raise InputError(f"{subject.where}: the metric edit draws and edits images itself: give a run")
-    own = load_annotator(pipe.annotator_folder, device)
     named = {name: text for name, text in parse_features(options.features).items() if text != OWN}
     networks = {name: load_network(text, options.resize, device) for name, text in named.items()}
+    editor = Editor(pipe, subject.sampling["w"], subject.sampling["steps"])
+    own = editor.annotator
     sights = {own.extractor.name: by_annotator(own), **{name: by_prototypes(each) for name, each in networks.items()}}
-    examiner = Examiner(pipe, own, sights, subject.sampling["w"], subject.sampling["steps"], options.seed)
+    examiner = Examiner(editor, sights, options.seed)
     n = min(options.n, MOST)
     found = examiner(examiner.drawn(n), n, "edits of samples")
     for name, values in examiner(examiner.photos(real, n), min(n, real.total or n), "edits of photos").items():

@@ -54,11 +54,15 @@ def resized(a: Tensor, grid: tuple[int, int]) -> Tensor:
     )
 
 
-def transformed(a: Tensor, shift: tuple[float, float] = (0.0, 0.0), scale: float = 1.0) -> Tensor:
-    """Maps moved by `shift` (shares of the sides, right and down), after growing by `scale` around their own centroids; 0 comes in
-    from outside."""
+def transformed(
+    a: Tensor, shift: tuple[float, float] = (0.0, 0.0), scale: float = 1.0, around: Tensor | None = None
+) -> Tensor:
+    """Maps moved by `shift` (shares of the sides, right and down), after growing by `scale` around their own centroids, or those of
+    `around` [..., h, w]; 0 comes in from outside."""
     flat = a.flatten(0, -3)
-    centre = 2 * centroid(flat) - 1  # grid_sample's coordinates, from -1 to 1
+    centre = (
+        2 * centroid(flat if around is None else around.expand_as(a).flatten(0, -3)) - 1
+    )  # grid_sample's coordinates, from -1 to 1
     to = centre + 2 * torch.tensor(shift, device=a.device, dtype=a.dtype)
     theta = torch.zeros(len(flat), 2, 3, device=a.device, dtype=a.dtype)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale

@@ -28,9 +28,9 @@ class Edit:
     scale: float = 1.0  # of the sides
     name: str = ""  # of the concept, for messages, where it is not its number
 
-    def of(self, maps: Tensor) -> Tensor:
-        """Maps of the concept [..., h, w], edited."""
-        return selfguide.transformed(maps, (self.dx, self.dy), self.scale)
+    def of(self, maps: Tensor, around: Tensor | None = None) -> Tensor:
+        """Maps of the concept [..., h, w], edited around their centroids, or those of `around`."""
+        return selfguide.transformed(maps, (self.dx, self.dy), self.scale, around)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ldm_sg.annotate.kinds import load_annotator
+from ldm_sg.annotate.kinds import LoadedAnnotator, load_annotator
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.compose import Strategy, cfg
 from ldm_sg.guidance.signal import Guidance
@@ -57,6 +58,11 @@ class Editor:
         self.network, self.count = GuidedUNet(pipe.unet, pipe.conditioner), pipe.spec.num_concepts
         self.steps, self.grid = steps, make_grid(pipe.objective, steps)
 
+    @cached_property
+    def annotator(self) -> LoadedAnnotator:
+        """The run's own g and f."""
+        return load_annotator(self.pipe.annotator_folder, self.pipe.device)
+
     @torch.no_grad()
     def drawn(self, n: int, seed: int = 0, first_index: int = 0) -> Source:
         """Images first_index, ... of `seed`, those of `ldm-sg sample`."""
@@ -77,10 +83,8 @@ class Editor:
 
     def photo(self, image: "Image.Image", seed: int = 0) -> Source:
         """A photo, of which the run's own g and f say what is where."""
-        pipe = self.pipe
-        annotator = load_annotator(pipe.annotator_folder, pipe.device)
-        squares, views = annotator.see([image], pipe.image_size, pipe.source_size)
-        return self.photos(squares, annotator(views), seed)
+        squares, views = self.annotator.see([image], self.pipe.image_size, self.pipe.source_size)
+        return self.photos(squares, self.annotator(views), seed)
 
     def edit(
         self, source: Source, edits: Sequence[Edit] = (), strength: float = 20.0, others: Sequence[Taken] = ()
