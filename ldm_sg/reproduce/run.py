@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,36 +81,31 @@ def _run(cells: list[Cell], out: Path, jobs: int, device: str, title: str) -> It
 
 def _results(todo: list[Cell], settings: Any, on: Any, out: Path, bar: tqdm) -> Iterator[tuple[Cell, Any]]:
     if settings.processes > 1:
-        yield from executor.run(Worker(out), todo, settings, on, bar.refresh)
+        yield from executor.run(partial(_worker, out), todo, settings, on, bar.refresh)
         return
-    work = Worker(out)(str(on))
+    work = _worker(out, str(on))
     for cell in todo:
         bar.set_postfix_str(str(cell))
         yield cell, work(cell)
 
 
-class Worker:
-    """(device) -> (cell) -> None, or why it failed. What the verbs print goes to OUT/logs/."""
+def _worker(out: Path, device: str) -> Callable[[Cell], str | None]:
+    return partial(_work, out, device)
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
 
-    def __call__(self, device: str) -> Callable[[Cell], str | None]:
-        self.device = device
-        return self.work
-
-    def work(self, cell: Cell) -> str | None:
-        path = self.out / "logs" / f"{cell.name}-{cell.seed}.txt"
-        path.parent.mkdir(exist_ok=True)
-        with path.open("a") as log, redirect_stdout(log), redirect_stderr(log):
-            try:
-                _make(cell, self.device)
-            except InputError as err:
-                return str(err)
-            except Exception as err:  # a bug of one cell, or memory it has not: the others go on
-                traceback.print_exc()
-                return f"{type(err).__name__}: {one_line(err)} ({path})"
-        return None
+def _work(out: Path, device: str, cell: Cell) -> str | None:
+    """None, or why it failed. What the verbs print goes to OUT/logs/."""
+    path = out / "logs" / f"{cell.name}-{cell.seed}.txt"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            _make(cell, device)
+        except InputError as err:
+            return str(err)
+        except Exception as err:  # a bug of one cell, or memory it has not: the others go on
+            traceback.print_exc()
+            return f"{type(err).__name__}: {one_line(err)} ({path})"
+    return None
 
 
 def _make(cell: Cell, device: str) -> None:
