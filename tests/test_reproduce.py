@@ -63,7 +63,8 @@ def suite(path: Path, **changes: object) -> Path:
 
 
 def results(out: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((out / "results.csv").open()))
+    (own,) = (out / "suites").iterdir()
+    return list(csv.DictReader((own / "results.csv").open()))
 
 
 def kill(command: list[str], when: Path) -> None:
@@ -82,19 +83,19 @@ def test_a_suite_with_a_cell_that_fails_is_stopped_and_goes_on(
     photos(tmp_path / "photos")
     file, out = suite(tmp_path / "small.yaml"), tmp_path / "out"
     command = [sys.executable, "-c", "from ldm_sg.cli import main; main()", "reproduce", str(file), "--out", str(out), "--device", "cpu"]  # fmt: skip
-    last = out / "runs" / "clusters-0" / "checkpoints" / "last.ckpt"
+    last, own = out / "runs" / "clusters-0" / "checkpoints" / "last.ckpt", out / "suites" / "small"
     if how == "kill":
         kill(command, last)
     else:
         with monkeypatch.context() as patch:
             patch.setattr(running, "evaluate", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
             assert CliRunner().invoke(app, command[3:]).exit_code == 130
-    assert last.exists() and not (out / "done").exists()
+    assert last.exists() and not (own / "done").exists()
 
     result = CliRunner().invoke(app, [*command[3:]])
     assert result.exit_code == 2, result.output
     assert "2 of 4 runs failed" in result.output and "has no .cls" in result.output
-    assert "clusters" in (out / "logs" / "clusters-0.txt").read_text()
+    assert "clusters" in (own / "logs" / "clusters-0.txt").read_text()
     rows = results(out)
     good, bad = [row for row in rows if row["file"]], [row for row in rows if row["error"]]
     assert [(row["cell"], row["seed"]) for row in bad] == [("labels", "0"), ("labels", "1")]
@@ -104,11 +105,11 @@ def test_a_suite_with_a_cell_that_fails_is_stopped_and_goes_on(
     assert len({row["fd"] for row in good}) == 4 and good[0]["k"] == "4" and good[0]["images"] == "96"
     at_two = [each["metrics"]["small-g"]["fd"] for each in written if each["sampling"]["w"] == 2]
     mean, deviation = statistics.fmean(at_two), statistics.stdev(at_two)
-    text = (out / "table.md").read_text()
+    text = (own / "table.md").read_text()
     assert f"| clusters | 4 | 2 | 2 | {mean:,.4g} ± {deviation:,.4g} * | FD 1.5 |" in text, text
     assert "labels seed 1 failed: " in text and "| labels |  |  | 2 failed | – |  |" in text
-    page = (out / "report.html").read_text()
-    assert "<svg" in page and "data:image/" in page and (out / "plots" / "fd-small-g-w.svg").is_file()
+    page = (own / "report.html").read_text()
+    assert "<svg" in page and "data:image/" in page and (own / "plots" / "fd-small-g-w.svg").is_file()
 
     before = {path: path.stat().st_mtime_ns for path in (out / "runs" / "clusters-0").rglob("*") if path.is_file()}
     assert CliRunner().invoke(app, command[3:]).exit_code == 2  # only what failed is tried again
@@ -127,7 +128,7 @@ def test_cells_side_by_side_share_what_they_have_in_common(tmp_path: Path) -> No
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"1 of 3 runs failed.*gone seed 3: .*not-there"):
         running.reproduce(str(file), out=out, jobs=2, device="cpu")
-    assert [path.name for path in (out / "runs").iterdir()] == ["plain-3"] and len(list((out / "done").iterdir())) == 2
+    assert [path.name for path in (out / "runs").iterdir()] == ["plain-3"] and len(list((out / "suites" / "small" / "done").iterdir())) == 2
     found = {row["cell"]: row["fd"] for row in results(out)}
     assert found["plain"] and found["apg"] and found["plain"] != found["apg"]
 

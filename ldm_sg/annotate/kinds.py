@@ -50,6 +50,11 @@ def make_annotator(cfg: AnnotatorConfig) -> Annotator:
     return made
 
 
+def late(cfg: AnnotatorConfig) -> set[str]:
+    """The keys of a config of `annotate` that the pass over the images does not depend on."""
+    return {f"annotator.{key}" for key in KINDS.get(cfg.kind, Annotator).late}
+
+
 def _unfitted(cfg: AnnotatorConfig) -> Annotator:
     if cfg.kind not in KINDS:
         raise InputError(f"annotator.kind={cfg.kind!r}; {choices(cfg.kind, KINDS)}")

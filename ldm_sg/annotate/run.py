@@ -21,7 +21,7 @@ from ldm_sg.annotate.baselines import corrupted
 from ldm_sg.annotate.clusters import contingency
 from ldm_sg.annotate.describe import describe
 from ldm_sg.annotate.features import load_extractor
-from ldm_sg.annotate.kinds import check_same_g, load_f, make_annotator, save_annotator
+from ldm_sg.annotate.kinds import check_same_g, late, load_f, make_annotator, save_annotator
 from ldm_sg.annotate.stage import ShardMeta, Stage, check_unchanged, stages
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
 from ldm_sg.annotate.tally import BEFORE, Before, Labels, Summary, put_aside, total, write_tally
@@ -228,7 +228,7 @@ def take(opened: Opened) -> None:
     for key in FREE:
         wanted.pop(key)
     begun = (out / "manifest.yaml").is_file() or any((out / "work").glob("*.json")) or others_work_in(out)
-    free = set() if opened.fitted else {f"annotator.{key}" for key in opened.annotator.late}
+    free = set() if opened.fitted else late(cfg.annotator)
     there = read_mapping(out / "config.yaml").get("shards") if (out / "config.yaml").is_file() else None
     if isinstance(there, list) and there == shards[: len(there)] != shards:
         free.add("shards")

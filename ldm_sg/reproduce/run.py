@@ -1,5 +1,7 @@
 """reproduce: a suite of configs/reproduce/ -> its runs, by the ordinary verbs, and one report of what evaluate said of them."""
 
+import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -7,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from shutil import ignore_patterns
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +19,7 @@ from ldm_sg import executor
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.errors import InputError, one_line
+from ldm_sg.executor import Part
 from ldm_sg.folder import claim, flat, locked, read_mapping, turn, write_text
 from ldm_sg.hardware import pick_device
 from ldm_sg.reproduce.report import Row, write_suite_report
@@ -31,12 +35,13 @@ def reproduce(
     suite: str, overrides: list[str] | None = None, out: Path | None = None, size: str = "small", jobs: int = 1,
     device: str = "auto", dry_run: bool = False,
 ) -> Path | None:  # fmt: skip
-    """The report; what is done is not done again. InputError, when that is written, where a cell failed."""
+    """The report. What is done is not done again; suites of one `out` share what they have in common. InputError, when that is
+    written, where a cell failed."""
     if jobs < 1:
         raise InputError(f"jobs={jobs}: at least 1")
     read = read_suite(suite, overrides, size)
-    out = out or Path("runs") / "reproduce" / read.name
-    cells = plan(read, out)
+    root = out or Path("runs") / ("reproduce" if size == "small" else f"reproduce-{size}")
+    out, cells = root / "suites" / read.name, plan(read, root)
     if dry_run:
         for cell in cells:
             print("\n".join([f"# {cell}", *cell.commands]))
@@ -44,7 +49,9 @@ def reproduce(
     with locked(out):
         wanted = to_mapping(read)
         claim(out, "suite.yaml", wanted, free=[key for key in wanted if key != "name"])
-        for path, text in judge_files(read, out).items():
+        for path, text in judge_files(read, root).items():
+            if path.is_file() and path.read_text() != text:
+                raise InputError(f"judges.{path.stem}: another suite of {root} has other settings; choose another --out")
             write_text(path, text)
         failed: dict[str, str] = {}
 
@@ -96,7 +103,7 @@ def _worker(out: Path, device: str) -> Callable[[Cell], str | None]:
 def _work(out: Path, device: str, cell: Cell) -> str | None:
     """None, or why it failed. What the verbs print goes to OUT/logs/."""
     path = out / "logs" / f"{cell.name}-{cell.seed}.txt"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             _make(cell, device)
@@ -114,7 +121,14 @@ def _make(cell: Cell, device: str) -> None:
         folder, arguments = cell.packed
         with turn(folder):
             pack(**arguments, dst=folder)
-    with turn(Path(cell.annotate.out)):
+    out = Path(cell.annotate.out)
+    with turn(out):
+        if cell.passed and not (out / "config.yaml").is_file():
+            with turn(cell.passed):
+                annotate(replace(cell.annotate, device=device, out=str(cell.passed)), part=Part(0, 1))
+            files = ignore_patterns(".*", "config.yaml")
+            shutil.copytree(cell.passed, out, copy_function=_link, ignore=files, dirs_exist_ok=True)
+            _link(cell.passed / "config.yaml", out / "config.yaml")
         annotate(replace(cell.annotate, device=device))
     with turn(cell.run):
         train(replace(cell.train, device=device))
@@ -123,6 +137,12 @@ def _make(cell: Cell, device: str) -> None:
                 evaluate(**asdict(each.options) | {"device": device})
         if cell.sample and not _is_fresh(_picture(cell), cell.run):
             sample(str(cell.run), replace(cell.sample, device=device))
+
+
+def _link(there: str | Path, here: str | Path) -> None:
+    """A file of a pass that `here` shares; all of them are only ever replaced as a whole."""
+    if not Path(here).exists():
+        os.link(there, here)
 
 
 def _is_fresh(made: Path, run: Path) -> bool:

@@ -4,7 +4,8 @@ import hashlib
 import itertools
 import json
 import shlex
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from ldm_sg.annotate.kinds import late
 from ldm_sg.config import AnnotateConfig, TrainConfig
 from ldm_sg.configfile import ROOT, load, to_mapping
 from ldm_sg.errors import InputError, choices
@@ -87,6 +89,7 @@ class Cell:
     name: str
     seed: int
     packed: tuple[Path, Section] | None  # folder and arguments
+    passed: Path | None  # where the pass over the images lies that several annotation sets are made of
     annotate: AnnotateConfig
     train: TrainConfig
     evaluations: list[Evaluation]
@@ -142,8 +145,8 @@ def assignments(tree: Section) -> list[str]:
 
 
 def plan(suite: SuiteConfig, out: Path) -> list[Cell]:
-    """All cells, first those of the first seed. What two of them have in common (shards, annotation set, run) is one folder, called
-    after the first. InputError for a cell that no verb would take."""
+    """All cells, first those of the first seed. What two of them have in common (shards, pass of g, annotation set, run) is one
+    folder, called after the first. InputError for a cell that no verb would take."""
     homes: dict[str, Path] = {}
 
     def home(kind: str, cell: str, what: Any) -> Path:
@@ -160,7 +163,9 @@ def plan(suite: SuiteConfig, out: Path) -> list[Cell]:
             cells.append(_cell(suite, name, seed, out, home))
         except (InputError, TypeError) as err:  # a word where a number is due
             raise InputError(f"{suite.name}: cells.{name}: {err}") from err
-    return cells
+    sets = {(cell.passed, cell.annotate.out) for cell in cells}
+    alone = {passed for passed, n in Counter(passed for passed, _ in sets).items() if n == 1}
+    return [replace(cell, passed=None) if cell.passed in alone else cell for cell in cells]
 
 
 def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cell:
@@ -180,6 +185,10 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
     annotation = home("annotations", name, [shards, given["annotate"]])
     words = _words("annotate", given["annotate"] | {"shards": shards, "out": str(annotation)})
     annotate = load(AnnotateConfig, *words)
+    decides = flat(to_mapping(annotate))
+    for key in ("out", *late(annotate.annotator)):
+        del decides[key]
+    passed = home("passes", name, decides)
     commands.append(shlex.join(["ldm-sg", "annotate", str(words[0]), *words[1]]))
     run = home("runs", f"{name}-{seed}", [str(annotation), given["train"]])
     words = _words("train", given["train"] | {"annotation": str(annotation), "out": str(run)})
@@ -196,7 +205,9 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
         sample = SampleOptions(**{"precision": "auto"} | given["sample"])
         sample.check()
         commands.append(_flags("sample", [str(run)], given["sample"]))
-    return Cell(name, seed, packed, annotate, train, evaluations, sample, given["paper"], given["line"], commands)
+    return Cell(
+        name, seed, packed, passed, annotate, train, evaluations, sample, given["paper"], given["line"], commands
+    )
 
 
 def _evaluations(given: Section, run: Path, shards: str, features: str, judges: Section) -> list[Evaluation]:
