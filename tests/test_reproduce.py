@@ -169,7 +169,7 @@ def test_what_is_no_suite_gives_one_line(tmp_path: Path, changes: dict, said: st
 def test_names_of_suites_places_and_sizes_are_checked() -> None:
     for name, overrides, size, said in (
         ("tabel_guidance", None, "small", "did you mean 'table_guidance'"),
-        ("table_guidance", ["data.cifar=x"], "small", "data.cifar: .* did you mean 'cifar10'"),
+        ("table_guidance", ["data.photo=x"], "small", "data.photo: .* did you mean 'photos'"),
         ("table_guidance", None, "huge", "size='huge'"),
     ):
         with pytest.raises(InputError, match=said):
