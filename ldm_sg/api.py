@@ -16,7 +16,7 @@ from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.pack import Summary
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.report.run import read_curves
-from ldm_sg.sampling.request import SampleOptions
+from ldm_sg.sampling.options import SampleOptions
 from ldm_sg.verbs.annotate import annotate as run_annotate
 from ldm_sg.verbs.evaluate import evaluate as run_evaluate
 from ldm_sg.verbs.finetune import finetune as run_finetune
