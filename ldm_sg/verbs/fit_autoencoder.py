@@ -66,15 +66,13 @@ def fit_autoencoder(config: FitAutoencoderConfig) -> Path:
             tqdm.write(f"step {fit.steps}: {said}", file=sys.stderr)
 
     if not loop(fit, sources, checkpoint, out / "metrics.csv", report):
-        print(f"interrupted and saved in {out}; the same command resumes", file=sys.stderr)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"interrupted and saved in {out}; the same command resumes")
     autoencoder = export(fit, sources, held, out)
     after = autoencoder.manifest["psnr"]
     print(f"{out}: {after} dB on held-out images")
     for name in before.keys() & after.keys():
-        print(f"{name}: {before[name]} dB by {config.init} before, {after[name]} dB now", file=sys.stderr)
-        if after[name] < before[name]:
-            print(f"note: {config.init} itself is better on {name}: more steps, or a smaller lr", file=sys.stderr)
+        advice = "; it is better itself: more steps, or a smaller lr" if after[name] < before[name] else ""
+        print(f"{name}: {before[name]} dB by {config.init} before, {after[name]} dB now{advice}", file=sys.stderr)
     return out
 
 
@@ -141,21 +139,22 @@ def _normalise(autoencoder: Autoencoder, images: Tensor, size: int) -> None:
 def validate(autoencoder: Autoencoder, held: dict[str, Tensor], picture: Path | None) -> dict[str, float]:
     """dB of each held-out set, plain and (NAME+noise) with noise on the latents; `picture` gets 12 of each set in three
     rows: the images, their reconstructions, and those with noise."""
-    scores, rows = {}, []
+    scores, rows = {}, {}
     for name, images in held.items():
-        parts: list[list[Tensor]] = [[], []]
+        decoded: dict[str, list[Tensor]] = {name: [], f"{name}+noise": []}
         generator = torch.Generator().manual_seed(0)
         for batch in images.split(64):
             z = autoencoder.encode(to_float(batch).to(autoencoder.mean.device))
             noise = NOISE_SHOWN * torch.randn(z.shape, generator=generator).to(z.device)
-            for part, latents in zip(parts, (z, z + noise), strict=True):
-                part.append(autoencoder.decode(latents).cpu())
-        for label, decoded in ((name, torch.cat(parts[0])), (f"{name}+noise", torch.cat(parts[1]))):
-            scores[label] = round(float(psnr(decoded, to_float(images)).mean()), 2)
-            rows.append((label, to_uint8(decoded[:12])))
-        rows.insert(-2, (f"{name} images", images[:12]))
+            for parts, latents in zip(decoded.values(), (z, z + noise), strict=True):
+                parts.append(autoencoder.decode(latents).cpu())
+        rows[f"{name} images"] = images[:12]
+        for label, parts in decoded.items():
+            made = torch.cat(parts)
+            scores[label] = round(float(psnr(made, to_float(images)).mean()), 2)
+            rows[label] = to_uint8(made[:12])
     if picture is not None and rows:
-        save(labelled_rows([label for label, _ in rows], [row for _, row in rows]), picture)
+        save(labelled_rows(list(rows), list(rows.values())), picture)
     return scores
 
 
