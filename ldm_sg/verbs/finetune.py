@@ -56,14 +56,8 @@ def finetune(run: str | Path, images: str, **options: Any) -> Path:
         config = replace(config, patience=0)
         print(f"note: too few images to hold some out: all {asked.steps} steps are taken", file=sys.stderr)
     train(load(TrainConfig, config, asked.overrides))
-    _look(
-        open_pipeline(out, asked.device),
-        pipe,
-        base,
-        annotation,
-        out,
-        "annotated before" if annotated else asked.clusters,
-    )
+    clusters = "annotated before" if annotated else asked.clusters
+    _look(open_pipeline(out, asked.device), pipe, base, annotation, out, clusters)
     print((out / "finetune.json").read_text() + str(out / "finetune.json"))
     return out
 
