@@ -61,14 +61,18 @@ def fit_autoencoder(config: FitAutoencoderConfig) -> Path:
     def report() -> None:
         if held:
             picture = out / "samples" / f"step-{fit.steps:06d}.png"
-            scores = validate(current(fit, sources[0], out, 512), held, picture)
+            scores = validate(current(fit, sources[0].images[:512], out), held, picture)
             said = ", ".join(f"{name} {value:.2f} dB" for name, value in scores.items())
             tqdm.write(f"step {fit.steps}: {said}", file=sys.stderr)
 
     if not loop(fit, sources, checkpoint, out / "metrics.csv", report):
         raise KeyboardInterrupt(f"interrupted and saved in {out}; the same command resumes")
-    autoencoder = export(fit, sources, held, out)
-    after = autoencoder.manifest["psnr"]
+    autoencoder = current(fit, sources[0].images, out)
+    scores = validate(autoencoder, held, out / "reconstructions.png")
+    after = autoencoder.manifest["psnr"] = {name: scores[name] for name in held}
+    if held:
+        autoencoder.manifest["psnr_noisy"] = {"std": NOISE_SHOWN, **{name: scores[f"{name}+noise"] for name in held}}
+    manifests.write(autoencoder.manifest, out)
     print(f"{out}: {after} dB on held-out images")
     for name in before.keys() & after.keys():
         advice = "; it is better itself: more steps, or a smaller lr" if after[name] < before[name] else ""
@@ -105,9 +109,9 @@ def _read(name: str, urls: str, side: int, workers: int) -> Tensor:
     return torch.cat(parts)
 
 
-def current(fit: Fit, source: Source, out: Path, images: int) -> Autoencoder:
-    """What would ship now: the averaged weights through float16 and model.safetensors, normalised over up to `images`
-    images of `source`."""
+def current(fit: Fit, images: Tensor, out: Path) -> Autoencoder:
+    """What would ship now: the averaged weights through float16 and model.safetensors, normalised over `images`, those of the first
+    source."""
     c = fit.config
     state = {k: v.to("cpu", torch.float16).contiguous() for k, v in fit.average.items()}
     write_bytes(out / "model.safetensors", to_bytes(state))
@@ -124,7 +128,7 @@ def current(fit: Fit, source: Source, out: Path, images: int) -> Autoencoder:
         "recipe": c.recipe,
     }
     autoencoder = Autoencoder(KINDS[fit.kind](manifest, out / "model.safetensors"), manifest).to(fit.device)
-    _normalise(autoencoder, source.images[:images], c.size)
+    _normalise(autoencoder, images, c.size)
     return autoencoder
 
 
@@ -156,14 +160,3 @@ def validate(autoencoder: Autoencoder, held: dict[str, Tensor], picture: Path | 
     if picture is not None and rows:
         save(labelled_rows(list(rows), list(rows.values())), picture)
     return scores
-
-
-def export(fit: Fit, sources: list[Source], held: dict[str, Tensor], out: Path) -> Autoencoder:
-    """The finished autoencoder, its latents normalised over all training images of the first source."""
-    autoencoder = current(fit, sources[0], out, len(sources[0].images))
-    scores = validate(autoencoder, held, out / "reconstructions.png")
-    autoencoder.manifest["psnr"] = {name: scores[name] for name in held}
-    if held:
-        autoencoder.manifest["psnr_noisy"] = {"std": NOISE_SHOWN, **{name: scores[f"{name}+noise"] for name in held}}
-    manifests.write(autoencoder.manifest, out)
-    return autoencoder
