@@ -70,8 +70,8 @@ def ldm_sg(
 
 
 def add(name: str, takes: type, run: str | Callable[..., Any] = "") -> None:
-    """The verb `name`: its arguments and flags are the fields of `takes`, whose docstring is its help, examples last. What was typed
-    goes to `run`, or to what has this name in ldm_sg (default verbs.NAME:NAME), which is imported only then."""
+    """The verb `name`: its arguments and flags are the fields of `takes`, whose docstring is its help, examples last. What was
+    typed goes to `run`, or to what has this name in ldm_sg (default verbs.NAME:NAME), which is imported only then."""
     *group, short = name.split()
     run = run or "verbs.{0}:{0}".format(short.replace("-", "_"))
     help, heading, examples = (getdoc(takes) or "").partition("Examples:")

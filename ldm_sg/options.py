@@ -1,5 +1,5 @@
-"""How a dataclass says what a verb takes: each option once, its help beside it. The command line makes its arguments and flags of
-the fields, so whatever holds such a class is imported by `--help`, and leaves torch to its methods."""
+"""How a dataclass says what a verb takes: each option once, its help beside it. The command line makes its arguments and flags
+of the fields, so whatever holds such a class is imported by `--help`, and leaves torch to its methods."""
 
 from collections.abc import Callable
 from dataclasses import MISSING, field
@@ -19,7 +19,7 @@ def argument(help: str, default: Any = MISSING) -> Any:
 
 
 def option(default: Any, help: str, *flags: str, parse: Callable[[str, Any], Any] | None = None) -> Any:
-    """What is typed behind `flags`, where it is more than --NAME; MISSING: must be. `parse` (flag, what was typed) -> the value."""
+    """What is typed behind `flags`, where it is more than --NAME; MISSING: must be. `parse` (flag, typed) -> the value."""
     how = {"help": help, "flags": flags, "parse": parse}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=how)

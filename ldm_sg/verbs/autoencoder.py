@@ -81,8 +81,8 @@ def import_checkpoint(file: Path, config: Path | None = None, out: Path | None =
 def measure(name: str | Path, data: str, **options: Any) -> dict[str, Any]:
     """What `name` gives back of up to `n` images of `data`, spread over it, cropped to `size` pixels (default: the first
     image's, down to a multiple of the factor). Prints a table, writes and returns the figures. `options`: the other fields of
-    MeasureOptions. `lpips`, `inception`: what has no weights at hand is left out, and said so. `overwrite`: other figures than of
-    these images by this autoencoder in `out` are replaced too; other files never are."""
+    MeasureOptions. `lpips`, `inception`: what has no weights at hand is left out, and said so. `overwrite`: other figures than
+    of these images by this autoencoder in `out` are replaced too; other files never are."""
     given = MeasureOptions(str(name), data, **options)
     need_within("n", given.n, 2)
     need_within("batch_size", given.batch_size, 1)

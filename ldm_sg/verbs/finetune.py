@@ -31,8 +31,8 @@ JUDGED = 500  # samples with which it is measured what the base has forgotten
 
 
 def finetune(run: str | Path, images: str, **options: Any) -> Path:
-    """`options`: the other fields of FinetuneOptions. `images`: a photo folder, shards, or an annotation set made with the run's g
-    and first stage. Data lies in OUT-data, as with the demo. Returns the new run; the same command resumes, and with more steps
+    """`options`: the other fields of FinetuneOptions. `images`: a photo folder, shards, or an annotation set made with the run's
+    g and first stage. Data lies in OUT-data, as with the demo. Returns the new run; the same command resumes, and with more steps
     goes on, with the DERIVED settings of the start."""
     asked = FinetuneOptions(Path(run), images, **options)
     of = Path(images).resolve().stem.strip("*") or "tuned"

@@ -110,8 +110,8 @@ def _read(name: str, urls: str, side: int, workers: int) -> Tensor:
 
 
 def current(fit: Fit, images: Tensor, out: Path) -> Autoencoder:
-    """What would ship now: the averaged weights through float16 and model.safetensors, normalised over `images`, those of the first
-    source."""
+    """What would ship now: the averaged weights through float16 and model.safetensors, normalised over `images`, those of the
+    first source."""
     c = fit.config
     state = {k: v.to("cpu", torch.float16).contiguous() for k, v in fit.average.items()}
     write_bytes(out / "model.safetensors", to_bytes(state))

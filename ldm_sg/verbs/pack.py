@@ -20,9 +20,9 @@ from ldm_sg.verbs.options import PackOptions
 def pack(src: str | Path, dst: str | Path, **options: Any) -> Summary:
     """Packs `src` into DST/000000.tar, ...; what is finished already is kept. `options`: the other fields of PackOptions.
 
-    An image is cropped to the one of the `buckets`, (width, height), that is nearest to its own shape, and each shard holds one. In
-    a Pascal VOC folder objects marked difficult are kept, of COCO's boxes crowds left out. With executor=ray `workers` actors make a
-    shard each, on a disk that all see; workers=0: this process."""
+    An image is cropped to the one of the `buckets`, (width, height), that is nearest to its own shape, and each shard holds one.
+    In a Pascal VOC folder objects marked difficult are kept, of COCO's boxes crowds left out. With executor=ray `workers` actors
+    make a shard each, on a disk that all see; workers=0: this process."""
     asked = PackOptions(str(src), Path(dst), **options)
     size, workers, whole = asked.size, asked.workers, asked.crop == "none"
     need_choice("format", asked.format, FORMATS)
