@@ -15,7 +15,7 @@ _PUBLIC = {
     "GuidanceSpec": "ldm_sg.guidance.signal",
     "InputError": "ldm_sg.errors",
     "LatentSet": "ldm_sg.data.latents",
-    "SampleOptions": "ldm_sg.sampling.request",
+    "SampleOptions": "ldm_sg.sampling.options",
     "SelfGuidedPipeline": "ldm_sg.pipeline",
     "TrainConfig": "ldm_sg.config",
     "load_autoencoder": "ldm_sg.autoencoder",

@@ -16,7 +16,7 @@ from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.pack import Summary
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.report.run import read_curves
-from ldm_sg.sampling.request import SampleOptions
+from ldm_sg.sampling.options import SampleOptions
 from ldm_sg.verbs.annotate import annotate as run_annotate
 from ldm_sg.verbs.evaluate import evaluate as run_evaluate
 from ldm_sg.verbs.finetune import finetune as run_finetune
@@ -79,7 +79,7 @@ class Samples:
 
 
 def pack(src: str | Path, dst: str | Path, **options: Any) -> Shards:
-    """Images -> source shards; options as in `ldm_sg.verbs.pack`."""
+    """Images -> source shards; options as in `ldm_sg.verbs.options.PackOptions`."""
     return Shards(Path(dst), run_pack(src, dst, **options))
 
 
@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> Run:
 
 
 def finetune(run: Run | str | Path, images: Shards | LatentSet | str | Path, **options: Any) -> Run:
-    """A run moved to other images; options as in `ldm_sg.verbs.finetune`."""
+    """A run moved to other images; options as in `ldm_sg.verbs.options.FinetuneOptions`."""
     return Run(run_finetune(_folder(run), _folder(images), **options))
 
 

@@ -1,6 +1,7 @@
 """The one exception that means "the user's input is wrong"; the command line turns it into one line and exit code 2."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 
@@ -12,6 +13,18 @@ class InputError(ValueError):
 def one_line(err: Exception) -> str:
     """What an exception says, for a message of ours: without colours."""
     return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(err)).split()) or type(err).__name__
+
+
+def need_within(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """InputError where a number is not from `low` to `high`."""
+    if not low <= value <= high:
+        raise InputError(f"{name}={value}: " + (f"from {low:,} to {high:,}" if high < math.inf else f"at least {low}"))
+
+
+def need_choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """InputError where a value is none of the allowed; None among them, a default, is not offered."""
+    if value not in (known := list(allowed)):
+        raise InputError(f"{name}={value!r}; {choices(value, [each for each in known if each is not None])}")
 
 
 def choices(value: object, allowed: Iterable[object]) -> str:

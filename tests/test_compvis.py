@@ -348,10 +348,10 @@ def test_measure_says_what_comes_back(tmp_path: Path, monkeypatch: pytest.Monkey
     other.write_text('{"precious": 1}')
     save_file({"features.0.weight": torch.ones(3), "features.0.bias": torch.ones(3)}, "lpips.safetensors")
     for flags, message in (
-        (("--size", 8), "--size 8: from 16 to 8,192 pixels"),
-        (("--size", 0), "--size 0: from 16"),
-        (("--size", 100_000), "--size 100000: from 16"),
-        (("--batch-size", -3), "--batch-size -3: at least"),
+        (("--size", 8), "size=8: from 16 to 8,192"),
+        (("--size", 0), "size=0: from 16"),
+        (("--size", 100_000), "size=100000: from 16"),
+        (("--batch-size", -3), "batch_size=-3: at least"),
         (("--inception", "nowhere.pth"), "no such file"),
         (("--lpips", other), "mine.json: not a safetensors file"),
         (("--lpips", "lpips.safetensors"), "lpips_weights=lpips.safetensors: its 0.weight"),

@@ -303,7 +303,7 @@ def test_flags_that_do_not_belong(voc, coco, tmp_path):
         (src, {"merge": "cocostuff27"}, "--merge belongs to an image folder with --masks; there is no --masks"),
         (src, {"annotations": coco, "ignore_index": 3}, "--ignore-index belongs to an image folder with --masks"),
         (src, {**paths, "merge": "cocostuff"}, "--merge 'cocostuff': did you mean 'cocostuff27'"),
-        (src, {**paths, "ignore_index": 256}, "ignore_index=256: choose from 0 to 255"),
+        (src, {**paths, "ignore_index": 256}, "ignore_index=256: from 0 to 255"),
         (src, {**paths, "masks": tmp_path / "none"}, "the masks' folder .*none is not there"),
         (
             src,

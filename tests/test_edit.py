@@ -217,13 +217,13 @@ def test_the_command_moves_a_concept_of_a_run(tmp_path: Path) -> None:
         (["--move", "7=0.1,0"], "concept 7 is not in the source"),
         (["--move", "1=0.1,0", "--move", "1=-0.1,0"], "1 is named twice"),
         (["--move", "1=nan,0"], "1=nan,0: CONCEPT=DX,DY"),
-        (["--move", f"{'9' * 5000}=0.1,0"], "CONCEPT=DX,DY"),
-        (["--move", "1=0.1,0", "--w", "nan"], "w=nan: a finite number"),
+        (["--move", f"{'9' * 5000}=0.1,0"], "concepts of a run are numbers"),
+        (["--move", "1=0.1,0", "--w", "nan"], "w=nan: from -1,000 to 1,000"),
         (["--move", "1=0.1,0", "--like", ""], "--like '': a file is needed"),
         (["--move", "1=0.1,0", "--like", "/dev/zero"], "a device, which has no end"),
         (["--move", "1=0.1,0", "--strength", "20,20.0"], "give each once"),
-        (["--move", "1=0.1,0", "-n", "65"], "at most 64"),
-        (["--resize", "0=-1"], "0=-1: from 0.01 to 100"),
+        (["--move", "1=0.1,0", "-n", "65"], "n=65: from 1 to 64"),
+        (["--resize", "0=-1"], "0=-1.0: from 0.01 to 100"),
         (["--resize", "1=2", "--strength", "-1"], "from 0 to 1000"),
     ):
         refused = CliRunner().invoke(app, [*asked, *flags, "--out", str(tmp_path / "no")])

@@ -232,7 +232,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
         ((run, real), {"n": 0}, "n=0"),
         ((run, real, "fd"), {"n": 1}, "1 images are too few for fd"),
         ((run, real), {"n": 5}, "5 images are too few for prdc"),
-        ((run, real), {"w": float("nan")}, "finite"),
+        ((run, real), {"w": float("nan")}, "w=nan: from -1,000"),
         ((run, real), {"scheduler": "ddimm"}, "did you mean 'ddim'"),
         ((run, real), {"size": 32}, "size=32"),
         ((run, real, "is"), {"n": 10}, "reads a classifier"),

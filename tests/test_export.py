@@ -97,7 +97,7 @@ def test_wrong_places_are_told_before_anything_is_drawn(
 ) -> None:
     monkeypatch.setattr(exports, "open_pipeline", lambda *_: pytest.fail("opened"))
     (tmp_path / "mine.txt").write_text("precious")
-    for to, message in ((tmp_path, "no earlier export"), (tmp_path / "mine.txt", "is a file"),
+    for to, message in ((tmp_path, "no earlier export"), (tmp_path / "mine.txt", "a file, or"),
                         ("hub://name", "hub://USER/NAME"), ("hub://user/name", "no network")):  # fmt: skip
         code, output = invoke("export", run, to)
         assert code == 2 and message in output and output.count("\n") == 1, output

@@ -161,11 +161,11 @@ def test_a_mask_that_changed_is_another_request(tmp_path: Path) -> None:
     [
         (["--box", "0,0,20,8"], "needs 0 <= x0 < x1 <= 16"),
         (["--box", "4,4,4,8"], "needs 0 <= x0 < x1"),
-        (["--box", "4,4,8"], "--box takes x0,y0,x1,y1"),
-        (["--box", "4,4,8,8", "--like", "x.png"], "leave --cluster, --box and --mask out"),
+        (["--box", "4,4,8"], "write it as 40,60,200,240"),
+        (["--box", "4,4,8,8", "--like", "x.png"], "--like and --box do not go together"),
         (["--mask", "m.png"], "--mask: this run was trained without masks; it accepts --cluster, --box"),
         (["--vary", "colour"], "layout"),
-        (["--vary", "layout", "--box", "1,1,4,4"], "leave --box"),
+        (["--vary", "layout", "--box", "1,1,4,4"], "--vary and --box do not go together"),
         (["--interpolate", "0,1"], "more than an id"),
     ],
 )
@@ -191,7 +191,7 @@ def test_what_a_mask_run_refuses(mask_run: Path, tmp_path: Path) -> None:
         code, output = invoke("sample", mask_run, "--mask", tmp_path / name, "--out", tmp_path / "s")
         assert code == 2 and "more than 134,217,728" in output, output
     code, output = invoke("sample", mask_run, "--mask", tmp_path / "beyond.png", "--cluster", "1")
-    assert code == 2 and "leave --cluster out" in output
+    assert code == 2 and "--mask and --cluster do not go together" in output
     (tmp_path / "text.png").write_text("no image")
     for name, message in (("text.png", "it is no PNG"), ("none.png", "No such file")):
         code, output = invoke("sample", mask_run, "--mask", tmp_path / name, "--out", tmp_path / "s")

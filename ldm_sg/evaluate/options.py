@@ -1,14 +1,11 @@
 """What a person asks of `evaluate`."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
-from ldm_sg.config import check_workers
-from ldm_sg.data.images import MAX_SIDE
-from ldm_sg.errors import InputError, choices
-from ldm_sg.evaluate.inception import RESIZES
-from ldm_sg.sampling.request import SampleOptions
+from ldm_sg.errors import need_choice, need_within
+from ldm_sg.options import ADDRESS, CHECKPOINT, DEVICE, EXECUTOR, argument, numbers, option
+from ldm_sg.sampling.options import MOST_W, SampleOptions
 
 _USUAL = SampleOptions(precision="auto")  # sample's, but faster
 _OWN = ("steps", "scheduler", "spacing", "precision", "strategy", "rescale")
@@ -18,46 +15,62 @@ DRAWING: dict[str, Any] = {name: getattr(_USUAL, name) for name in _OWN} | {"int
 
 @dataclass(frozen=True)
 class Options:
-    """source: a run or pipeline folder (n samples are drawn, their signals from the training distribution), a folder of
-    images or of what `ldm-sg sample` made, or shards. None: the default."""
+    """Samples against real images -> numbers with everything needed to reproduce them.
 
-    source: str
-    reference: str
-    metrics: str | None = None  # commas between; default fd and prdc, and what the run's signals allow
-    features: str | None = None  # judges, commas between: own (the run's g), inception, inception:FILE, any g, a YAML
-    resize: str | None = None  # how Inception's input is resized
-    n: int = 10_000
-    size: int | None = None  # pixels of the comparison
-    w: float | None = None
-    steps: int | None = None
-    scheduler: str | None = None
-    spacing: str | None = None
-    strategy: str | None = None
-    rescale: float | None = None
-    interval: list[float] | None = None
-    precision: str | None = None
-    seed: int = 0
-    batch_size: int = 64  # samples of a worker's task, in whole passes; changes no figure
-    checkpoint: str | None = None  # a step of the run that keeps its weights, or best
-    prior: str | None = None  # of the signals of drawn samples: of PRIORS
-    held_out: str | None = None  # images that training did not see, for the metric memory and for prior=held-out
-    statistics: str | None = None  # .npz that the reference's are written to
-    run: str | None = None  # whose g and f judge images on disk; default the run that holds them
-    out: str | None = None
-    device: str = "auto"
-    executor: str = "local"  # as in AnnotateConfig
-    processes: int = 0
-    address: str | None = None
+    Examples:
+      ldm-sg evaluate runs/demo --reference 'data/demo/*.tar' --metrics fd,prdc,consistency -n 2000
+      ldm-sg evaluate runs/demo --reference 'data/demo/*.tar' --features own,inception --resize clean
+    """
+
+    # of a run or pipeline folder n samples are drawn, their signals from the training distribution; None: the default
+    source: str = argument("Run, folder of samples or images, or shards.")
+    reference: str = option(MISSING, "Real images: shards or a folder; or .npz statistics (clean-fid, ADM).")
+    metrics: str | None = option(
+        None,
+        "Of fd, kid, prdc, is, sfid, cmmd, fd_clusters, memory, nmi, consistency, layout, edit; default what the run allows.",
+    )
+    features: str | None = option(
+        None, "Judges, commas between: own (the default: the run's g), inception, inception:FILE, any g, a YAML."
+    )
+    resize: str | None = option(
+        None, "Of inception's input: tf (torch-fidelity's, the default) or clean (clean-fid's)."
+    )
+    n: int = option(10_000, "Samples; of the reference all are used, up to 50,000.", "-n", "--n")
+    w: float | None = option(None, "Guidance strength; default 2.", "--w", "-w")
+    steps: int | None = option(None, "Solver steps; default 25.")
+    scheduler: str | None = option(None, "dpmpp_2m (the default), ddim, ddpm, unipc or euler.")
+    seed: int = option(0, "Seed of the samples.")
+    batch_size: int = option(64, "Samples of a worker's task; changes no figure.")  # in whole passes
+    size: int | None = option(None, "Side to which images are cropped; default the run's.")
+    precision: str | None = option(None, "Of the sampling: auto (the default), fp32 or bf16.")
+    run: str | None = option(None, "Run whose g and f judge images on disk; default the one that holds them.")
+    prior: str | None = option(
+        None, "What clusters are drawn from: empirical (training's, the default), uniform, held-out."
+    )
+    held_out: str | None = option(None, "Images that training did not see, for metric memory and --prior held-out.")
+    statistics: str | None = option(None, ".npz that the reference's mean and covariance go into.")
+    spacing: str | None = option(None, "Of the solver's steps; as in sample.")
+    strategy: str | None = option(None, "cfg, cfg_zero or apg.")
+    rescale: float | None = option(None, "As in sample.")
+    interval: list[float] | None = option(None, "As in sample.", parse=numbers)
+    checkpoint: str | None = option(None, CHECKPOINT)
+    out: str | None = option(None, "JSON file.")
+    processes: int = option(0, "At once; 0 = one a GPU (ray: of the cluster's), or one.")
+    executor: str = option("local", EXECUTOR)
+    address: str | None = option(None, ADDRESS)
+    device: str = option("auto", DEVICE)
 
     def check(self) -> None:
         """InputError where values mean nothing."""
+        from ldm_sg.config import check_workers
+        from ldm_sg.data.images import MAX_SIDE
+        from ldm_sg.evaluate.inception import RESIZES
+
         check_workers(self)
-        if self.size is not None and not 1 <= self.size <= MAX_SIDE:
-            raise InputError(f"size={self.size}: from 1 to {MAX_SIDE:,} pixels")
-        if self.n < 1 or self.batch_size < 1 or not math.isfinite(self.w or 0):
-            raise InputError(
-                f"n={self.n}, batch_size={self.batch_size}, w={self.w}: counts of at least 1 and a finite strength"
-            )
-        for name, given, known in (("resize", self.resize, RESIZES), ("prior", self.prior, PRIORS)):
-            if given not in (None, *known):
-                raise InputError(f"{name}={given!r}; {choices(given, known)}")
+        if self.size is not None:
+            need_within("size", self.size, 1, MAX_SIDE)
+        need_within("n", self.n, 1)
+        need_within("batch_size", self.batch_size, 1)
+        need_within("w", self.w or 0, -MOST_W, MOST_W)
+        need_choice("resize", self.resize, (None, *RESIZES))
+        need_choice("prior", self.prior, (None, *PRIORS))

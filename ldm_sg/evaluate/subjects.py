@@ -18,7 +18,7 @@ from ldm_sg.folder import pipeline_of
 from ldm_sg.hardware import pick_device
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.sampling.draw import image_generator
-from ldm_sg.sampling.request import SampleOptions
+from ldm_sg.sampling.options import SampleOptions
 
 
 @dataclass(frozen=True)

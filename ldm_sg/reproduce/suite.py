@@ -7,7 +7,6 @@ import shlex
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from ldm_sg.configfile import ROOT, load, to_mapping
 from ldm_sg.errors import InputError, choices
 from ldm_sg.evaluate.options import Options
 from ldm_sg.folder import flat
-from ldm_sg.sampling.request import SampleOptions
-from ldm_sg.verbs.pack import pack
+from ldm_sg.sampling.options import SampleOptions
+from ldm_sg.verbs.options import PackOptions
 
 SIZES = ("small", "gpu")
 Section = dict[str, Any]
@@ -176,7 +175,7 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
     given: Any = OmegaConf.to_container(own)
     packed, shards, commands = None, given["annotate"].get("shards"), []
     if given["pack"]:
-        _check_names("pack", given["pack"], set(signature(pack).parameters) - {"dst"})
+        _check_names("pack", given["pack"], {each.name for each in fields(PackOptions)} - {"dst"})
         packed = home("shards", name, given["pack"]), given["pack"]
         shards = f"{packed[0]}/*.tar"
         commands.append(_flags("pack", [str(given["pack"].get("src")), str(packed[0])], given["pack"], "src"))

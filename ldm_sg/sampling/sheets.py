@@ -14,7 +14,8 @@ from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.sampling.draw import image_generator, slerp
-from ldm_sg.sampling.request import SampleOptions, signals
+from ldm_sg.sampling.options import SampleOptions
+from ldm_sg.sampling.request import signals
 
 if TYPE_CHECKING:
     from ldm_sg.pipeline import SelfGuidedPipeline

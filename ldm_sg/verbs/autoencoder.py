@@ -1,5 +1,6 @@
 """autoencoder: which first stages there are, how well one gives images back, and checkpoints of others as one of ours."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from tqdm import tqdm
 
-from ldm_sg.autoencoder import Autoencoder, load_autoencoder, moments, psnr
+from ldm_sg.autoencoder import load_autoencoder, moments, psnr
 from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.compvis import convert
 from ldm_sg.configfile import ROOT
 from ldm_sg.data.images import MAX_SIDE, to_float, to_uint8
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, need_within
 from ldm_sg.evaluate import sources
 from ldm_sg.evaluate.inception import load_inception
 from ldm_sg.evaluate.metrics import frechet_distance
@@ -22,6 +23,7 @@ from ldm_sg.folder import WEIGHTS, file_sha256, read_mapping, whole, write_json
 from ldm_sg.hardware import pick_device
 from ldm_sg.report import grids
 from ldm_sg.training.autoencoder import enlarge, perceptual_distance
+from ldm_sg.verbs.options import MeasureOptions
 
 SHOWN = 8  # images of the picture
 LEAST = 16  # pixels of an image: SSIM's window is 11
@@ -40,9 +42,10 @@ def show() -> None:
             print(f"{folder.name:<18}{err}")
             continue
         latent, source = f"f{known.get('factor')} c{known.get('channels')}", known.get("source")
-        weights = folder / source["file"] if isinstance(source, dict) and "file" in source else None
-        where = f"hub {source['hub']}" if isinstance(source, dict) and "hub" in source else "here"
-        where = "its weights are yours to bring (see its note)" if weights and not weights.is_file() else where
+        source = source if isinstance(source, dict) else {}
+        where = f"hub {source['hub']}" if "hub" in source else "here"
+        if "file" in source and not (folder / source["file"]).is_file():
+            where = "its weights are yours to bring (see its note)"
         print(f"{known['name']!s:<18}{known['kind']:<9}{latent:<8}{known.get('licence', '')!s:<26.25}{where}")
 
 
@@ -75,53 +78,76 @@ def import_checkpoint(file: Path, config: Path | None = None, out: Path | None =
     return out
 
 
-def measure(
-    name: str,
-    data: str,
-    n: int = 500,
-    size: int | None = None,
-    picture: Path | None = None,
-    out: Path | None = None,
-    lpips: str | None = None,
-    inception: str | None = None,
-    batch_size: int = 16,
-    device: str = "auto",
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def measure(name: str | Path, data: str, **options: Any) -> dict[str, Any]:
     """What `name` gives back of up to `n` images of `data`, spread over it, cropped to `size` pixels (default: the first
-    image's, down to a multiple of the factor). Prints a table, writes and returns the figures; `out`: default
-    NAME-measured.json. `lpips`, `inception`: files of weights; what has none at hand is left out, and said so.
-    `overwrite`: other figures than of these images by this autoencoder in `out` are replaced too; other files never are."""
-    if n < 2 or batch_size < 1:
-        raise InputError(f"-n {n} --batch-size {batch_size}: at least 2 images, and 1 at once")
-    on = pick_device(device)
-    autoencoder, images = load_autoencoder(name).to(on), sources.open_images(data)
+    image's, down to a multiple of the factor). Prints a table, writes and returns the figures. `options`: the other fields of
+    MeasureOptions. `lpips`, `inception`: what has no weights at hand is left out, and said so. `overwrite`: other figures than
+    of these images by this autoencoder in `out` are replaced too; other files never are."""
+    given = MeasureOptions(str(name), data, **options)
+    need_within("n", given.n, 2)
+    need_within("batch_size", given.batch_size, 1)
+    device = pick_device(given.device)
+    autoencoder, images = load_autoencoder(name).to(device), sources.open_images(data)
+    size, picture = given.size, given.picture
     if size is None:
         size = min(sources.first_size(images), MAX_SIDE) // autoencoder.factor * autoencoder.factor
-    if not LEAST <= size <= MAX_SIDE:
-        raise InputError(f"--size {size}: from {LEAST} to {MAX_SIDE:,} pixels")
-    out = out or Path(f"{autoencoder.name}-measured.json")
-    asked = {"autoencoder": autoencoder.name, "data": data, "size": size, "n": n}
-    _refuse_foreign(out, picture, asked, overwrite)
-    batch_size = min(batch_size, MAX_SIDE**2 // size**2)  # as many pixels as one image may have
-    networks, missing = _networks(lpips, inception, on)
-    found = _Figures(autoencoder, networks)
+    need_within("size", size, LEAST, MAX_SIDE)
+    out = given.out or Path(f"{autoencoder.name}-measured.json")
+    asked = {"autoencoder": autoencoder.name, "data": data, "size": size, "n": given.n}
+    _refuse_foreign(out, picture, asked, given.overwrite)
+    networks, missing = _networks(given.lpips, given.inception, device)
     skipped: list[str] = []
-    batches = sources.batches(images, size, batch_size, n, lambda image, why: skipped.append(f"{image}: {why}"))
-    with torch.no_grad(), tqdm(total=min(images.total or n, n), unit="image", desc="measure") as bar:
-        normal = moments(found.see(batch, bar) for _, batch in batches)
+    at_once = min(given.batch_size, MAX_SIDE**2 // size**2)  # as many pixels as one image may have
+    batches = sources.batches(images, size, at_once, given.n, lambda image, why: skipped.append(f"{image}: {why}"))
+    found: dict[str, list[Tensor]] = {}
+    shown: list[tuple[Tensor, Tensor]] = []
+
+    def latents(bar: tqdm) -> Iterator[Tensor]:
+        for _, batch in batches:
+            real = to_float(batch.to(device))
+            z = autoencoder.encode_raw(real)
+            rebuilt = autoencoder.decode_raw(z)
+            for figure, values in _compare(rebuilt, real, networks).items():
+                found.setdefault(figure, []).append(values.cpu())
+            if len(shown) * len(batch) < SHOWN:
+                shown.append((batch, to_uint8(rebuilt).cpu()))
+            bar.update(len(batch))
+            yield z
+
+    with torch.no_grad(), tqdm(total=min(images.total or given.n, given.n), unit="image", desc="measure") as bar:
+        normal = moments(latents(bar))
     if normal is None:
         raise InputError(f"--data {data!r}: no readable image" + (f"; the first: {skipped[0]}" if skipped else ""))
+    joined = {figure: torch.cat(parts) for figure, parts in found.items()}
+    metrics = {
+        figure: round(float(joined[figure].mean()), 4) for figure in ("psnr", "ssim", "lpips") if figure in joined
+    }
+    if "real" in joined:
+        metrics["rfid"] = round(frechet_distance(joined["rebuilt"], joined["real"]), 3)
     mean, std = ([round(value, 6) for value in values] for values in normal)
     result = {**asked, "sha256": autoencoder.manifest.get("sha256"), "picture": str(picture or ""), "images": bar.n,
-              "skipped": len(skipped), "metrics": found.metrics(), "not_measured": missing,
+              "skipped": len(skipped), "metrics": metrics, "not_measured": missing,
               "latent_mean": mean, "latent_std": std}  # fmt: skip
     write_json(out, result)
     if picture is not None:
-        grids.save(grids.labelled_rows(["original", autoencoder.name], found.shown(), scale=1), picture)
+        rows = [torch.cat(side)[:SHOWN] for side in zip(*shown)]
+        grids.save(grids.labelled_rows(["original", autoencoder.name], rows, scale=1), picture)
     _print(result)
     print(f"-> {out}" + (f", {picture}" if picture else ""))
     return result
+
+
+def _compare(rebuilt: Tensor, real: Tensor, networks: dict[str, Any]) -> dict[str, Tensor]:
+    """Figures of each image, and what the rFID is computed from."""
+    found = {
+        "psnr": psnr(rebuilt, real).clamp(max=100),  # of an exact one infinite
+        "ssim": ssim(rebuilt, real, data_range=2.0, reduction="none").flatten(),
+    }
+    if "lpips" in networks:
+        found["lpips"] = networks["lpips"](enlarge(rebuilt, 64), enlarge(real, 64)).flatten()
+    if "rfid" in networks:
+        found |= {"real": networks["rfid"](real), "rebuilt": networks["rfid"](rebuilt)}
+    return found
 
 
 def _refuse_foreign(out: Path, picture: Path | None, asked: dict[str, Any], overwrite: bool) -> None:
@@ -150,43 +176,6 @@ def _networks(lpips: str | None, inception: str | None, device: torch.device) ->
                 raise
             missing[name] = f"{err} (here: --{'lpips' if name == 'lpips' else 'inception'} FILE)"
     return networks, missing
-
-
-class _Figures:
-    """Sees batches of images, keeps figures of their reconstructions."""
-
-    def __init__(self, autoencoder: Autoencoder, networks: dict[str, Any]) -> None:
-        self.autoencoder, self.networks = autoencoder, networks
-        self.each: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "lpips", "real", "rebuilt")}
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-
-    def see(self, batch: Tensor, bar: tqdm) -> Tensor:
-        """uint8 [B, 3, S, S] -> raw latents [B, C, h, w]."""
-        real = to_float(batch.to(self.autoencoder.mean.device))
-        z = self.autoencoder.encode_raw(real)
-        rebuilt = self.autoencoder.decode_raw(z)
-        self.each["psnr"].append(psnr(rebuilt, real).clamp(max=100))  # of an exact one infinite
-        self.each["ssim"].append(ssim(rebuilt, real, data_range=2.0, reduction="none").flatten())
-        if "lpips" in self.networks:
-            pair = (enlarge(images, 64) for images in (rebuilt, real))
-            self.each["lpips"].append(self.networks["lpips"](*pair).flatten())
-        if "rfid" in self.networks:
-            self.each["real"].append(self.networks["rfid"](real).cpu())
-            self.each["rebuilt"].append(self.networks["rfid"](rebuilt).cpu())
-        if len(self.pairs) * len(batch) < SHOWN:
-            self.pairs.append((batch, to_uint8(rebuilt).cpu()))
-        bar.update(len(batch))
-        return z
-
-    def metrics(self) -> dict[str, float]:
-        joined = {name: torch.cat(parts).cpu() for name, parts in self.each.items() if parts}
-        found = {name: round(float(joined[name].mean()), 4) for name in ("psnr", "ssim", "lpips") if name in joined}
-        if "real" in joined:
-            found["rfid"] = round(frechet_distance(joined["rebuilt"], joined["real"]), 3)
-        return found
-
-    def shown(self) -> list[Tensor]:
-        return [torch.cat(side)[:SHOWN] for side in zip(*self.pairs)]
 
 
 def _print(result: dict[str, Any]) -> None:

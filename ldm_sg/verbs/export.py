@@ -51,13 +51,9 @@ def _check(to: str, name: str | None) -> None:
     if name is None:
         folder = Path(to)
         own = {"README.md", "grid.png", "onnx", "annotator", "model_index.json", "pipeline.py", *PARTS}
-        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in own) if folder.is_dir() else []
-        if foreign or (folder.is_dir() and any(folder.iterdir()) and not (folder / "README.md").is_file()):
-            raise InputError(
-                f"{to}: not empty, and no earlier export ({', '.join(foreign[:3])}): choose another folder"
-            )
-        if folder.is_file():
-            raise InputError(f"{to} is a file: choose another folder")
+        there = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        if folder.is_file() or there - own or (there and "README.md" not in there):
+            raise InputError(f"{to}: a file, or not empty and no earlier export: choose another folder")
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"{to}: write it as hub://USER/NAME")

@@ -61,20 +61,22 @@ def fit_autoencoder(config: FitAutoencoderConfig) -> Path:
     def report() -> None:
         if held:
             picture = out / "samples" / f"step-{fit.steps:06d}.png"
-            scores = validate(current(fit, sources[0], out, 512), held, picture)
+            scores = validate(current(fit, sources[0].images[:512], out), held, picture)
             said = ", ".join(f"{name} {value:.2f} dB" for name, value in scores.items())
             tqdm.write(f"step {fit.steps}: {said}", file=sys.stderr)
 
     if not loop(fit, sources, checkpoint, out / "metrics.csv", report):
-        print(f"interrupted and saved in {out}; the same command resumes", file=sys.stderr)
-        raise KeyboardInterrupt
-    autoencoder = export(fit, sources, held, out)
-    after = autoencoder.manifest["psnr"]
+        raise KeyboardInterrupt(f"interrupted and saved in {out}; the same command resumes")
+    autoencoder = current(fit, sources[0].images, out)
+    scores = validate(autoencoder, held, out / "reconstructions.png")
+    after = autoencoder.manifest["psnr"] = {name: scores[name] for name in held}
+    if held:
+        autoencoder.manifest["psnr_noisy"] = {"std": NOISE_SHOWN, **{name: scores[f"{name}+noise"] for name in held}}
+    manifests.write(autoencoder.manifest, out)
     print(f"{out}: {after} dB on held-out images")
     for name in before.keys() & after.keys():
-        print(f"{name}: {before[name]} dB by {config.init} before, {after[name]} dB now", file=sys.stderr)
-        if after[name] < before[name]:
-            print(f"note: {config.init} itself is better on {name}: more steps, or a smaller lr", file=sys.stderr)
+        advice = "; it is better itself: more steps, or a smaller lr" if after[name] < before[name] else ""
+        print(f"{name}: {before[name]} dB by {config.init} before, {after[name]} dB now{advice}", file=sys.stderr)
     return out
 
 
@@ -107,9 +109,9 @@ def _read(name: str, urls: str, side: int, workers: int) -> Tensor:
     return torch.cat(parts)
 
 
-def current(fit: Fit, source: Source, out: Path, images: int) -> Autoencoder:
-    """What would ship now: the averaged weights through float16 and model.safetensors, normalised over up to `images`
-    images of `source`."""
+def current(fit: Fit, images: Tensor, out: Path) -> Autoencoder:
+    """What would ship now: the averaged weights through float16 and model.safetensors, normalised over `images`, those of the
+    first source."""
     c = fit.config
     state = {k: v.to("cpu", torch.float16).contiguous() for k, v in fit.average.items()}
     write_bytes(out / "model.safetensors", to_bytes(state))
@@ -126,7 +128,7 @@ def current(fit: Fit, source: Source, out: Path, images: int) -> Autoencoder:
         "recipe": c.recipe,
     }
     autoencoder = Autoencoder(KINDS[fit.kind](manifest, out / "model.safetensors"), manifest).to(fit.device)
-    _normalise(autoencoder, source.images[:images], c.size)
+    _normalise(autoencoder, images, c.size)
     return autoencoder
 
 
@@ -141,30 +143,20 @@ def _normalise(autoencoder: Autoencoder, images: Tensor, size: int) -> None:
 def validate(autoencoder: Autoencoder, held: dict[str, Tensor], picture: Path | None) -> dict[str, float]:
     """dB of each held-out set, plain and (NAME+noise) with noise on the latents; `picture` gets 12 of each set in three
     rows: the images, their reconstructions, and those with noise."""
-    scores, rows = {}, []
+    scores, rows = {}, {}
     for name, images in held.items():
-        parts: list[list[Tensor]] = [[], []]
+        decoded: dict[str, list[Tensor]] = {name: [], f"{name}+noise": []}
         generator = torch.Generator().manual_seed(0)
         for batch in images.split(64):
             z = autoencoder.encode(to_float(batch).to(autoencoder.mean.device))
             noise = NOISE_SHOWN * torch.randn(z.shape, generator=generator).to(z.device)
-            for part, latents in zip(parts, (z, z + noise), strict=True):
-                part.append(autoencoder.decode(latents).cpu())
-        for label, decoded in ((name, torch.cat(parts[0])), (f"{name}+noise", torch.cat(parts[1]))):
-            scores[label] = round(float(psnr(decoded, to_float(images)).mean()), 2)
-            rows.append((label, to_uint8(decoded[:12])))
-        rows.insert(-2, (f"{name} images", images[:12]))
+            for parts, latents in zip(decoded.values(), (z, z + noise), strict=True):
+                parts.append(autoencoder.decode(latents).cpu())
+        rows[f"{name} images"] = images[:12]
+        for label, parts in decoded.items():
+            made = torch.cat(parts)
+            scores[label] = round(float(psnr(made, to_float(images)).mean()), 2)
+            rows[label] = to_uint8(made[:12])
     if picture is not None and rows:
-        save(labelled_rows([label for label, _ in rows], [row for _, row in rows]), picture)
+        save(labelled_rows(list(rows), list(rows.values())), picture)
     return scores
-
-
-def export(fit: Fit, sources: list[Source], held: dict[str, Tensor], out: Path) -> Autoencoder:
-    """The finished autoencoder, its latents normalised over all training images of the first source."""
-    autoencoder = current(fit, sources[0], out, len(sources[0].images))
-    scores = validate(autoencoder, held, out / "reconstructions.png")
-    autoencoder.manifest["psnr"] = {name: scores[name] for name in held}
-    if held:
-        autoencoder.manifest["psnr_noisy"] = {"std": NOISE_SHOWN, **{name: scores[f"{name}+noise"] for name in held}}
-    manifests.write(autoencoder.manifest, out)
-    return autoencoder

@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from ldm_sg.annotate import names
 from ldm_sg.configfile import ASSETS
@@ -11,45 +12,40 @@ from ldm_sg.folder import locked, read_mapping, write_text
 from ldm_sg.hardware import pick_device
 from ldm_sg.report import annotation, explore
 from ldm_sg.report.run import annotation_folder
+from ldm_sg.verbs.options import InspectOptions
 
 TAKEN = 3  # clusters of a text
 
 
-def inspect(
-    annotations: Path,
-    out: Path | None = None,
-    layout: str = "pca",
-    describe: bool = False,
-    clip: str | None = None,
-    vocabulary: Path | None = None,
-    parquet: Path | None = None,
-    device: str = "auto",
-) -> Path:
-    """Writes the page, and the table where one is asked for; returns the page's path. `describe`: clusters are named first."""
-    if describe != bool(clip) or (vocabulary and not describe):
+def inspect(annotations: str | Path, **options: Any) -> Path:
+    """Writes the page, and the table where one is asked for; returns the page's path. `options`: the other fields of
+    InspectOptions; clusters are named first."""
+    folder = Path(annotations)
+    asked = InspectOptions(folder, **options)
+    if asked.describe != bool(asked.clip) or (asked.vocabulary and not asked.describe):
         raise InputError("--describe, --clip MODEL/TAG (or MODEL:FILE) and, if you like, --vocabulary FILE go together")
-    out, place = out or annotations / "inspect.html", explore.find_layout(layout)
-    for flag, path, suffix in (("--out", out, ".html"), ("--parquet", parquet, ".parquet")):
+    out, place = asked.out or folder / "inspect.html", explore.find_layout(asked.layout)
+    for flag, path, suffix in (("--out", out, ".html"), ("--parquet", asked.parquet, ".parquet")):
         if path and (path.suffix != suffix or path.is_dir()):
             raise InputError(f"{flag} {str(path)!r}: give a file NAME{suffix}")
-    words = names.read_vocabulary(vocabulary or ASSETS / "nouns.txt") if describe else []
-    latents = LatentSet(annotations)
-    if clip:
+    words = names.read_vocabulary(asked.vocabulary or ASSETS / "nouns.txt") if asked.describe else []
+    latents = LatentSet(folder)
+    if asked.clip:
         if not annotation.one_id(latents):
-            raise InputError(f"--describe: images of {annotations} have no single cluster each that could be named")
-        with locked(annotations):
-            model, every = names.Clip(clip, pick_device(device)), list(range(latents.spec.num_labels))
+            raise InputError(f"--describe: images of {folder} have no single cluster each that could be named")
+        with locked(folder):
+            model, every = names.Clip(asked.clip, pick_device(asked.device)), list(range(latents.spec.num_labels))
             typical = {k: groups[0] for k, groups in annotation.extremes(latents, every).items()}
             names.describe(latents, typical, model, words)
-        print(f"{len(typical):,} clusters named by {len(words):,} words: {annotations / names.NAMES}")
-    if parquet:
-        rows = explore.write_atlas(latents, parquet, place)
+        print(f"{len(typical):,} clusters named by {len(words):,} words: {folder / names.NAMES}")
+    if asked.parquet:
+        rows = explore.write_atlas(latents, asked.parquet, place)
         print(f"{rows:,} of {len(latents):,} images, for")
-        print(f"embedding-atlas {shlex.quote(str(parquet))} --image image --x x --y y --neighbors neighbors")
-    if not (annotations / "report.html").is_file():  # the pictures of the sections
-        annotation.write_report(annotations)
-    sections = [explore.section(latents, layout, place), *annotation.sections(latents)]
-    write_text(out, annotation.document(annotations, latents.manifest, sections))
+        print(f"embedding-atlas {shlex.quote(str(asked.parquet))} --image image --x x --y y --neighbors neighbors")
+    if not (folder / "report.html").is_file():  # the pictures of the sections
+        annotation.write_report(folder)
+    sections = [explore.section(latents, asked.layout, place), *annotation.sections(latents)]
+    write_text(out, annotation.document(folder, latents.manifest, sections))
     print(out)
     return out
 

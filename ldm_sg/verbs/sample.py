@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,11 +22,25 @@ from ldm_sg.pipeline import open_pipeline
 from ldm_sg.report.grids import best_scale, grid, labelled_rows
 from ldm_sg.report.signals import pictures
 from ldm_sg.sampling import solvers
-from ldm_sg.sampling.request import SampleOptions
+from ldm_sg.sampling.options import SampleOptions, apply_preset
 from ldm_sg.sampling.schedules import objective_of
 from ldm_sg.sampling.sheets import Batch, plan
+from ldm_sg.verbs.options import SampleCommand
 
 MOST_SHOWN = 400  # images in a grid
+
+
+def command(**typed: Any) -> None:
+    """What the command line runs: `sample`, of the clusters that a text describes and with a preset's settings."""
+    asked = SampleCommand(**typed)
+    if asked.called is not None:
+        from ldm_sg.verbs.inspect import clusters_named
+
+        if asked.cluster or asked.interpolate or asked.like or asked.mask:
+            others = "--cluster, --interpolate, --like and --mask"
+            raise InputError(f"--name {asked.called!r} picks the clusters: leave {others} out")
+        asked.cluster = clusters_named(asked.run, asked.called, asked.device)
+    print(sample(asked.run, apply_preset(asked, asked.preset), asked.out, asked.overwrite) / "grid.png")
 
 
 def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: bool = False) -> Path:
@@ -35,27 +50,25 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
     if out is None and not Path(run).is_dir():
         raise InputError(f"run {run!r} not found")
     with locked(folder):
-        return _sample(run, options, folder, overwrite)
-
-
-def _sample(run: str, options: SampleOptions, folder: Path, overwrite: bool) -> Path:
-    _refuse_foreign(folder, options, overwrite)
-    pipe = open_pipeline(run, options.device, options.checkpoint, options.lora)
-    if options.size:
-        pipe.resize(*options.size)
-    use_bf16(options.precision, pipe.device)  # refused before anything is drawn
-    solvers.make_grid(objective_of(pipe.scheduler), options.steps, options.spacing)
-    if options.sweep_w:
-        strengths = [pipe.strength(w) for w in options.sweep_w]
-        if strengths != options.sweep_w:
-            raise InputError("--sweep-w: this run was trained without guidance (guidance.drop=1), so w changes nothing")
-    else:
-        options = replace(options, w=pipe.strength(options.w))
-    batches, columns, captions = plan(pipe, options)
-    with whole(folder) as building:
-        building.mkdir()
-        _write(building, batches, columns, captions, options)
-        _keep_foreign(folder, building)
+        _refuse_foreign(folder, options, overwrite)
+        pipe = open_pipeline(run, options.device, options.checkpoint, options.lora)
+        if options.size:
+            pipe.resize(*options.size)
+        use_bf16(options.precision, pipe.device)  # refused before anything is drawn
+        solvers.make_grid(objective_of(pipe.scheduler), options.steps, options.spacing)
+        if options.sweep_w:
+            strengths = [pipe.strength(w) for w in options.sweep_w]
+            if strengths != options.sweep_w:
+                raise InputError(
+                    "--sweep-w: this run was trained without guidance (guidance.drop=1), so w changes nothing"
+                )
+        else:
+            options = replace(options, w=pipe.strength(options.w))
+        batches, columns, captions = plan(pipe, options)
+        with whole(folder) as building:
+            building.mkdir()
+            _write(building, batches, columns, captions, options)
+            _keep_foreign(folder, building)
     return folder
 
 
@@ -88,26 +101,21 @@ def _write(folder: Path, batches: Iterator[Batch], columns: int, captions: list[
 def _grid(images: Tensor, layouts: Tensor | None, columns: int, captions: list[str]) -> Image.Image:
     """Rows of samples; above each row, where the signals are spatial, what was asked for."""
     scale = best_scale(images)
-    if layouts is None and not captions:
-        return grid(images, columns, scale=scale)
     if layouts is None:
-        return labelled_rows(captions, images.split(columns), scale=scale)
+        rows = images.split(columns)
+        return labelled_rows(captions, rows, scale=scale) if captions else grid(images, columns, scale=scale)
     rows = [row for pair in zip(layouts.split(columns), images.split(columns), strict=True) for row in pair]
     names = [name for caption in captions or [""] * (len(rows) // 2) for name in ("asked", caption or "sample")]
     return labelled_rows(names, rows, scale=scale)
 
 
 def _refuse_foreign(folder: Path, options: SampleOptions, overwrite: bool) -> None:
-    if not folder.exists():
+    if folder.is_dir() and all(file.name == LOCK for file in folder.iterdir()):
         return
-    if not folder.is_dir():
-        raise InputError(f"--out {str(folder)!r} is a file")
     try:
         there = json.loads((folder / "settings.json").read_text())
     except (OSError, ValueError) as err:
-        if all(file.name == LOCK for file in folder.iterdir()):
-            return
-        raise InputError(f"--out {str(folder)!r} is not empty and holds no samples: choose another folder") from err
+        raise InputError(f"--out {str(folder)!r} is a file, or holds no samples: choose another folder") from err
     if there != options.settings() and not overwrite:
         raise InputError(f"--out {str(folder)!r} holds samples of other settings: choose another, or add --overwrite")
 

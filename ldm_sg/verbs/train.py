@@ -120,12 +120,7 @@ def _remember_annotation(run: Path, config: TrainConfig, found: str) -> None:
     """A run belongs to one content of its annotation set, whose hash is `found`."""
     path = run / "annotation.json"
     if path.is_file():
-        try:
-            known = read_mapping(path, {"hash": str})["hash"]
-        except InputError as err:
-            raise InputError(
-                f"{path}: damaged (which set the run learns from); remove it if annotation={config.annotation!r} is that set"
-            ) from err
+        known = read_mapping(path, {"hash": str})["hash"]
         if known != found:
             raise InputError(
                 f"annotation={config.annotation!r} changed under {run}: its hash is {found[:12]}, the run was "
