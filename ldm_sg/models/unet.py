@@ -9,15 +9,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 from torch import Tensor, nn
 
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.models.conditioner import Conditioner
 
 if TYPE_CHECKING:
     from ldm_sg.config import ModelConfig
-
-INJECT = ("concat", "add", "none")
-TOKENS = ("vector", "concepts", "none")
 
 
 class GuidedUNet(nn.Module):
@@ -80,8 +77,13 @@ class PlainUNet(UNet2DConditionModel):
 def make_unet(config: "ModelConfig", spec: GuidanceSpec, *latent_shapes: tuple[int, int, int]) -> GuidedUNet:
     """The network of `config` for latents [C, h, w], of one or several shapes, the most frequent first, and the signals of `spec`.
     InputError names a size that cannot be."""
-    for shape in latent_shapes:
-        _check(config, shape)
+    halved = len(config.multipliers) - 1
+    for _, h, w in latent_shapes:
+        if h % 2**halved or w % 2**halved:
+            raise InputError(
+                f"model.multipliers={list(config.multipliers)} halves {halved} times, but latents are {h}x{w}: give fewer "
+                "multipliers or an autoencoder with a smaller factor"
+            )
     channels, *cells = latent_shapes[0]
     widths = [config.channels * m for m in config.multipliers]
     factors = [2**level for level in range(len(widths))]
@@ -126,32 +128,6 @@ def make_unet(config: "ModelConfig", spec: GuidanceSpec, *latent_shapes: tuple[i
         tokens_only=config.inject == "none",
     )
     return GuidedUNet(unet, conditioner)
-
-
-def _check(config: "ModelConfig", latent_shape: tuple[int, int, int]) -> None:
-    if config.inject not in INJECT:
-        raise InputError(f"model.inject={config.inject!r}; {choices(config.inject, INJECT)}")
-    if config.tokens not in TOKENS:
-        raise InputError(f"model.tokens={config.tokens!r}; {choices(config.tokens, TOKENS)}")
-    if config.inject == "none" and config.tokens == "none":
-        raise InputError("model.inject=none and model.tokens=none: the network would read no signal; give one of them")
-    if config.residual_updown and config.tokens != "none":
-        raise InputError(
-            f"model.residual_updown=true with tokens={config.tokens!r}: diffusers' cross-attention blocks halve and double by "
-            "convolutions; give tokens=none, or residual_updown=false"
-        )
-    deepest = 2 ** (len(config.multipliers) - 1)
-    if latent_shape[1] % deepest or latent_shape[2] % deepest:
-        raise InputError(
-            f"model.multipliers={list(config.multipliers)} halves {len(config.multipliers) - 1} times, but latents are "
-            f"{latent_shape[1]}x{latent_shape[2]}: give fewer multipliers or an autoencoder with a smaller factor"
-        )
-    wrong = [f for f in config.attention if f not in [2**i for i in range(len(config.multipliers))]]
-    if wrong:
-        raise InputError(f"model.attention={list(config.attention)}: no level has a downsampling factor of {wrong[0]}")
-    for m in config.multipliers:
-        if (config.channels * m) % config.heads:
-            raise InputError(f"model.heads={config.heads} does not divide {config.channels * m} channels")
 
 
 def _groups(widths: list[int]) -> int:
