@@ -25,7 +25,7 @@ from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.objective import Objective
 from ldm_sg.sampling import draw
 from ldm_sg.sampling.schedules import check_fits, drive, objective_of, within
-from ldm_sg.sampling.solvers import Step, dpmpp_2m, make_grid, make_step, solve
+from ldm_sg.sampling.solvers import Grid, make_grid, make_step, solve
 
 if TYPE_CHECKING:
     from ldm_sg.data.signals import Signals
@@ -313,7 +313,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
                 denoiser = within(denoiser, self.objective.to(noise.device), self.bounds)
                 x = drive(self.scheduler, denoiser, noise, guidance, num_inference_steps, generator, each)
             else:
-                x = self._solve(guidance, noise, w, num_inference_steps, each=each)
+                x = self.solve(guidance, noise, w, make_grid(self.objective, num_inference_steps), each=each)
         images = x if output_type == "latent" else self._output(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
@@ -329,11 +329,11 @@ class SelfGuidedPipeline(DiffusionPipeline):
             raise InputError(f"source={source!r:.60}, n={n}: a seed or a PIL image, and at least 1")
         editor = Editor(self, self.usual_w)
         found = editor.drawn(n, source) if isinstance(source, int) else editor.photo(to_rgb(source))
-        return [Image.fromarray(image) for image in editor.edit(found, edits, strength).permute(0, 2, 3, 1).numpy()]
+        return _pil(editor.edit(found, edits, strength))
 
     def _output(self, latents: Tensor, kind: str) -> Any:
         if kind == "pil":
-            return [Image.fromarray(image) for image in self.decode(latents).permute(0, 2, 3, 1).numpy()]
+            return _pil(self.decode(latents))
         images = (self._pixels(latents) + 1) / 2
         return images if kind == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -368,8 +368,9 @@ class SelfGuidedPipeline(DiffusionPipeline):
         generators = self.generators(len(guidance), seed, first_index)
         noise = draw.noise(self.latent_shape, generators) if noise is None else noise
         step = make_step(scheduler, eta, lambda: draw.noise(self.latent_shape, generators).to(device))
+        grid = make_grid(self.objective, steps, spacing)
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision, device)):
-            images = self.decode(self._solve(guidance, noise, w, steps, step, spacing, strategy, watch))
+            images = self.decode(self.solve(guidance, noise, w, grid, strategy, step=step, watch=watch))
         self.maybe_free_model_hooks()
         return images
 
@@ -387,23 +388,13 @@ class SelfGuidedPipeline(DiffusionPipeline):
         denoiser = strategy(GuidedUNet(self.unet, self.conditioner), self.strength(w), self.objective.to(device))
         return denoiser, guidance.to(device), noise.to(device, torch.float32)
 
-    def _solve(
-        self,
-        guidance: "Guidance | Signals",
-        noise: Tensor,
-        w: float,
-        steps: int,
-        step: Step = dpmpp_2m,
-        spacing: str = "log_snr",
-        strategy: Strategy = cfg,
-        watch: Callable[[int, Tensor], None] | None = None,
-        each: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    def solve(
+        self, guidance: "Guidance | Signals", noise: Tensor, w: float, grid: Grid, strategy: Strategy = cfg, **how: Any
     ) -> Tensor:
-        """Unit noise [B, C, h, w] -> clean latents, by ldm_sg's solvers."""
-        grid = make_grid(self.objective, steps, spacing)
+        """Unit noise [B, C, h, w], or what a solver left at the first time of `grid` -> clean latents, by ldm_sg's solvers. `how`:
+        step, watch and each of `solvers.solve`."""
         denoiser, guidance, noise = self._prepare(guidance, noise, w, strategy)
-        objective = self.objective.to(noise.device)
-        return solve(denoiser, noise, guidance, objective, grid, step, self.bounds, watch, each)
+        return solve(denoiser, noise, guidance, self.objective.to(noise.device), grid, bounds=self.bounds, **how)
 
     @property
     def objective(self) -> Objective:
@@ -425,6 +416,10 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def disable_vae_tiling(self) -> None:
         """The first stage's own tiles again."""
         self.autoencoder.set_tile()
+
+
+def _pil(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
 
 
 def open_pipeline(
