@@ -194,13 +194,12 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def draw(self, n: int, seed: int = 0, first_index: int = 0, clusters: Sequence[int] | None = None) -> "Signals":
         """Signals of training images drawn at random: the empirical distribution, as the paper samples. With `clusters`, one
         an image, only those of that cluster (of a mask: with that class in it)."""
-        picks = []
+        picks, every = [torch.empty(0, dtype=torch.long)], torch.arange(len(self.signals))
         for i in range(n):
-            pool = None if clusters is None else self._with_label(clusters[i])
-            size = len(self.signals) if pool is None else len(pool)
-            pick = int(torch.randint(size, (1,), generator=draw.image_generator(seed, first_index + i, "signal")))
-            picks.append(pick if pool is None else int(pool[pick]))
-        return self.signals[torch.tensor(picks, dtype=torch.long)]
+            pool = every if clusters is None else self._with_label(clusters[i])
+            generator = draw.image_generator(seed, first_index + i, "signal")
+            picks.append(pool[torch.randint(len(pool), (1,), generator=generator)])
+        return self.signals[torch.cat(picks)]
 
     def _with_label(self, label: int) -> Tensor:
         """Which training signals have `label`; InputError where the run has no such label, or no image has it."""
@@ -244,9 +243,8 @@ class SelfGuidedPipeline(DiffusionPipeline):
         code; None for those of a network, which have no bounds."""
         if self.autoencoder.kind != "patch":
             return None
-        mean, std = (
-            part.view(-1, 1, 1).to(self._execution_device) for part in (self.autoencoder.mean, self.autoencoder.std)
-        )
+        parts = (self.autoencoder.mean, self.autoencoder.std)
+        mean, std = (part.view(-1, 1, 1).to(self._execution_device) for part in parts)
         return (-1 - mean) / std, (1 - mean) / std
 
     @property

@@ -86,24 +86,19 @@ def make_unet(config: "ModelConfig", spec: GuidanceSpec, *latent_shapes: tuple[i
             )
     channels, *cells = latent_shapes[0]
     widths = [config.channels * m for m in config.multipliers]
-    factors = [2**level for level in range(len(widths))]
     cross = config.tokens != "none"
-    attention, kind = ("CrossAttn", UNet2DConditionModel) if cross else ("Attn", PlainUNet)
-    plain = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.residual_updown else ("DownBlock2D", "UpBlock2D")
-    )
-    down = [f"{attention}DownBlock2D" if f in config.attention else plain[0] for f in factors]
-    up = [f"{attention}UpBlock2D" if f in config.attention else plain[1] for f in reversed(factors)]
-    embed_dim = 4 * config.channels
+    attention, kind = ("CrossAttn{}Block2D", UNet2DConditionModel) if cross else ("Attn{}Block2D", PlainUNet)
+    plain = "Resnet{}sampleBlock2D" if config.residual_updown else "{}Block2D"
+    blocks = [attention if 2**level in config.attention else plain for level in range(len(widths))]
     own = {} if cross else {"heads": config.heads, "residual_updown": config.residual_updown}
     unet = kind(
         **own,
         sample_size=min(cells),
         in_channels=channels + spec.spatial_channels,
         out_channels=channels,
-        down_block_types=tuple(down),
+        down_block_types=tuple(block.format("Down") for block in blocks),
         mid_block_type="UNetMidBlock2DCrossAttn" if cross and config.attention else "UNetMidBlock2D",
-        up_block_types=tuple(up),
+        up_block_types=tuple(block.format("Up") for block in reversed(blocks)),
         block_out_channels=tuple(widths),
         layers_per_block=config.blocks,
         dropout=config.dropout,
@@ -118,7 +113,7 @@ def make_unet(config: "ModelConfig", spec: GuidanceSpec, *latent_shapes: tuple[i
     nn.init.zeros_(unet.conv_out.bias)
     conditioner = Conditioner(
         num_labels=spec.num_concepts if spec.concepts_only else spec.num_labels,
-        embed_dim=embed_dim,
+        embed_dim=4 * config.channels,
         hidden=config.hidden,
         tokens=config.tokens,
         num_tokens=config.num_tokens,

@@ -36,9 +36,8 @@ class Source:
     observed: list[Observed]
 
 
-Taken = tuple[
-    Source, Sequence[int], bool
-]  # an image, the concepts that are taken from it, and whether with their looks
+# an image, the concepts that are taken from it, and whether with their looks
+Taken = tuple[Source, Sequence[int], bool]
 
 
 class Editor:
