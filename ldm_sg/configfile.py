@@ -4,13 +4,16 @@ types are refused with the nearest right one."""
 import dataclasses
 import difflib
 import itertools
+import math
 import textwrap
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from ldm_sg.errors import InputError, choices, one_line
 
@@ -22,23 +25,78 @@ ROOT = PACKAGE.parent if (PACKAGE.parent / "configs").is_dir() else PACKAGE / "_
 Schema = TypeVar("Schema")
 
 
-def load(schema: type[Schema], path: str | Path | Schema | None = None, overrides: list[str] | None = None) -> Schema:
-    """YAML at `path` (with one level of `base:`), or a config, + `key=value` overrides -> a filled `schema`.
+class Checked:
+    """A config that knows what its values may be: each by itself beside its field (`setting` and those after it), and together
+    with others by `rules`."""
+
+    def check(self, prefix: str = "") -> None:
+        """InputError for a value that cannot be; `prefix`: of its name."""
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, name = getattr(self, each.name), prefix + each.name
+            if isinstance(value, Checked):
+                value.check(f"{name}.")
+            elif (right := each.metadata.get("right")) and not (value is each.default is None or right(value)):
+                or_null = ", or null" if each.default is None else ""
+                raise InputError(f"{name}={value}: {each.metadata['what'](value)}{or_null}")
+        for name, fits, what in self.rules():
+            if not fits:
+                raise InputError(f"{prefix}{name}={attrgetter(name)(self)}: {what}")
+
+    def rules(self) -> Iterable[tuple[str, object, str]]:
+        """The name of a value, whether it is right beside the others, and what would be."""
+        return ()
+
+
+def setting(default: Any, right: Callable[[Any], bool], what: str | Callable[[Any], str]) -> Any:
+    """A field whose values are `right`, which `what`, or what it makes of a wrong one, says in words; None is where it is the
+    default."""
+    say = what if callable(what) else lambda value: what
+    return dataclasses.field(default=default, metadata={"right": right, "what": say})
+
+
+def count(default: int | None, least: int = 1) -> Any:
+    return setting(default, lambda value: value >= least, f"at least {least}")
+
+
+def from_0(default: float) -> Any:
+    return setting(default, lambda value: 0 <= value < math.inf, "0 or more")
+
+
+def above_0(default: float | None) -> Any:
+    return setting(default, lambda value: 0 < value < math.inf, "a finite number above 0")
+
+
+def share(default: float) -> Any:
+    return setting(default, lambda value: 0 <= value <= 1, "a share between 0 and 1")
+
+
+def below_1(default: float) -> Any:
+    return setting(default, lambda value: 0 <= value < 1, "from 0 to below 1")
+
+
+def one_of(*allowed: Any) -> Any:
+    """The first one is the default."""
+    return setting(allowed[0], lambda value: value in allowed, lambda value: choices(value, allowed))
+
+
+def load(schema: type[Schema], given: Any = None, overrides: list[str] | None = None) -> Schema:
+    """A YAML's path (with one level of `base:`), a config or a mapping, + `key=value` overrides -> a filled `schema`.
 
     Raises InputError naming the file, the key and the nearest right key, a wrong type, or a missing required value."""
     merged = OmegaConf.structured(schema)
-    files, typed = _layers(path), list(_dotlist(overrides or []))
+    files, typed = _layers(given, schema), _dotlist(overrides or [])
     for source, layer in [*files, *typed]:
-        check_keys(layer, merged, source)
         try:
             merged = OmegaConf.merge(merged, layer)
+        except ConfigKeyError as err:
+            prefix = str(err.full_key).removesuffix(str(err.key))
+            known = [f"{prefix}{key}" for key in err.parent_node.keys()]  # type: ignore[union-attr]
+            raise InputError(f"{source}: unknown key {err.full_key!r}; {choices(err.full_key, known)}") from err
         except (OmegaConfBaseException, TypeError) as err:  # a list where a mapping belongs, and the other way round
             raise InputError(f"{source}: {str(err).splitlines()[0]}") from err
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise InputError(
-            f"{files[-1][0] if files else 'config'}: no value for {', '.join(missing)}: give it as {missing[0]}=..."
-        )
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        source = files[-1][0] if files else "config"
+        raise InputError(f"{source}: no value for {', '.join(missing)}: give it as {missing[0]}=...")
     loaded: Any = OmegaConf.to_object(merged)
     if hasattr(loaded, "check"):
         loaded.check()
@@ -47,11 +105,11 @@ def load(schema: type[Schema], path: str | Path | Schema | None = None, override
     return loaded
 
 
-def _layers(path: Any) -> list[tuple[str, DictConfig]]:
+def _layers(path: Any, schema: type) -> list[tuple[str, DictConfig]]:
     if path is None:
         return []
-    if dataclasses.is_dataclass(path):
-        return [(type(path).__name__, OmegaConf.structured(path))]
+    if not isinstance(path, str | Path):
+        return [(schema.__name__.removesuffix("Config").lower(), OmegaConf.create(path))]
     if not Path(path).exists() and (ROOT / path).is_file():
         path = ROOT / path  # configs/... of the checkout or the wheel, from any folder
     top = read_yaml(path)
@@ -106,21 +164,6 @@ def _dotlist(overrides: list[str]) -> list[tuple[str, DictConfig]]:
         except yaml.YAMLError as err:
             raise InputError(f"override {item!r}: not YAML after the =: {one_line(err)[:160]}") from err
     return found
-
-
-def check_keys(given: DictConfig, schema: DictConfig, source: str, prefix: str = "") -> None:
-    """InputError for a key of `given` that `schema` does not have, at any depth."""
-    for key in given:
-        if key not in schema.keys():  # `in schema` is False for a key whose value is still missing
-            known = [prefix + str(k) for k in schema]
-            raise InputError(f"{source}: unknown key {prefix + str(key)!r}; {choices(prefix + str(key), known)}")
-        inner, value = schema._get_node(key), given._get_node(key)
-        if (
-            isinstance(inner, DictConfig)
-            and isinstance(value, DictConfig)
-            and dataclasses.is_dataclass(OmegaConf.get_type(inner))
-        ):
-            check_keys(value, inner, source, prefix + str(key) + ".")
 
 
 def from_mapping(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:

@@ -9,7 +9,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from safetensors import safe_open
 
 from ldm_sg.autoencoder import Autoencoder
-from ldm_sg.config import check_timesteps
+from ldm_sg.config import ObjectiveConfig
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import WEIGHTS, read_mapping, write_text
@@ -78,7 +78,7 @@ def _class_of(folder: Path, name: str, entry: Any) -> Any:
         raise InputError(f"{folder / name}: no such folder, which model_index.json names: the pipeline is not complete")
     if name == "scheduler":
         path = folder / name / "scheduler_config.json"
-        check_timesteps(f"{path}: num_train_timesteps", read_mapping(path).get("num_train_timesteps", 1000))
+        ObjectiveConfig(timesteps=read_mapping(path).get("num_train_timesteps", 1000)).check(f"{path}: num_train_")
     return known
 
 

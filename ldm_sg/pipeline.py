@@ -25,7 +25,7 @@ from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.objective import Objective
 from ldm_sg.sampling import draw
 from ldm_sg.sampling.schedules import check_fits, drive, objective_of, within
-from ldm_sg.sampling.solvers import Step, dpmpp_2m, make_grid, make_step, solve
+from ldm_sg.sampling.solvers import Grid, make_grid, make_step, solve
 
 if TYPE_CHECKING:
     from ldm_sg.data.signals import Signals
@@ -194,13 +194,12 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def draw(self, n: int, seed: int = 0, first_index: int = 0, clusters: Sequence[int] | None = None) -> "Signals":
         """Signals of training images drawn at random: the empirical distribution, as the paper samples. With `clusters`, one
         an image, only those of that cluster (of a mask: with that class in it)."""
-        picks = []
+        picks, every = [torch.empty(0, dtype=torch.long)], torch.arange(len(self.signals))
         for i in range(n):
-            pool = None if clusters is None else self._with_label(clusters[i])
-            size = len(self.signals) if pool is None else len(pool)
-            pick = int(torch.randint(size, (1,), generator=draw.image_generator(seed, first_index + i, "signal")))
-            picks.append(pick if pool is None else int(pool[pick]))
-        return self.signals[torch.tensor(picks, dtype=torch.long)]
+            pool = every if clusters is None else self._with_label(clusters[i])
+            generator = draw.image_generator(seed, first_index + i, "signal")
+            picks.append(pool[torch.randint(len(pool), (1,), generator=generator)])
+        return self.signals[torch.cat(picks)]
 
     def _with_label(self, label: int) -> Tensor:
         """Which training signals have `label`; InputError where the run has no such label, or no image has it."""
@@ -244,9 +243,8 @@ class SelfGuidedPipeline(DiffusionPipeline):
         code; None for those of a network, which have no bounds."""
         if self.autoencoder.kind != "patch":
             return None
-        mean, std = (
-            part.view(-1, 1, 1).to(self._execution_device) for part in (self.autoencoder.mean, self.autoencoder.std)
-        )
+        parts = (self.autoencoder.mean, self.autoencoder.std)
+        mean, std = (part.view(-1, 1, 1).to(self._execution_device) for part in parts)
         return (-1 - mean) / std, (1 - mean) / std
 
     @property
@@ -313,7 +311,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
                 denoiser = within(denoiser, self.objective.to(noise.device), self.bounds)
                 x = drive(self.scheduler, denoiser, noise, guidance, num_inference_steps, generator, each)
             else:
-                x = self._solve(guidance, noise, w, num_inference_steps, each=each)
+                x = self.solve(guidance, noise, w, make_grid(self.objective, num_inference_steps), each=each)
         images = x if output_type == "latent" else self._output(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
@@ -329,11 +327,11 @@ class SelfGuidedPipeline(DiffusionPipeline):
             raise InputError(f"source={source!r:.60}, n={n}: a seed or a PIL image, and at least 1")
         editor = Editor(self, self.usual_w)
         found = editor.drawn(n, source) if isinstance(source, int) else editor.photo(to_rgb(source))
-        return [Image.fromarray(image) for image in editor.edit(found, edits, strength).permute(0, 2, 3, 1).numpy()]
+        return _pil(editor.edit(found, edits, strength))
 
     def _output(self, latents: Tensor, kind: str) -> Any:
         if kind == "pil":
-            return [Image.fromarray(image) for image in self.decode(latents).permute(0, 2, 3, 1).numpy()]
+            return _pil(self.decode(latents))
         images = (self._pixels(latents) + 1) / 2
         return images if kind == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -368,8 +366,9 @@ class SelfGuidedPipeline(DiffusionPipeline):
         generators = self.generators(len(guidance), seed, first_index)
         noise = draw.noise(self.latent_shape, generators) if noise is None else noise
         step = make_step(scheduler, eta, lambda: draw.noise(self.latent_shape, generators).to(device))
+        grid = make_grid(self.objective, steps, spacing)
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision, device)):
-            images = self.decode(self._solve(guidance, noise, w, steps, step, spacing, strategy, watch))
+            images = self.decode(self.solve(guidance, noise, w, grid, strategy, step=step, watch=watch))
         self.maybe_free_model_hooks()
         return images
 
@@ -387,23 +386,13 @@ class SelfGuidedPipeline(DiffusionPipeline):
         denoiser = strategy(GuidedUNet(self.unet, self.conditioner), self.strength(w), self.objective.to(device))
         return denoiser, guidance.to(device), noise.to(device, torch.float32)
 
-    def _solve(
-        self,
-        guidance: "Guidance | Signals",
-        noise: Tensor,
-        w: float,
-        steps: int,
-        step: Step = dpmpp_2m,
-        spacing: str = "log_snr",
-        strategy: Strategy = cfg,
-        watch: Callable[[int, Tensor], None] | None = None,
-        each: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    def solve(
+        self, guidance: "Guidance | Signals", noise: Tensor, w: float, grid: Grid, strategy: Strategy = cfg, **how: Any
     ) -> Tensor:
-        """Unit noise [B, C, h, w] -> clean latents, by ldm_sg's solvers."""
-        grid = make_grid(self.objective, steps, spacing)
+        """Unit noise [B, C, h, w], or what a solver left at the first time of `grid` -> clean latents, by ldm_sg's solvers. `how`:
+        step, watch and each of `solvers.solve`."""
         denoiser, guidance, noise = self._prepare(guidance, noise, w, strategy)
-        objective = self.objective.to(noise.device)
-        return solve(denoiser, noise, guidance, objective, grid, step, self.bounds, watch, each)
+        return solve(denoiser, noise, guidance, self.objective.to(noise.device), grid, bounds=self.bounds, **how)
 
     @property
     def objective(self) -> Objective:
@@ -425,6 +414,10 @@ class SelfGuidedPipeline(DiffusionPipeline):
     def disable_vae_tiling(self) -> None:
         """The first stage's own tiles again."""
         self.autoencoder.set_tile()
+
+
+def _pil(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
 
 
 def open_pipeline(

@@ -186,7 +186,7 @@ def test_wrong_strategies_are_refused(flags: dict, message: str) -> None:
 )  # fmt: skip
 def test_objectives_that_mean_nothing_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ObjectiveConfig(**wrong).check()
+        ObjectiveConfig(**wrong).check("objective.")
 
 
 def test_image_randomness_depends_on_seed_and_index_only() -> None:

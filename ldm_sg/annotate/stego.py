@@ -29,7 +29,7 @@ class Segmenter:
     """K classes for the pixels of an image, from its patch features: STEGO's head, or none, and K centroids."""
 
     def __init__(self, k: int, cfg: SegmentsConfig, seed: int):
-        cfg.check()
+        cfg.check("annotator.segments.")
         if not 1 <= k <= VOID:
             raise InputError(f"annotator.k={k}: segments have 1 to {VOID} classes")
         self.k, self.cfg, self.seed = k, cfg, seed

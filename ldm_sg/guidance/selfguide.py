@@ -1,7 +1,7 @@
 """Self-guidance (Epstein et al., 2023): energies of attention maps and activations, each >= 0, and 0 at its own target.
 
 Maps are [..., h, w], of any scale: an energy of c * A is that of A. Targets are constants; gradients go through the maps alone,
-in `appearance` through the activations alone. Energies are means, [...] one a map."""
+those of `look` through the activations alone. Energies are means, [...] one a map."""
 
 import torch
 from torch import Tensor
@@ -49,9 +49,8 @@ def resized(a: Tensor, grid: tuple[int, int]) -> Tensor:
     """Maps [..., h, w] on another grid."""
     if a.shape[-2:] == tuple(grid):
         return a
-    return F.interpolate(a.flatten(0, -3)[None], tuple(grid), mode="bilinear", antialias=True)[0].unflatten(
-        0, a.shape[:-2]
-    )
+    made = F.interpolate(a.flatten(0, -3)[None], tuple(grid), mode="bilinear", antialias=True)
+    return made[0].unflatten(0, a.shape[:-2])
 
 
 def transformed(
@@ -60,9 +59,8 @@ def transformed(
     """Maps moved by `shift` (shares of the sides, right and down), after growing by `scale` around their own centroids, or those of
     `around` [..., h, w]; 0 comes in from outside."""
     flat = a.flatten(0, -3)
-    centre = (
-        2 * centroid(flat if around is None else around.expand_as(a).flatten(0, -3)) - 1
-    )  # grid_sample's coordinates, from -1 to 1
+    # grid_sample's coordinates, from -1 to 1
+    centre = 2 * centroid(flat if around is None else around.expand_as(a).flatten(0, -3)) - 1
     to = centre + 2 * torch.tensor(shift, device=a.device, dtype=a.dtype)
     theta = torch.zeros(len(flat), 2, 3, device=a.device, dtype=a.dtype)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
@@ -84,8 +82,3 @@ def size_energy(a: Tensor, target: Tensor) -> Tensor:
 def shape_energy(a: Tensor, target: Tensor, where: Tensor | float = 1.0) -> Tensor:
     """Mean of |S(A) - target|, target a mask [..., h, w]; `where` [..., h, w], from 0 to 1: how much it counts there."""
     return ((soft(a) - target).abs() * where).mean((-2, -1))
-
-
-def appearance_energy(a: Tensor, psi: Tensor, target: Tensor) -> Tensor:
-    """Mean of |look(A, psi) - target|, target [..., C]."""
-    return (look(a, psi) - target).abs().mean(-1)

@@ -95,13 +95,9 @@ class GuidanceSpec:
         try:
             rest = dict(fields)
             spec = cls(rest.pop("kind"), **rest)
-            counts = [count for count in (spec.num_labels, spec.feature_dim) if type(count) is int and count >= 0]
-            if (
-                len(counts) < 2
-                or type(spec.multi_hot) is not bool
-                or type(spec.concepts_only) is not bool
-                or spec.spatial not in (None, "box", "mask")
-            ):
+            counts, flags = (spec.num_labels, spec.feature_dim), (spec.multi_hot, spec.concepts_only)
+            kinds = {*map(type, counts)}, {*map(type, flags)}
+            if kinds != ({int}, {bool}) or min(counts) < 0 or spec.spatial not in (None, "box", "mask"):
                 raise ValueError(f"{fields}")
             return spec
         except (KeyError, TypeError, ValueError) as err:

@@ -63,31 +63,30 @@ class Conditioner(ModelMixin, ConfigMixin):
             self.spatial_null = nn.Parameter(torch.zeros(spatial_channels, 1, 1))
 
     def forward(self, guidance: Guidance) -> Condition:
-        vector = None if self.config.tokens_only else self._vector(guidance)
+        vector = None if self.config.tokens_only else self.out(self._sum(guidance))
         tokens, mask = self._tokens(guidance)
         spatial = None
         if guidance.spatial is not None and self.config.spatial_channels:
             spatial = torch.where(guidance.keep[:, None, None, None], guidance.spatial, self.spatial_null)
         return Condition(vector, tokens, mask, spatial)
 
-    def _vector(self, guidance: Guidance) -> Tensor:
-        kept = torch.zeros_like(self.null)  # the sum of what there is, [B, hidden]
+    def _sum(self, guidance: Guidance, of: str = "") -> Tensor:
+        """What there is of the signal, added up, or the null; of vectors [B, hidden], of "token_" [B, T, D]."""
+        null = getattr(self, f"{of}null")
+        kept = torch.zeros_like(null)
         if guidance.k is not None:
-            kept = kept + self._lookup(self.labels, guidance.k)
+            kept = kept + self._lookup(getattr(self, f"{of}labels").flatten(1), guidance.k).unflatten(1, null.shape)
         if guidance.feature is not None:
-            kept = kept + self.feature(self._scaled(guidance.feature))
-        return self.out(torch.where(guidance.keep[:, None], kept, self.null))
+            unit = guidance.feature.to(self.dtype)
+            scaled = unit * unit.shape[1] ** 0.5  # entries of size one, which a linear layer's initialisation expects
+            kept = kept + getattr(self, f"{of}feature")(scaled).unflatten(1, null.shape)
+        return torch.where(guidance.keep.view(-1, *[1] * null.ndim), kept, null)
 
     def _tokens(self, guidance: Guidance) -> tuple[Tensor | None, Tensor | None]:
         if self.token_shape is None:
             return None, None
         if self.config.tokens == "vector" or guidance.concepts is None:
-            kept = torch.zeros_like(self.token_null)  # [B, T, D]
-            if guidance.k is not None:
-                kept = kept + self._lookup(self.token_labels.flatten(1), guidance.k).unflatten(1, self.token_shape)
-            if guidance.feature is not None:
-                kept = kept + self.token_feature(self._scaled(guidance.feature)).unflatten(1, self.token_shape)
-            return torch.where(guidance.keep[:, None, None], kept, self.token_null), None
+            return self._sum(guidance, "token_"), None
         there = guidance.concepts >= 0  # [B, T]
         tokens = self.token_labels[guidance.concepts.clamp(min=0), 0] * there[..., None]  # [B, T, D]
         tokens = torch.where(guidance.keep[:, None, None], tokens, self.token_null)
@@ -104,7 +103,3 @@ class Conditioner(ModelMixin, ConfigMixin):
     def _lookup(table: Tensor, k: Tensor) -> Tensor:
         """Rows of ids [B], or the sum of the rows a multi-hot [B, K] names."""
         return k.to(table.dtype) @ table if k.ndim == 2 else table[k]
-
-    def _scaled(self, feature: Tensor) -> Tensor:
-        """Unit vectors [B, D] -> entries of size one, which is what a linear layer's initialisation expects."""
-        return feature.to(self.dtype) * feature.shape[1] ** 0.5

@@ -9,15 +9,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 from torch import Tensor, nn
 
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.models.conditioner import Conditioner
 
 if TYPE_CHECKING:
     from ldm_sg.config import ModelConfig
-
-INJECT = ("concat", "add", "none")
-TOKENS = ("vector", "concepts", "none")
 
 
 class GuidedUNet(nn.Module):
@@ -80,28 +77,28 @@ class PlainUNet(UNet2DConditionModel):
 def make_unet(config: "ModelConfig", spec: GuidanceSpec, *latent_shapes: tuple[int, int, int]) -> GuidedUNet:
     """The network of `config` for latents [C, h, w], of one or several shapes, the most frequent first, and the signals of `spec`.
     InputError names a size that cannot be."""
-    for shape in latent_shapes:
-        _check(config, shape)
+    halved = len(config.multipliers) - 1
+    for _, h, w in latent_shapes:
+        if h % 2**halved or w % 2**halved:
+            raise InputError(
+                f"model.multipliers={list(config.multipliers)} halves {halved} times, but latents are {h}x{w}: give fewer "
+                "multipliers or an autoencoder with a smaller factor"
+            )
     channels, *cells = latent_shapes[0]
     widths = [config.channels * m for m in config.multipliers]
-    factors = [2**level for level in range(len(widths))]
     cross = config.tokens != "none"
-    attention, kind = ("CrossAttn", UNet2DConditionModel) if cross else ("Attn", PlainUNet)
-    plain = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.residual_updown else ("DownBlock2D", "UpBlock2D")
-    )
-    down = [f"{attention}DownBlock2D" if f in config.attention else plain[0] for f in factors]
-    up = [f"{attention}UpBlock2D" if f in config.attention else plain[1] for f in reversed(factors)]
-    embed_dim = 4 * config.channels
+    attention, kind = ("CrossAttn{}Block2D", UNet2DConditionModel) if cross else ("Attn{}Block2D", PlainUNet)
+    plain = "Resnet{}sampleBlock2D" if config.residual_updown else "{}Block2D"
+    blocks = [attention if 2**level in config.attention else plain for level in range(len(widths))]
     own = {} if cross else {"heads": config.heads, "residual_updown": config.residual_updown}
     unet = kind(
         **own,
         sample_size=min(cells),
         in_channels=channels + spec.spatial_channels,
         out_channels=channels,
-        down_block_types=tuple(down),
+        down_block_types=tuple(block.format("Down") for block in blocks),
         mid_block_type="UNetMidBlock2DCrossAttn" if cross and config.attention else "UNetMidBlock2D",
-        up_block_types=tuple(up),
+        up_block_types=tuple(block.format("Up") for block in reversed(blocks)),
         block_out_channels=tuple(widths),
         layers_per_block=config.blocks,
         dropout=config.dropout,
@@ -116,7 +113,7 @@ def make_unet(config: "ModelConfig", spec: GuidanceSpec, *latent_shapes: tuple[i
     nn.init.zeros_(unet.conv_out.bias)
     conditioner = Conditioner(
         num_labels=spec.num_concepts if spec.concepts_only else spec.num_labels,
-        embed_dim=embed_dim,
+        embed_dim=4 * config.channels,
         hidden=config.hidden,
         tokens=config.tokens,
         num_tokens=config.num_tokens,
@@ -126,32 +123,6 @@ def make_unet(config: "ModelConfig", spec: GuidanceSpec, *latent_shapes: tuple[i
         tokens_only=config.inject == "none",
     )
     return GuidedUNet(unet, conditioner)
-
-
-def _check(config: "ModelConfig", latent_shape: tuple[int, int, int]) -> None:
-    if config.inject not in INJECT:
-        raise InputError(f"model.inject={config.inject!r}; {choices(config.inject, INJECT)}")
-    if config.tokens not in TOKENS:
-        raise InputError(f"model.tokens={config.tokens!r}; {choices(config.tokens, TOKENS)}")
-    if config.inject == "none" and config.tokens == "none":
-        raise InputError("model.inject=none and model.tokens=none: the network would read no signal; give one of them")
-    if config.residual_updown and config.tokens != "none":
-        raise InputError(
-            f"model.residual_updown=true with tokens={config.tokens!r}: diffusers' cross-attention blocks halve and double by "
-            "convolutions; give tokens=none, or residual_updown=false"
-        )
-    deepest = 2 ** (len(config.multipliers) - 1)
-    if latent_shape[1] % deepest or latent_shape[2] % deepest:
-        raise InputError(
-            f"model.multipliers={list(config.multipliers)} halves {len(config.multipliers) - 1} times, but latents are "
-            f"{latent_shape[1]}x{latent_shape[2]}: give fewer multipliers or an autoencoder with a smaller factor"
-        )
-    wrong = [f for f in config.attention if f not in [2**i for i in range(len(config.multipliers))]]
-    if wrong:
-        raise InputError(f"model.attention={list(config.attention)}: no level has a downsampling factor of {wrong[0]}")
-    for m in config.multipliers:
-        if (config.channels * m) % config.heads:
-            raise InputError(f"model.heads={config.heads} does not divide {config.channels * m} channels")
 
 
 def _groups(widths: list[int]) -> int:

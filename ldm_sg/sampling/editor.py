@@ -16,7 +16,7 @@ from ldm_sg.guidance.spatial import concept_ids
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.sampling import draw
 from ldm_sg.sampling.edit import Edit, Observed, check, check_strength, noised, record, remembering, selfguided
-from ldm_sg.sampling.solvers import Grid, dpmpp_2m, make_grid, solve
+from ldm_sg.sampling.solvers import Grid, make_grid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,9 +36,8 @@ class Source:
     observed: list[Observed]
 
 
-Taken = tuple[
-    Source, Sequence[int], bool
-]  # an image, the concepts that are taken from it, and whether with their looks
+# an image, the concepts that are taken from it, and whether with their looks
+Taken = tuple[Source, Sequence[int], bool]
 
 
 class Editor:
@@ -121,13 +120,10 @@ class Editor:
         rest = Grid(grid.times[start:], grid.alpha[start:], grid.sigma[start:])
         latents = pipe.autoencoder.encode(images.to(pipe.device))
         [noise, *_] = noised(latents, source.noise.to(latents), rest)
-        denoiser, guidance, noise = pipe._prepare(source.guidance, noise, self.w, self.strategy)
-        return pipe.decode(
-            solve(denoiser, noise, guidance, pipe.objective.to(noise.device), rest, dpmpp_2m, pipe.bounds)
-        )
+        return pipe.decode(pipe.solve(source.guidance, noise, self.w, rest, self.strategy))
 
     def _solve(self, guidance: Guidance, noise: Tensor, strategy: Strategy) -> Tensor:
-        return self.pipe.decode(self.pipe._solve(guidance, noise, self.w, self.steps, strategy=strategy))
+        return self.pipe.decode(self.pipe.solve(guidance, noise, self.w, self.grid, strategy))
 
     def _source(self, images: Tensor, guidance: Guidance, noise: Tensor, states: list[Tensor]) -> Source:
         guidance = guidance.to(self.pipe.device)

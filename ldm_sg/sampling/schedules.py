@@ -57,10 +57,9 @@ def check_fits(other: SchedulerMixin, own: SchedulerMixin) -> None:
     """InputError where `other` does not step along the schedule, or by the kind of prediction, that was learnt with `own`."""
     flows = "FlowMatch" in type(other).__name__ or other.config.get("use_flow_sigmas", False)
     if hasattr(own, "alphas_cumprod"):
-        same = [scheduler.config.get("prediction_type") for scheduler in (own, other)]
-        fits = not flows and hasattr(other, "alphas_cumprod") and same[0] == same[1]
-        fits = fits and len(other.alphas_cumprod) == len(own.alphas_cumprod)
-        fits = fits and torch.allclose(other.alphas_cumprod.float().cpu(), own.alphas_cumprod.float().cpu(), atol=1e-3)
+        same = own.config.prediction_type == other.config.get("prediction_type")
+        mine, theirs = (getattr(each, "alphas_cumprod", torch.empty(0)).float().cpu() for each in (own, other))
+        fits = not flows and same and mine.shape == theirs.shape and torch.allclose(theirs, mine, atol=1e-3)
     else:
         fits = flows
     if not fits:

@@ -142,7 +142,7 @@ def solve(
     guidance: Guidance,
     objective: Objective,
     grid: Grid,
-    step: Step,
+    step: Step = dpmpp_2m,
     bounds: tuple[Tensor, Tensor] | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
     each: Callable[[int, Tensor, Tensor], Tensor] | None = None,

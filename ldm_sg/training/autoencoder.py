@@ -20,7 +20,7 @@ from torchvision.models import AlexNet_Weights
 from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.autoencoder.kinds import KL, Tiny
 from ldm_sg.config import FitAutoencoderConfig
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.hub import downloadable
 from ldm_sg.weights import check_finite, read_weights
 
@@ -87,16 +87,11 @@ def perceptual_distance(weights: str | None) -> nn.Module:
 
 
 def _load_alexnet(alexnet: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """lpips cuts `features` into slices whose children keep torchvision's indices as names."""
-    convs = {name: m for part in alexnet.children() for name, m in part.named_children() if isinstance(m, nn.Conv2d)}
     state = {key.removeprefix("features."): value.float() for key, value in state.items()}
-    for name, conv in convs.items():
-        try:
-            conv.load_state_dict({part: state[f"{name}.{part}"] for part in ("weight", "bias")})
-        except (KeyError, RuntimeError) as err:
-            raise InputError(
-                f"lpips_weights={source}: its {name}.weight, .bias are not those of AlexNet's features"
-            ) from err
+    try:  # lpips cuts `features` into slices whose children keep torchvision's indices as names: slice2.3.weight
+        alexnet.load_state_dict({key: state[key.partition(".")[2]] for key in alexnet.state_dict()})
+    except (KeyError, RuntimeError) as err:
+        raise InputError(f"lpips_weights={source}: not those of AlexNet's features: {one_line(err)[:100]}") from err
     check_finite(alexnet.state_dict(), source)
 
 
@@ -209,9 +204,8 @@ class Fit:
             if c.half > 0:
                 losses["half"] = (self._decode(F.avg_pool2d(z, 2)) - F.avg_pool2d(images, 2)).abs().mean()
             if self.perceptual is not None:
-                top, left = torch.randint(
-                    4, (2,), generator=generator
-                ).tolist()  # AlexNet's stride of 4 would leave a grid
+                # AlexNet's stride of 4 would leave a grid
+                top, left = torch.randint(4, (2,), generator=generator).tolist()
                 pair = (enlarge(x[:, :, top:, left:], c.lpips_size) for x in (fake, images))
                 losses["lpips"] = self.perceptual(*pair).float().mean()
         return fake, losses
@@ -240,9 +234,8 @@ class Fit:
     def _gan_weight(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
         """VQGAN (Esser et al., 2021), Eq. 7: the ratio of the two gradients at the decoder's last layer."""
         last = self.net.decoder.layers[-1].weight if self.kind == "tiny" else self.net.decoder.conv_out.weight
-        ours, theirs = (
-            torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
-        )
+        losses = (reconstruction, adversarial)
+        ours, theirs = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in losses)
         return self.config.gan * (ours / (theirs + 1e-4)).clamp(max=1e4).detach()
 
     def _train_critic(self, real: Tensor, fake: Tensor, rate: float) -> Tensor:

@@ -1,10 +1,8 @@
 """Fit's steps from where they stand to the end, or to Ctrl-C: metrics.csv, reports and checkpoints on the way."""
 
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from tqdm import tqdm
 
 from ldm_sg.folder import whole
 from ldm_sg.training.autoencoder import Fit, Source, draw
+from ldm_sg.training.interruption import Interruption
 from ldm_sg.training.metrics import MetricsCsv
 
 FIELDS = ("step", "images_per_s", "l1", "kl", "half", "lpips", "gan", "critic")
@@ -23,8 +22,8 @@ def loop(fit: Fit, sources: list[Source], checkpoint: Path, metrics: Path, repor
     c = fit.config
     file, sums, logged, start = MetricsCsv(metrics, FIELDS, fit.steps), Counter[str](), fit.steps, time.monotonic()
     bar = tqdm(total=c.steps, initial=fit.steps, unit="step", desc="fit", dynamic_ncols=True)
-    with _interruptible() as interrupted, bar:
-        while fit.steps < c.steps and not interrupted:
+    with Interruption() as interruption, bar:
+        while fit.steps < c.steps and not interruption.heard:
             generator = torch.Generator().manual_seed(c.seed * 2**32 + fit.steps)
             sums.update(fit.step(draw(sources, c.size, c.batch_size, generator), generator))  # adds
             bar.update()
@@ -45,19 +44,3 @@ def loop(fit: Fit, sources: list[Source], checkpoint: Path, metrics: Path, repor
 def _save(fit: Fit, path: Path) -> None:
     with whole(path) as new, new.open("wb") as file:
         torch.save(fit.state_dict(), file)
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C fills the list instead of breaking a step in the middle; a second one breaks."""
-    got: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        got.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield got
-    finally:
-        signal.signal(signal.SIGINT, before)

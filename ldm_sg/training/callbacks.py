@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from ldm_sg.config import TrainConfig
 from ldm_sg.errors import InputError
 from ldm_sg.folder import temporary
+from ldm_sg.training.interruption import Interruption
 from ldm_sg.training.metrics import MetricsCsv
 from ldm_sg.training.sharded import Sharded, gathered, put_back, share_out
 
@@ -113,14 +113,69 @@ class EachStep(Callback, ABC):
     def on_step(self, trainer: pl.Trainer) -> None: ...
 
 
-class SaveLast(EachStep):
-    """checkpoints/last.ckpt every N steps and at the end, complete or not there, and the pipeline beside it; snapshots of
-    the EMA weights every `keep_every` steps."""
+class Keeper(EachStep):
+    """Writes what stands beside a run: by `hooks` pipelines, grids and snapshots of the EMA network, and checkpoints/last.ckpt,
+    complete or not there. Where `hooks` can judge, every `val_every` steps and at the end, it exports the network whose samples are
+    nearest to held-out images, and stops after `patience` judgements in a row without a better one. An interruption stops the
+    run after its step."""
 
-    def __init__(self, path: Path, config: TrainConfig, ema: EMA, hooks: Hooks) -> None:
-        self.path, self.config, self.ema, self.hooks = path, config, ema, hooks
+    state_key = "StopEarly"  # in a checkpoint: what it holds of judgements
 
-    def save(self, trainer: pl.Trainer) -> None:
+    def __init__(
+        self, run: Path, config: TrainConfig, ema: EMA, hooks: Hooks, reports: "Reports", interruption: Interruption
+    ) -> None:
+        self.path, self.config, self.ema, self.hooks = run / "checkpoints" / "last.ckpt", config, ema, hooks
+        self.reports, self.interruption = reports, interruption
+        self.best, self.best_step, self.since = math.inf, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("best", "best_step", "since")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self.ema.give(self.hooks.start)
+
+    def on_step(self, trainer: pl.Trainer) -> None:
+        step, config, stops = trainer.global_step, self.config, False
+
+        def due(every: int) -> bool:
+            return every > 0 and (step % every == 0 or step == trainer.max_steps)
+
+        if due(config.sample_every):
+            self.ema.give(self.hooks.draw, step, device=trainer.strategy.root_device)
+        if self.hooks.judge is not None and due(config.val_every):
+            stops = self._judge(trainer)
+        if config.keep_every and step % config.keep_every == 0:
+            self.ema.give(self.hooks.keep, step)
+        if trainer.world_size == 1 or step % 10 == 0:  # ranks agree on when to stop, which costs a message
+            heard = trainer.strategy.reduce_boolean_decision(self.interruption.heard, all=False)
+            self.interruption.heard = heard
+            stops = stops or heard
+        if stops or due(config.checkpoint_every):
+            self._save(trainer)
+        trainer.should_stop = trainer.should_stop or stops
+
+    def _judge(self, trainer: pl.Trainer) -> bool:
+        """Whether the network has not become better for long enough."""
+        step = trainer.global_step
+        fd = trainer.strategy.broadcast(self.ema.give(self.hooks.judge, device=trainer.strategy.root_device))
+        if trainer.is_global_zero:
+            self.reports.file.append(step=step, fd_held_out=round(fd, 5))
+        self.since += 1
+        if fd < self.best:
+            self.best, self.best_step, self.since = fd, step, 0
+            self.ema.give(self.hooks.export)
+        self.reports.restart(step)
+        if self.since < self.config.patience or step == trainer.max_steps:
+            return False
+        best = f"{self.best:.4f} at step {self.best_step}"
+        tqdm.write(f"stopped at step {step}: no lower FD to held-out images than {best}", sys.stderr)
+        return True
+
+    def _save(self, trainer: pl.Trainer) -> None:
         new = temporary(self.path)
         try:
             trainer.save_checkpoint(new)
@@ -132,49 +187,6 @@ class SaveLast(EachStep):
         finally:
             new.unlink(missing_ok=True)
 
-    def on_step(self, trainer: pl.Trainer) -> None:
-        step, every = trainer.global_step, self.config.keep_every
-        if every and step % every == 0:
-            self.ema.give(self.hooks.keep, step)
-        if step % self.config.checkpoint_every == 0 or step == trainer.max_steps:
-            self.save(trainer)
-
-
-class StopEarly(EachStep):
-    """Exports the network whose samples are nearest to held-out images, judged every `val_every` steps and at the end, and stops
-    after `patience` judgements in a row without a better one."""
-
-    def __init__(self, config: TrainConfig, ema: EMA, hooks: Hooks, saver: SaveLast, metrics: "MetricsFile") -> None:
-        self.config, self.ema, self.hooks, self.saver, self.metrics = config, ema, hooks, saver, metrics
-        self.best, self.best_step, self.since = math.inf, 0, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("best", "best_step", "since")}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update(state_dict)
-
-    def on_step(self, trainer: pl.Trainer) -> None:
-        step = trainer.global_step
-        if self.hooks.judge is None or (step % self.config.val_every and step != trainer.max_steps):
-            return
-        fd = trainer.strategy.broadcast(self.ema.give(self.hooks.judge, device=trainer.strategy.root_device))
-        self.best, self.best_step, self.since = (
-            (fd, step, 0) if fd < self.best else (self.best, self.best_step, self.since + 1)
-        )
-        if trainer.is_global_zero:
-            self.metrics.file.append(step=step, fd_held_out=round(fd, 5))
-        if self.best_step == step:
-            self.ema.give(self.hooks.export)
-        self.metrics.start, self.metrics.start_step = time.perf_counter(), step
-        if self.since >= self.config.patience and step != trainer.max_steps:
-            tqdm.write(
-                f"stopped at step {step}: no lower FD to held-out images than {self.best:.4f} at step {self.best_step}",
-                sys.stderr,
-            )
-            self.saver.save(trainer)
-            trainer.should_stop = True
-
 
 class Finite(EachStep):
     """Tells of steps that were skipped because their gradient was not finite, in RUN/skipped_steps.jsonl too, and ends the run when
@@ -185,8 +197,14 @@ class Finite(EachStep):
 
     def on_step(self, trainer: pl.Trainer) -> None:
         self.norms.append((trainer.global_step - 1, trainer.lightning_module.gradient_norm))
-        if len(self.norms) < LOST_IN_A_ROW and trainer.global_step != trainer.max_steps:
-            return
+        if len(self.norms) >= LOST_IN_A_ROW or trainer.global_step == trainer.max_steps:
+            self._look(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.norms:  # an interruption or `patience` left them
+            self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer) -> None:
         norms, lost = torch.stack([norm for _, norm in self.norms]).tolist(), []
         for (step, _), norm in zip(self.norms, norms):
             self.row = 0 if math.isfinite(norm) else self.row + 1
@@ -208,103 +226,53 @@ class Finite(EachStep):
             )
 
 
-class StopCleanly(EachStep):
-    """Within `with`, on SIGINT or SIGTERM: finish the step, save, stop. A second signal is obeyed at once."""
+class Reports(EachStep):
+    """Losses, speed and learning rate: in metrics.csv, from one rank, and on a tqdm bar on stderr, in steps of the whole run."""
 
-    def __init__(self, saver: SaveLast) -> None:
-        self.saver, self.interrupted = saver, False
-
-    def __enter__(self) -> None:
-        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-
-    def on_step(self, trainer: pl.Trainer) -> None:
-        if trainer.world_size > 1 and trainer.global_step % 10:
-            return  # ranks agree on when to stop, which costs a message
-        if trainer.strategy.reduce_boolean_decision(self.interrupted, all=False) and not trainer.should_stop:
-            self.interrupted = True
-            self.saver.save(trainer)
-            trainer.should_stop = True
-
-
-class MetricsFile(Callback):
-    """Losses, speed and learning rate in metrics.csv, from one rank."""
+    bar: tqdm | None = None
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
-        self.path, self.config = path, config
+        self.path, self.config, self.losses = path, config, list[Tensor]()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start, self.start_step, self.losses = time.perf_counter(), trainer.global_step, []
-        if trainer.is_global_zero:
-            self.file = MetricsCsv(self.path, COLUMNS, trainer.global_step)
+        step, first = trainer.global_step, trainer.is_global_zero
+        self.restart(step)
+        if first:
+            self.file = MetricsCsv(self.path, COLUMNS, step)
+        total = trainer.max_steps
+        self.bar = tqdm(total=total, initial=step, unit="step", desc="train", dynamic_ncols=True, disable=not first)
+
+    def restart(self, step: int) -> None:
+        """The speed is measured from here on."""
+        self.start, self.start_step = time.perf_counter(), step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.losses.append(outputs["loss"].detach())  # Lightning has divided it by the number of parts
-        step, parts = trainer.global_step, trainer.accumulate_grad_batches
-        short = step == trainer.max_steps < self.config.log_every
-        if (batch_idx + 1) % parts or (step % self.config.log_every and not short):
-            return
-        now = time.perf_counter()
-        rate = (step - self.start_step) * self.config.batch_size / (now - self.start)
-        self.start, self.start_step = now, step
-        loss = torch.stack(self.losses).mean().item() * parts
-        self.losses = []
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        pl_module.log("images_per_s", rate, prog_bar=True)
-        if trainer.is_global_zero:
-            self.file.append(step=step, train_loss=round(loss, 6), images_per_s=round(rate, 1), lr=lr)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = {name: trainer.callback_metrics.get(name) for name in ("val_loss_guided", "val_loss_null")}
-        if trainer.is_global_zero and not trainer.sanity_checking and all(m is not None for m in metrics.values()):
-            self.file.append(step=trainer.global_step, **{name: round(m.item(), 6) for name, m in metrics.items()})
-        self.start, self.start_step = time.perf_counter(), trainer.global_step
-
-
-class Hooked(EachStep):
-    """Calls what other rooms do with the network, on one rank: `start` before the first step of a new run, `draw` every
-    N steps and after the last with the EMA network (the same noise and signals each time)."""
-
-    def __init__(self, hooks: Hooks, every: int, ema: EMA) -> None:
-        self.hooks, self.every, self.ema = hooks, every, ema
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0:
-            self.ema.give(self.hooks.start)
-
-    def on_step(self, trainer: pl.Trainer) -> None:
-        step = trainer.global_step
-        if self.every and (step % self.every == 0 or step == trainer.max_steps):
-            self.ema.give(self.hooks.draw, step, device=trainer.strategy.root_device)
-
-
-class Progress(EachStep):
-    """A tqdm bar on stderr, in steps of the whole run, with loss and images/s."""
-
-    bar: tqdm | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.bar = tqdm(
-            total=trainer.max_steps, initial=trainer.global_step, unit="step", desc="train", dynamic_ncols=True,
-            disable=not trainer.is_global_zero,
-        )  # fmt: skip
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step(self, trainer: pl.Trainer) -> None:
         assert self.bar is not None
         self.bar.update()
-        metrics = trainer.progress_bar_metrics
-        if trainer.global_step % 10 == 0 or "images_per_s" not in metrics:
+        step, metrics = trainer.global_step, trainer.progress_bar_metrics
+        if step % self.config.log_every == 0 or step == trainer.max_steps < self.config.log_every:
+            rate = (step - self.start_step) * self.config.batch_size / (time.perf_counter() - self.start)
+            loss = torch.stack(self.losses).mean().item() * trainer.accumulate_grad_batches
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            trainer.lightning_module.log("images_per_s", rate, prog_bar=True)
+            if trainer.is_global_zero:
+                self.file.append(step=step, train_loss=round(loss, 6), images_per_s=round(rate, 1), lr=lr)
+            self.losses = []
+            self.restart(step)
+        if step % 10 == 0 or "images_per_s" not in metrics:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        known = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val_loss_")}
+        if trainer.is_global_zero and known:
+            self.file.append(step=trainer.global_step, **{name: round(m.item(), 6) for name, m in known.items()})
+        self.restart(trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self.bar is not None:

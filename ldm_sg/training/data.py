@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ldm_sg.config import TrainConfig
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.order import Blocks, Kept, drawn, mix_seed, split, split_shards, turns
 from ldm_sg.errors import InputError, one_line
+from ldm_sg.folder import check
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.guidance.spatial import Crops
 
@@ -25,46 +27,35 @@ BLOCK = 32  # shards of a remote set
 
 def read_left_out(path: Path, latents: LatentSet) -> Tensor:
     """Indices [M] out of a list of lines {"set": start of the set's hash, "index": i}; InputError where it is none of this set."""
+    where = f"leave_out={str(path)!r}"
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        odd = next((line["index"] for line in lines if type(line["index"]) is not int), None)
-        if odd is not None:
-            raise ValueError(f"index {odd!r}")
-        indices = torch.tensor([line["index"] for line in lines], dtype=torch.long)
-        sets = {str(line["set"]) or "none" for line in lines}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, RuntimeError) as err:
-        raise InputError(
-            f"leave_out={str(path)!r}: not a list that `ldm-sg dedup` wrote: {one_line(err)[:100]}"
-        ) from err
-    if any(not latents.hash.startswith(name) for name in sets) or (
-        len(indices) and not 0 <= indices.min() <= indices.max() < len(latents)
-    ):
-        raise InputError(
-            f"leave_out={str(path)!r}: the list of another set than {latents.folder}: `ldm-sg dedup {latents.folder}`"
-        )
-    return indices
+        check(lines, [{"set": str, "index": int}], "its lines")
+    except (OSError, ValueError, RecursionError) as err:
+        raise InputError(f"{where}: not a list that `ldm-sg dedup` wrote: {one_line(err)[:100]}") from err
+    for line in lines:
+        if not line["set"] or not latents.hash.startswith(line["set"]) or not 0 <= line["index"] < len(latents):
+            raise InputError(f"{where}: the list of another set than {latents.folder}: `ldm-sg dedup {latents.folder}`")
+    return torch.tensor([line["index"] for line in lines], dtype=torch.long)
 
 
+@dataclass(eq=False)
 class Steps(Sampler[list[int]]):
     """Yields (step, share, *dataset indices), from step `first` up to `total`: of `world * parts` shares of the global batch
     those of this rank, `parts` a step, one after the other. pools: (dataset indices, how many of them a step) each; where
     `one_a_step`, buckets of which a batch has images of one alone (`turns`)."""
 
-    def __init__(
-        self,
-        pools: list[tuple[Pool, int]],
-        seed: int,
-        total: int,
-        first: int,
-        rank: int,
-        world: int,
-        parts: int = 1,
-        one_a_step: bool = False,
-        ahead: Callable[[list[int]], None] | None = None,
-    ) -> None:
-        """ahead: is told which shards come next, where the images are drawn in blocks of shards."""
-        self.pools, self.seed, self.total, self.first = pools, seed, total, first
-        self.rank, self.world, self.parts, self.one_a_step, self.ahead = rank, world, parts, one_a_step, ahead
+    pools: list[tuple[Pool, int]]
+    seed: int
+    total: int
+    first: int
+    rank: int
+    world: int
+    parts: int = 1
+    one_a_step: bool = False
+    ahead: Callable[[list[int]], None] | None = (
+        None  # is told which shards come next, of images drawn in blocks of them
+    )
 
     def __len__(self) -> int:
         return self.total * self.parts  # not what is left: Lightning counts resumed steps too
@@ -108,33 +99,39 @@ class Mixed:
         self.first, self.second, self.flips = first, second, first.flips and second.flips
 
     def latents(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
-        return torch.cat([part.latents(*own) for part, own in self._parts(indices, flip)])[self._places(indices)]
+        parts = [part.latents(own, _of(flip, mine)) for part, own, mine in self._parts(indices)]
+        return torch.cat(parts)[self._places(indices)]
 
     def guidance(self, indices: Tensor, flip: Tensor | None = None, crops: Crops | None = None) -> Guidance:
         parts = [
-            part.guidance(*own, crops and Crops(crops.corners[mine], crops.side))
-            for (part, own), mine in zip(self._parts(indices, flip), self._masks(indices))
+            part.guidance(own, _of(flip, mine), crops and Crops(crops.corners[mine], crops.side))
+            for part, own, mine in self._parts(indices)
         ]
         return Guidance.cat(parts)[self._places(indices)]
 
-    def _masks(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return indices < len(self.first), indices >= len(self.first)
-
-    def _parts(self, indices: Tensor, flip: Tensor | None) -> list[tuple[LatentSet, tuple[Tensor, Tensor | None]]]:
-        starts = zip((self.first, self.second), self._masks(indices), (0, len(self.first)))
-        return [(part, (indices[mine] - start, None if flip is None else flip[mine])) for part, mine, start in starts]
+    def _parts(self, indices: Tensor) -> list[tuple[LatentSet, Tensor, Tensor]]:
+        """Each set, its own indices, and which of `indices` they are."""
+        second = indices >= len(self.first)
+        return [(self.first, indices[~second], ~second), (self.second, indices[second] - len(self.first), second)]
 
     def _places(self, indices: Tensor) -> Tensor:
         """Where each of `indices` stands once those of the first set come first."""
-        return torch.cat([mine.nonzero()[:, 0] for mine in self._masks(indices)]).argsort()
+        return (indices >= len(self.first)).int().argsort(stable=True).argsort()
 
 
+def _of(flip: Tensor | None, mine: Tensor) -> Tensor | None:
+    return None if flip is None else flip[mine]
+
+
+@dataclass(eq=False)
 class LatentBatches(Dataset):
     """(step, share, *indices) -> step, share, latents [b, C, h, w], guidance of b samples: random ones of each image's views (mirrored
     where that is stored, cropped where `side` is less than the latents') or, for validation, the centre. side: None = whole."""
 
-    def __init__(self, latents: LatentSet | Mixed, seed: int, side: int | None, random: bool) -> None:
-        self.latents, self.seed, self.side, self.random = latents, seed, side, random
+    latents: LatentSet | Mixed
+    seed: int
+    side: int | None
+    random: bool
 
     def __getitem__(self, request: list[int]) -> tuple[int, int, Tensor, Guidance]:
         step, share, indices = request[0], request[1], torch.tensor(request[2:])
@@ -219,10 +216,9 @@ class LatentData(pl.LightningDataModule):
         return ", ".join(f"{shape} ({n:,})" for shape, n in named)
 
     def _loader(self, sampler: Sampler, random: bool, workers: int) -> DataLoader:
+        latents = Mixed(self.latents, self.replay) if self.replay else self.latents
         return DataLoader(
-            LatentBatches(
-                Mixed(self.latents, self.replay) if self.replay else self.latents, self.config.seed, self.side, random
-            ),
+            LatentBatches(latents, self.config.seed, self.side, random),
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
@@ -248,6 +244,5 @@ class LatentData(pl.LightningDataModule):
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
         parts = [chunk for pool in self.by_shape(self.val_pool) for chunk in pool.split(self.config.batch_size)]
-        whole = [chunk for chunk in parts if len(chunk) >= world]
-        chunks = [chunk[rank::world].tolist() for chunk in whole]
+        chunks = [chunk[rank::world].tolist() for chunk in parts if len(chunk) >= world]
         return self._loader([[i, rank, *chunk] for i, chunk in enumerate(chunks)], False, 0)  # type: ignore[arg-type]

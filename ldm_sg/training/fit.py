@@ -13,20 +13,11 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from ldm_sg.config import TrainConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.training.callbacks import (
-    EMA,
-    Finite,
-    Hooked,
-    Hooks,
-    MetricsFile,
-    Progress,
-    SaveLast,
-    StopCleanly,
-    StopEarly,
-)
+from ldm_sg.training.callbacks import EMA, Finite, Hooks, Keeper, Reports
 from ldm_sg.training.checkpoint import read_checkpoint
 from ldm_sg.training.data import LatentData
 from ldm_sg.training.diffusion import DiffusionModule
+from ldm_sg.training.interruption import Interruption
 from ldm_sg.training.sharded import CPU_SHARES, Sharded
 
 
@@ -50,18 +41,13 @@ def fit(
     last = run / "checkpoints" / "last.ckpt"
     last.parent.mkdir(exist_ok=True)
     data.first_step = checkpoint_step(last)
-    ema = EMA(config.ema)
-    saver = SaveLast(last, config, ema, hooks)
-    stopper = StopCleanly(saver)
-    metrics = MetricsFile(run / "metrics.csv", config)
-    # order matters: EMA averages before anything reads it, and metrics come before a checkpoint ends the step
-    early = StopEarly(config, ema, hooks, saver, metrics)
-    callbacks = [Finite(run), ema, metrics, Hooked(hooks, config.sample_every, ema), early, saver, stopper]
+    ema, reports, interruption = EMA(config.ema), Reports(run / "metrics.csv", config), Interruption()
+    keeper = Keeper(run, config, ema, hooks, reports, interruption)
     _quiet()
     validate = len(data.val_pool) > 0 and config.val_every > 0
     here, nodes = _processes(config, device)
     trainer = pl.Trainer(
-        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        accelerator=device.type,
         devices=here,
         num_nodes=nodes,
         strategy=Sharded() if config.strategy == "fsdp" else config.strategy,
@@ -75,14 +61,15 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_every,
         logger=_loggers(config, run, data.first_step),
-        callbacks=[*callbacks, Progress()],
+        # order matters: EMA averages before anything reads it, and metrics come before a checkpoint ends the step
+        callbacks=[Finite(run), ema, reports, keeper],
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
     try:
-        with stopper:
+        with interruption:
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if data.first_step else None, weights_only=True)
     except SystemExit as err:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt(f"interrupted; {run} stands at its last checkpoint") from err
@@ -93,7 +80,7 @@ def fit(
             f"{run}: another of its {trainer.world_size} processes has ended ({one_line(err)[:80]}...); the same command "
             "resumes at the last checkpoint"
         ) from err
-    return not stopper.interrupted
+    return not interruption.heard
 
 
 def _loggers(config: TrainConfig, run: Path, first_step: int) -> list[Logger]:
@@ -143,13 +130,8 @@ def _count(name: str) -> int:
 
 
 def _quiet() -> None:
-    for text in (
-        ".*does not have many workers.*",
-        ".*TensorBoard.*",
-        ".*tensorboardX.*",
-        ".*dataloader is not resumable.*",
-        ".*LeafSpec.*",
-        ".*smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)
+    known = (
+        "many workers|TensorBoard|tensorboardX|dataloader is not resumable|LeafSpec|smaller than the logging interval"
+    )
+    warnings.filterwarnings("ignore", message=f".*({known})")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
