@@ -21,7 +21,7 @@ from ldm_sg.folder import check, copy_of, file_sha256, read_mapping, sweep, whol
 
 CHUNK = 2**20
 SMALL = ("annotator", "autoencoder", "index")  # folders of a set that are copied, beside its manifest and shards.jsonl
-FILE = {"file": str, "bytes": int, "sha256": str}
+FILE = {"file": str, "bytes": int, "sha256": str}  # of a file of a set; of a shard too what it was made of: url, source
 
 
 def listing(folder: Path) -> list[dict[str, Any]]:
