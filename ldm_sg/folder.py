@@ -322,16 +322,19 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_mapping(path: Path, schema: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A mapping out of a JSON file (.json) or YAML; InputError naming file and key where it is not one, or lacks what `schema`
-    asks for: key -> a type, a tuple of types, {nested schema}, or [schema of each entry]."""
+def read_mapping(
+    path: Path, schema: Mapping[str, Any] | None = None, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> dict[str, Any]:
+    """A mapping out of a JSON file (.json, or any that is read by `pairs`, json's object_pairs_hook) or YAML; InputError naming
+    file and key where it is not one, or lacks what `schema` asks for: key -> a type, a tuple of types, {nested schema}, or
+    [schema of each entry]."""
+    kind = "JSON" if pairs or path.suffix == ".json" else "YAML"
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, YAML)
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=pairs) if kind == "JSON" else yaml.load(text, YAML)
     except OSError as err:
         raise InputError(f"{path}: cannot be read: {err.strerror or err}") from err
     except (ValueError, yaml.YAMLError, RecursionError) as err:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
         raise InputError(f"{path} is damaged: not readable {kind}: {one_line(err)[:200]}") from err
     check(content, dict(schema or {}), str(path))
     return content

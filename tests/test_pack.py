@@ -194,7 +194,7 @@ def test_bad_lmdbs(tmp_path, monkeypatch):
     assert skips(tmp_path / "dst")[0]["source"] == "x"
     with pytest.raises(InputError, match="an empty LMDB"):
         run(write_lmdb(tmp_path / "none", {}), tmp_path / "dst2")
-    with pytest.raises(InputError, match="name the LMDB's folder"):
+    with pytest.raises(InputError, match="an LMDB's folder"):
         run(src / "data.mdb", tmp_path / "dst2")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "data.mdb").write_bytes(b"x" * 10_000)
