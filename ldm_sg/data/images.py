@@ -158,6 +158,12 @@ def part_of(width: int, height: int, size: Size, within: int | None = None) -> t
     return left + margin, top + margin, left + margin + part, top + margin + part
 
 
+def enlarges(width: int, height: int, size: Size) -> bool:
+    """Whether `crop_resize` makes that part larger."""
+    left, _, right, _ = part_of(width, height, size)
+    return right - left < sides(size)[0]
+
+
 def _resized(image: Image.Image, size: Size, part: tuple[float, float, float, float]) -> Image.Image:
     new = sides(size)
     if (part[2] - part[0], part[3] - part[1]) == new:
