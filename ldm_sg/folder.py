@@ -109,9 +109,8 @@ def _lock(path: Path, shared: bool, wait: bool) -> IO[str]:
             owner = file.read().strip() or "another process"
             if not wait:
                 file.close()
-                raise InputError(
-                    f"{path.parent} is in use by {owner}: wait until it ends, or choose another folder"
-                ) from None
+                said = f"{path.parent} is in use by {owner}"
+                raise InputError(f"{said}: wait until it ends, or choose another folder") from None
             print(f"note: waiting for {owner}, which prepares {path.parent}", file=sys.stderr)
             fcntl.flock(file, kind)
         if _is_open(file, path):
@@ -155,10 +154,8 @@ def claim(
             bound = not stale or (key in here) != (key in before)  # other keys: of another verb
             bound &= key not in free and key.partition(".")[0] not in free
             if bound and here.get(key) != before.get(key):
-                raise InputError(
-                    f"{folder} belongs to another config: {key} {_difference(before.get(key), here.get(key))}; choose another "
-                    "folder, or remove it"
-                )
+                said = f"{key} {_difference(before.get(key), here.get(key))}"
+                raise InputError(f"{folder} belongs to another config: {said}; choose another folder, or remove it")
     elif folder.is_dir() and any(not entry.name.startswith(LOCK) for entry in folder.iterdir()):
         raise InputError(f"{folder} is not empty and has no {file}: choose another folder")
     if folder / LOCK in _held:
@@ -261,17 +258,11 @@ def disk_errors(path: Path) -> Iterator[None]:
     InputError with the path and the space left."""
     try:
         yield
-    except shutil.Error as err:  # of copytree: [(source, destination, why), ...]
-        first = err.args[0][0] if err.args and isinstance(err.args[0], list) else [str(err)]
-        raise _cannot_write(path, str(first[-1])) from err
-    except OSError as err:
-        raise _cannot_write(path, err.strerror or str(err)) from err
-    except SafetensorError as err:
-        raise _cannot_write(path, one_line(err)) from err
-
-
-def _cannot_write(path: Path, why: str) -> InputError:
-    return InputError(f"{path}: cannot be written: {why}; {space_left(path)}")
+    except (OSError, SafetensorError) as err:
+        why = getattr(err, "strerror", None) or one_line(err)
+        if isinstance(err, shutil.Error) and err.args and isinstance(err.args[0], list):
+            why = str(err.args[0][0][-1])  # of copytree: [(source, destination, why), ...]
+        raise InputError(f"{path}: cannot be written: {why}; {space_left(path)}") from err
 
 
 def space_left(path: Path) -> str:

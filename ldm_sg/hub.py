@@ -66,10 +66,8 @@ def check_pinned(name: str, digest: str, sha256: str | None = None) -> None:
     known = sha256 or first.get(name)
     if known is None:
         write_json(kept, first | {name: digest})
-        print(
-            f"note: not pinned: {name}: what came now, sha256 {digest}, is what {kept} asks for from now on",
-            file=sys.stderr,
-        )
+        said = f"what came now, sha256 {digest}, is what {kept} asks for from now on"
+        print(f"note: not pinned: {name}: {said}", file=sys.stderr)
     elif known != digest:
         who = "its manifest asks for" if sha256 else f"came first and {kept} asks for"
         raise InputError(

@@ -80,8 +80,7 @@ def _export(network: nn.Module, inputs: dict[str, Tensor], output: str, path: Pa
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    more = {
-        name: torch.cat([value, value[:1]]) for name, value in inputs.items()
-    }  # another batch size than the example's
+    # another batch size than the example's
+    more = {name: torch.cat([value, value[:1]]) for name, value in inputs.items()}
     (made,) = session.run(None, {name: value.numpy() for name, value in more.items()})
     return float((torch.from_numpy(made) - network(*more.values())).abs().max())

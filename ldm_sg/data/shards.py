@@ -171,21 +171,18 @@ def _groups(url: str) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
 
 def _grouped(members: Iterator[Member], last: bool) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
     """At damage the group that it fell into, which may lack a file, comes only where this is the `last` try."""
-    key, files, duplicates = "", {}, []  # type: ignore[var-annotated]
-    try:
-        for member in members:
-            if member.key != key and files:
+    for key, group in itertools.groupby(members, lambda member: member.key):
+        files: dict[str, Member] = {}
+        duplicates = []
+        try:
+            for member in group:
+                if member.ext in files:
+                    duplicates.append(member.ext)
+                files.setdefault(member.ext, member)
+        except Damaged:
+            if last:
                 yield key, files, duplicates
-                files, duplicates = {}, []
-            key = member.key
-            if member.ext in files:
-                duplicates.append(member.ext)
-            files.setdefault(member.ext, member)
-    except Damaged:
-        if files and last:
-            yield key, files, duplicates
-        raise
-    if files:
+            raise
         yield key, files, duplicates
 
 

@@ -255,7 +255,5 @@ class Signals:
             k.shape == shape and (not count or spec.multi_hot or 0 <= k.min() <= k.max() < spec.num_labels)
         )
         if count < 1 or not ids or (box is not None and (len(box) != count or not box.isfinite().all())):
-            raise InputError(
-                f"{path}: its signals are not those of {count} images with {spec.num_labels} labels: damaged"
-            )
+            raise InputError(f"{path}: not the signals of {count} images with {spec.num_labels} labels: damaged")
         return signals

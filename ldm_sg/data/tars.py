@@ -15,11 +15,7 @@ MOST_IMAGE, MOST_TEXT = 64 * 2**20, 2**20  # bytes of one file
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)  # webdataset's: a key ends at its name's first dot
 _PATIENCE = 60  # seconds for a server's next answer
 _HEADERS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
+    b"xgXLK"  # the types of entries that hold names: pax, of one file, all or Solaris's; GNU's of files and links
 )
 
 
