@@ -81,9 +81,7 @@ def _start_from(model: GuidedUNet, config: TrainConfig, latents: LatentSet) -> N
     old, where = open_pipeline(str(config.init), "cpu"), f"init={config.init!r}"
     stage = find_stage(str(latents.folder / "autoencoder"))[0]
     if differs := _other_stage(stage, old.autoencoder.manifest):
-        said = (
-            f"its first stage {old.autoencoder.name!r} differs from {stage['name']!r} of {latents.folder} in {differs}"
-        )
+        said = f"its first stage {old.autoencoder.name!r} is not {stage['name']!r} of {latents.folder}: other {differs}"
         raise InputError(f"{where}: {said}; annotate with autoencoder={config.init}/pipeline/autoencoder")
     mine, its = objective(config), objective_of(old.scheduler)
     if (mine.kind, mine.shift) != (its.kind, its.shift) or not torch.equal(mine.angles, its.angles):

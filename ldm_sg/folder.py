@@ -60,9 +60,8 @@ def locked(folder: str | Path, part: str | None = None, ranks: bool = False) -> 
 
 def others_work_in(folder: Path) -> bool:
     """Whether parts that are not of this process hold `folder`."""
-    return any(
-        path not in _held and path.name != f"{LOCK}-turn" and _is_held(path) for path in folder.glob(f"{LOCK}-*")
-    )
+    others = (path for path in folder.glob(f"{LOCK}-*") if path not in _held and path.name != f"{LOCK}-turn")
+    return any(map(_is_held, others))
 
 
 def _is_held(path: Path) -> bool:
@@ -187,16 +186,13 @@ def sweep(folder: Path) -> None:
     for left in list(folder.rglob("*.tmp-*")):
         name = re.search(r"\.tmp-(\d+)(?:@(.+))?$", left.name)
         with suppress(FileNotFoundError):  # its owner lives, and has just given it its name
-            if name is None or (_runs(int(name[1])) if name[2] in (None, HOST) else _is_young(left)):
+            young = time.time() - left.stat().st_mtime < FORGOTTEN
+            if name is None or (_runs(int(name[1])) if name[2] in (None, HOST) else young):
                 continue
             if left.is_file():
                 left.unlink()
             elif left.parent == folder:
                 shutil.rmtree(left)
-
-
-def _is_young(path: Path) -> bool:
-    return time.time() - path.stat().st_mtime < FORGOTTEN
 
 
 def _runs(pid: int) -> bool:
@@ -302,9 +298,8 @@ def pipeline_of(run: str | Path) -> Path | None:
 
 def annotator_folder(source: str | Path) -> Path:
     """The annotator/ of an annotation set, a run or a pipeline, or that folder itself."""
-    return next(
-        (p for p in (Path(source) / sub for sub in ("annotator", "pipeline/annotator")) if p.is_dir()), Path(source)
-    )
+    folders = (Path(source) / sub for sub in ("annotator", "pipeline/annotator"))
+    return next((folder for folder in folders if folder.is_dir()), Path(source))
 
 
 def file_sha256(path: str | Path) -> str:

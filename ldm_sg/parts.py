@@ -40,10 +40,8 @@ def fetch(name: str, options: dict[str, Any]) -> Path:
 
 def read_parts(folder: Path, index: dict[str, Any], version: int, options: dict[str, Any]) -> dict[str, Any]:
     """What builds the pipeline of model_index.json: its parts, those given in `options` instead of the folder's, and settings."""
-    if index.get("version") != version:
-        said = (
-            f"of another version of ldm_sg (model_index.json says {index.get('version', 1)}, this one reads {version})"
-        )
+    if (there := index.get("version", 1)) != version:
+        said = f"of another version of ldm_sg (model_index.json says {there}, this one reads {version})"
         raise InputError(f"{folder}: a pipeline folder {said}: train the run on with steps=, or make it anew")
     for entry in folder.rglob("*"):
         if entry.exists() and not (entry.is_file() or entry.is_dir()):

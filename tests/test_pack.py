@@ -152,7 +152,7 @@ def test_list_file(tmp_path):
     [
         ("", "an empty list"),
         ("a.png\tcat\n", "line 1: label 'cat' is not an integer"),
-        ("a.png\nb.png\na.png\n", "line 3: a.png is listed already in line 1"),
+        ("a.png\nb.png\na.png\n", "line 3: a.png is listed twice"),
         ("gone.png\n", "1 of 1 images could not be used"),
     ],
 )

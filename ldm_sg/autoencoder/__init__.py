@@ -93,6 +93,8 @@ class Autoencoder(ModelMixin):
         self._need_normalisation()
         return self.decode_raw(latents * self.std[:, None, None] + self.mean[:, None, None])
 
+    forward = decode  # what ONNX's export calls
+
     def decode_raw(self, z: Tensor) -> Tensor:
         """Latents [B, C, h, w] as `encode_raw` gives them -> images [B, 3, h*f, w*f] in [-1, 1]."""
         return self._sliced(self.codec.decode, z, self.tile // self.factor, self.factor).clamp(-1, 1)

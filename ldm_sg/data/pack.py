@@ -149,11 +149,8 @@ def _packer(source: Source, dst: Path, form: Form, size: int, _: str) -> Callabl
     """A worker that makes whole shards, each asked for by its name."""
 
     def work(wanted: str) -> Made:
-        [made] = (
-            _write_shard(dst / name, (pack_item(form, item) for item in items))
-            for name, items in source.shards(size, wanted.__eq__)
-        )
-        return made
+        name, items = next(source.shards(size, wanted.__eq__))
+        return _write_shard(dst / name, (pack_item(form, item) for item in items))
 
     return work
 

@@ -160,18 +160,16 @@ def walk(folder: Path, others: list[str], prefix: str = "", above: tuple[tuple[i
 def open_list(path: Path) -> Source:
     """A text file with one path a line (relative to the list's folder), and after a tab an integer label if wanted."""
     labels: dict[str, int | None] = {}
-    seen: dict[str, int] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
         name, tab, label = line.strip().partition("\t")
         if not name:
             continue
-        if name in seen:
-            raise InputError(f"{path} line {number}: {name} is listed already in line {seen[name]}")
+        if name in labels:
+            raise InputError(f"{path} line {number}: {name} is listed twice")
         try:
             labels[name] = int(label) if tab else None
         except ValueError:
             raise InputError(f"{path} line {number}: label {label!r} is not an integer") from None
-        seen[name] = number
     if not labels:
         raise InputError(f"{path}: an empty list")
     identity = {"kind": "list", "images": len(labels), "digest": digest(list(labels), list(labels.values()))}
