@@ -323,7 +323,7 @@ def test_bad_sources_and_targets(tmp_path):
         (tmp_path / "empty", "no images in .*empty .looked for"),
         (tmp_path / "texts", "no images in .*texts among 1 files"),
         (src / "a.png", "is a file: pack takes"),
-        (tmp_path / "x-{0..3}.tar", "not found"),
+        (tmp_path / "x-{0..3}.tar", "no .tar or .parquet shards found"),
     ):
         with pytest.raises(InputError, match=message):
             run(wrong, tmp_path / "dst")
