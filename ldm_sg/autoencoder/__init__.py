@@ -12,8 +12,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.kinds import KINDS, Codec
+from ldm_sg.autoencoder.manifest import find, weights_file, write
 from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import WEIGHTS, file_sha256, write_bytes
 
@@ -123,7 +123,7 @@ class Autoencoder(ModelMixin):
             manifest.update(source={"file": name}, sha256=file_sha256(folder / name))
             manifest.update(net=self.codec.net_config)
             manifest.pop("subfolder", None)
-        manifests.write(manifest, folder, part)
+        write(manifest, folder, part)
 
     def save_pretrained(self, folder: str | Path, refer: bool = False, **_: Any) -> None:
         """As a part of a pipeline; with `refer` large weights stay where they are."""
@@ -168,11 +168,11 @@ def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
     """A name under autoencoders/, a folder with manifest.yaml, a bare diffusers folder, or hub://USER/NAME[/SUBFOLDER] of such
     a one -> the frozen first stage, on the CPU in float32. InputError for unknown names, missing or changed weights, and the hub
     without network."""
-    manifest, folder = manifests.find(str(name_or_dir))
+    manifest, folder = find(str(name_or_dir))
     kind = manifest["kind"]
     if kind not in KINDS:
         raise InputError(f"autoencoder {manifest['name']!r}: kind {kind!r}; {choices(kind, KINDS)}")
-    return Autoencoder(KINDS[kind](manifest, manifests.weights_file(manifest, folder)), manifest)
+    return Autoencoder(KINDS[kind](manifest, weights_file(manifest, folder)), manifest)
 
 
 def load_preview(autoencoder: Autoencoder) -> Autoencoder:
