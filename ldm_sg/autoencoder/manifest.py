@@ -49,7 +49,7 @@ def find(name_or_dir: str) -> tuple[dict[str, Any], Path]:
         return on_hub(name_or_dir.removeprefix(HUB)), Path()
     folder = Path(name_or_dir).expanduser()
     if folder.is_file():
-        raise InputError(f"autoencoder {name_or_dir!r} is a file: `ldm-sg autoencoder import` makes a folder of it")
+        raise InputError(f"autoencoder {name_or_dir!r}: no folder, make one by ldm-sg autoencoder import {name_or_dir}")
     shipped = ROOT / "autoencoders"
     if not folder.is_dir() and (shipped / name_or_dir / "manifest.yaml").is_file():
         folder = shipped / name_or_dir
