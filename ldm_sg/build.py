@@ -31,10 +31,8 @@ def annotation(config: TrainConfig) -> LatentSet:
         latents.spec = dataclasses.replace(latents.spec, concepts_only=True)
         latents.signals = latents.signals.replace(spec=latents.spec)
         if not latents.spec.num_concepts:
-            raise InputError(
-                f"guidance.parts={config.guidance.parts}: the signals of {latents.folder} ({latents.spec.kind}) name one thing an image; "
-                "concepts are those of masks, boxes or several labels: annotate with annotator.kind=segments"
-            )
+            said = f"the signals of {latents.folder} ({latents.spec.kind}) name one thing an image"
+            raise InputError(f"guidance.parts={config.guidance.parts}: {said}; annotate with annotator.kind=segments")
     return latents
 
 
@@ -48,9 +46,8 @@ def view_side(config: TrainConfig, latents: LatentSet) -> int | None:
     pixels = latents.manifest["size"]
     factor = pixels // full
     if not factor <= config.crop <= pixels or config.crop % factor:
-        raise InputError(
-            f"crop={config.crop}: a multiple of {factor} up to {pixels}, the size of the images of {latents.folder}"
-        )
+        said = f"a multiple of {factor} up to {pixels}, the size of the images of {latents.folder}"
+        raise InputError(f"crop={config.crop}: {said}")
     return config.crop // factor
 
 
@@ -84,15 +81,11 @@ def _start_from(model: GuidedUNet, config: TrainConfig, latents: LatentSet) -> N
     old, where = open_pipeline(str(config.init), "cpu"), f"init={config.init!r}"
     stage = find_stage(str(latents.folder / "autoencoder"))[0]
     if differs := _other_stage(stage, old.autoencoder.manifest):
-        raise InputError(
-            f"{where}: its latents are of first stage {old.autoencoder.name!r}, those of {latents.folder} of {stage['name']!r}: "
-            f"other {differs}; annotate with autoencoder={config.init}/pipeline/autoencoder"
-        )
+        said = f"its first stage {old.autoencoder.name!r} is not {stage['name']!r} of {latents.folder}: other {differs}"
+        raise InputError(f"{where}: {said}; annotate with autoencoder={config.init}/pipeline/autoencoder")
     mine, its = objective(config), objective_of(old.scheduler)
     if (mine.kind, mine.shift) != (its.kind, its.shift) or not torch.equal(mine.angles, its.angles):
-        raise InputError(
-            f"{where}: it was trained with another objective or schedule; give objective.* of its config.yaml"
-        )
+        raise InputError(f"{where}: trained with another objective or schedule: give objective.* of its config.yaml")
     weights, labels = None, (latents.spec.num_labels, old.spec.num_labels)
     if all(labels):
         folders = latents.folder / "annotator", old.annotator_folder
@@ -102,9 +95,8 @@ def _start_from(model: GuidedUNet, config: TrainConfig, latents: LatentSet) -> N
     for name in left:
         if name.startswith("unet."):
             shape = tuple(there[name].shape) if name in there else "not there"
-            raise InputError(
-                f"{where}: its network is another one: {name} is {shape} there and {tuple(here[name].shape)} here"
-            )
+            said = f"{name} is {shape} there and {tuple(here[name].shape)} here"
+            raise InputError(f"{where}: its network is another one: {said}")
     if left:
         print(f"note: {where} does not know {', '.join(left)}: they start at random", file=sys.stderr)
 
@@ -124,10 +116,8 @@ def replay(config: TrainConfig, latents: LatentSet) -> LatentSet | None:
     count = old.spec.num_labels
     grown = alike and (old.spec.one_id or count == latents.spec.num_labels)
     if not grown or (count and (new is None or known is None or not torch.equal(new[:count], known))):
-        raise InputError(
-            f"{where}: its labels mean something else in {latents.folder}, which must be annotated with annotator.reuse= or "
-            "annotator.extend= of it"
-        )
+        said = f"its labels mean something else in {latents.folder}"
+        raise InputError(f"{where}: {said}: annotate that with annotator.reuse= or annotator.extend= of it")
     return old
 
 

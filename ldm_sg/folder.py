@@ -60,9 +60,8 @@ def locked(folder: str | Path, part: str | None = None, ranks: bool = False) -> 
 
 def others_work_in(folder: Path) -> bool:
     """Whether parts that are not of this process hold `folder`."""
-    return any(
-        path not in _held and path.name != f"{LOCK}-turn" and _is_held(path) for path in folder.glob(f"{LOCK}-*")
-    )
+    others = (path for path in folder.glob(f"{LOCK}-*") if path not in _held and path.name != f"{LOCK}-turn")
+    return any(map(_is_held, others))
 
 
 def _is_held(path: Path) -> bool:
@@ -109,9 +108,8 @@ def _lock(path: Path, shared: bool, wait: bool) -> IO[str]:
             owner = file.read().strip() or "another process"
             if not wait:
                 file.close()
-                raise InputError(
-                    f"{path.parent} is in use by {owner}: wait until it ends, or choose another folder"
-                ) from None
+                said = f"{path.parent} is in use by {owner}"
+                raise InputError(f"{said}: wait until it ends, or choose another folder") from None
             print(f"note: waiting for {owner}, which prepares {path.parent}", file=sys.stderr)
             fcntl.flock(file, kind)
         if _is_open(file, path):
@@ -155,10 +153,8 @@ def claim(
             bound = not stale or (key in here) != (key in before)  # other keys: of another verb
             bound &= key not in free and key.partition(".")[0] not in free
             if bound and here.get(key) != before.get(key):
-                raise InputError(
-                    f"{folder} belongs to another config: {key} {_difference(before.get(key), here.get(key))}; choose another "
-                    "folder, or remove it"
-                )
+                said = f"{key} {_difference(before.get(key), here.get(key))}"
+                raise InputError(f"{folder} belongs to another config: {said}; choose another folder, or remove it")
     elif folder.is_dir() and any(not entry.name.startswith(LOCK) for entry in folder.iterdir()):
         raise InputError(f"{folder} is not empty and has no {file}: choose another folder")
     if folder / LOCK in _held:
@@ -190,16 +186,13 @@ def sweep(folder: Path) -> None:
     for left in list(folder.rglob("*.tmp-*")):
         name = re.search(r"\.tmp-(\d+)(?:@(.+))?$", left.name)
         with suppress(FileNotFoundError):  # its owner lives, and has just given it its name
-            if name is None or (_runs(int(name[1])) if name[2] in (None, HOST) else _is_young(left)):
+            young = time.time() - left.stat().st_mtime < FORGOTTEN
+            if name is None or (_runs(int(name[1])) if name[2] in (None, HOST) else young):
                 continue
             if left.is_file():
                 left.unlink()
             elif left.parent == folder:
                 shutil.rmtree(left)
-
-
-def _is_young(path: Path) -> bool:
-    return time.time() - path.stat().st_mtime < FORGOTTEN
 
 
 def _runs(pid: int) -> bool:
@@ -261,17 +254,11 @@ def disk_errors(path: Path) -> Iterator[None]:
     InputError with the path and the space left."""
     try:
         yield
-    except shutil.Error as err:  # of copytree: [(source, destination, why), ...]
-        first = err.args[0][0] if err.args and isinstance(err.args[0], list) else [str(err)]
-        raise _cannot_write(path, str(first[-1])) from err
-    except OSError as err:
-        raise _cannot_write(path, err.strerror or str(err)) from err
-    except SafetensorError as err:
-        raise _cannot_write(path, one_line(err)) from err
-
-
-def _cannot_write(path: Path, why: str) -> InputError:
-    return InputError(f"{path}: cannot be written: {why}; {space_left(path)}")
+    except (OSError, SafetensorError) as err:
+        why = getattr(err, "strerror", None) or one_line(err)
+        if isinstance(err, shutil.Error) and err.args and isinstance(err.args[0], list):
+            why = str(err.args[0][0][-1])  # of copytree: [(source, destination, why), ...]
+        raise InputError(f"{path}: cannot be written: {why}; {space_left(path)}") from err
 
 
 def space_left(path: Path) -> str:
@@ -311,9 +298,8 @@ def pipeline_of(run: str | Path) -> Path | None:
 
 def annotator_folder(source: str | Path) -> Path:
     """The annotator/ of an annotation set, a run or a pipeline, or that folder itself."""
-    return next(
-        (p for p in (Path(source) / sub for sub in ("annotator", "pipeline/annotator")) if p.is_dir()), Path(source)
-    )
+    folders = (Path(source) / sub for sub in ("annotator", "pipeline/annotator"))
+    return next((folder for folder in folders if folder.is_dir()), Path(source))
 
 
 def file_sha256(path: str | Path) -> str:
@@ -322,16 +308,19 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_mapping(path: Path, schema: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A mapping out of a JSON file (.json) or YAML; InputError naming file and key where it is not one, or lacks what `schema`
-    asks for: key -> a type, a tuple of types, {nested schema}, or [schema of each entry]."""
+def read_mapping(
+    path: Path, schema: Mapping[str, Any] | None = None, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> dict[str, Any]:
+    """A mapping out of a JSON file (.json, or any that is read by `pairs`, json's object_pairs_hook) or YAML; InputError naming
+    file and key where it is not one, or lacks what `schema` asks for: key -> a type, a tuple of types, {nested schema}, or
+    [schema of each entry]."""
+    kind = "JSON" if pairs or path.suffix == ".json" else "YAML"
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, YAML)
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=pairs) if kind == "JSON" else yaml.load(text, YAML)
     except OSError as err:
         raise InputError(f"{path}: cannot be read: {err.strerror or err}") from err
     except (ValueError, yaml.YAMLError, RecursionError) as err:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
         raise InputError(f"{path} is damaged: not readable {kind}: {one_line(err)[:200]}") from err
     check(content, dict(schema or {}), str(path))
     return content

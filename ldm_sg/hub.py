@@ -66,16 +66,12 @@ def check_pinned(name: str, digest: str, sha256: str | None = None) -> None:
     known = sha256 or first.get(name)
     if known is None:
         write_json(kept, first | {name: digest})
-        print(
-            f"note: not pinned: {name}: what came now, sha256 {digest}, is what {kept} asks for from now on",
-            file=sys.stderr,
-        )
+        said = f"what came now, sha256 {digest}, is what {kept} asks for from now on"
+        print(f"note: not pinned: {name}: {said}", file=sys.stderr)
     elif known != digest:
         who = "its manifest asks for" if sha256 else f"came first and {kept} asks for"
-        raise InputError(
-            f"{name}: the hub gives weights of sha256 {digest}, not {known}, which {who}: name the old ones by their revision "
-            "(ID@REVISION), or if the new ones are right take that line out"
-        )
+        said = f"{name}: the hub gives weights of sha256 {digest}, not {known}, which {who}"
+        raise InputError(f"{said}: name the old ones by ID@REVISION, or if the new ones are right take that line out")
 
 
 def upload(folder: Path, name: str, private: bool = False) -> str:

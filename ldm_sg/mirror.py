@@ -34,9 +34,7 @@ class Mirror:
 
         self.url, self.folder = url, copy_of("out", url)
         if url.startswith(("http://", "https://", "pipe:")):
-            raise InputError(
-                f"out={url!r}: cannot be written to; give a folder, or a URL of object storage such as s3://"
-            )
+            raise InputError(f"out={url!r} cannot be written to: give a folder, or a URL such as s3://BUCKET/RUN")
         try:
             self.fs, self.path = fsspec.core.url_to_fs(url.rstrip("/"))
         except (ImportError, ValueError) as err:
@@ -109,9 +107,7 @@ def writes_anywhere(verb: Callable[..., Result]) -> Callable[..., Result]:
         if not is_remote(url):
             return verb(config, **more)
         if more.get("part") or any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "SLURM_NTASKS")):
-            raise InputError(
-                f"out={url!r}: several processes share one folder: give one that all of them see, and copy it after"
-            )
+            raise InputError(f"out={url!r}: several processes share one folder: give one that all see, copy it after")
         mirror = Mirror(url)
         config = replace(config, out=str(mirror.folder))
         if os.environ.get("LOCAL_RANK", "0") != "0":  # started by the first, which copies

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.errors import InputError
 from ldm_sg.folder import disk_errors
 from ldm_sg.guidance.signal import Guidance
@@ -32,15 +31,6 @@ class _Denoiser(nn.Module):
         return self.network(x, t, Guidance(**dict(zip(self.parts, signals, strict=True))))
 
 
-class _Decoder(nn.Module):
-    def __init__(self, autoencoder: Autoencoder) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.autoencoder.decode(latents)
-
-
 def need() -> None:
     """InputError where a package is missing."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
@@ -60,7 +50,7 @@ def export_onnx(pipe: "SelfGuidedPipeline", folder: Path) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     networks = {
         "unet.onnx": (_Denoiser(GuidedUNet(pipe.unet, pipe.conditioner), signals), inputs, "prediction"),
-        "decoder.onnx": (_Decoder(pipe.autoencoder), {"latents": x}, "images"),
+        "decoder.onnx": (pipe.autoencoder, {"latents": x}, "images"),
     }
     return {file: _export(*network, folder / file) for file, network in networks.items()}
 
@@ -80,8 +70,7 @@ def _export(network: nn.Module, inputs: dict[str, Tensor], output: str, path: Pa
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    more = {
-        name: torch.cat([value, value[:1]]) for name, value in inputs.items()
-    }  # another batch size than the example's
+    # another batch size than the example's
+    more = {name: torch.cat([value, value[:1]]) for name, value in inputs.items()}
     (made,) = session.run(None, {name: value.numpy() for name, value in more.items()})
     return float((torch.from_numpy(made) - network(*more.values())).abs().max())

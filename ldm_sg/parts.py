@@ -40,15 +40,12 @@ def fetch(name: str, options: dict[str, Any]) -> Path:
 
 def read_parts(folder: Path, index: dict[str, Any], version: int, options: dict[str, Any]) -> dict[str, Any]:
     """What builds the pipeline of model_index.json: its parts, those given in `options` instead of the folder's, and settings."""
-    if index.get("version") != version:
-        raise InputError(
-            f"{folder}: a pipeline folder of another version of ldm_sg (model_index.json says {index.get('version', 1)}, this one "
-            f"reads {version}): train the run on with steps=, or make it anew"
-        )
-    if pipe := next(
-        (entry for entry in folder.rglob("*") if entry.exists() and not (entry.is_file() or entry.is_dir())), None
-    ):
-        raise InputError(f"{pipe}: no plain file: the folder is damaged")
+    if (there := index.get("version", 1)) != version:
+        said = f"of another version of ldm_sg (model_index.json says {there}, this one reads {version})"
+        raise InputError(f"{folder}: a pipeline folder {said}: train the run on with steps=, or make it anew")
+    for entry in folder.rglob("*"):
+        if entry.exists() and not (entry.is_file() or entry.is_dir()):
+            raise InputError(f"{entry}: no plain file: the folder is damaged")
     if "dtype" in options:
         options["torch_dtype"] = options.pop("dtype")
     named = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and name[:1] != "_"}

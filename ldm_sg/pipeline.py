@@ -23,7 +23,7 @@ from ldm_sg.hardware import pick_device, use_bf16
 from ldm_sg.models.snapshots import restore
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.objective import Objective
-from ldm_sg.sampling import draw
+from ldm_sg.sampling.draw import image_generator, unit_noise
 from ldm_sg.sampling.schedules import check_fits, drive, objective_of, within
 from ldm_sg.sampling.solvers import Grid, make_grid, make_step, solve
 
@@ -197,7 +197,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         picks, every = [torch.empty(0, dtype=torch.long)], torch.arange(len(self.signals))
         for i in range(n):
             pool = every if clusters is None else self._with_label(clusters[i])
-            generator = draw.image_generator(seed, first_index + i, "signal")
+            generator = image_generator(seed, first_index + i, "signal")
             picks.append(pool[torch.randint(len(pool), (1,), generator=generator)])
         return self.signals[torch.cat(picks)]
 
@@ -364,8 +364,8 @@ class SelfGuidedPipeline(DiffusionPipeline):
             )
         device = self._execution_device
         generators = self.generators(len(guidance), seed, first_index)
-        noise = draw.noise(self.latent_shape, generators) if noise is None else noise
-        step = make_step(scheduler, eta, lambda: draw.noise(self.latent_shape, generators).to(device))
+        noise = unit_noise(self.latent_shape, generators) if noise is None else noise
+        step = make_step(scheduler, eta, lambda: unit_noise(self.latent_shape, generators).to(device))
         grid = make_grid(self.objective, steps, spacing)
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision, device)):
             images = self.decode(self.solve(guidance, noise, w, grid, strategy, step=step, watch=watch))
@@ -374,7 +374,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
 
     def generators(self, n: int, seed: int = 0, first_index: int = 0) -> list[torch.Generator]:
         """The randomness of n images, one each: those that `generate` and `ldm-sg sample` draw with."""
-        return [draw.image_generator(seed, first_index + i) for i in range(n)]
+        return [image_generator(seed, first_index + i) for i in range(n)]
 
     def _prepare(
         self, guidance: "Guidance | Signals", noise: Tensor, w: float, strategy: Strategy = cfg

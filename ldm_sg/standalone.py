@@ -18,17 +18,11 @@ def standalone(module: str, name: str) -> str:
     function: who calls that needs the package."""
     file = _File()
     file.take(module, name)
-    spaces = [
-        f"{space} = SimpleNamespace({', '.join(f'{part}={part}' for part in sorted(parts))})"
-        for space, parts in file.spaces.items()
-    ]
-    if spaces:
-        file.imports.add("from types import SimpleNamespace")
     later = ["from __future__ import annotations", ""]  # two parts may name each other
     head = HEAD.format(name=name, package=PACKAGE, module=module) + "\n".join([*later, *sorted(file.imports)])
     # diffusers asks for every package that stands first in a line of imports: not for those that one function in many needs
     parts = [re.sub(r"^( +)(from \S+ import )", r"\1pass; \2", part, flags=re.M) for part in file.parts]
-    return "\n\n\n".join([head, *parts, *spaces]) + "\n"
+    return "\n\n\n".join([head, *parts]) + "\n"
 
 
 @dataclass
@@ -73,7 +67,6 @@ class _File:
         self.imports: set[str] = set()
         self.parts: list[str] = []
         self.owners: dict[str, str] = {}  # name -> its module
-        self.spaces: dict[str, set[str]] = {}  # a module of the package by its local name -> what is asked of it
 
     def take(self, module: str, name: str) -> None:
         """Adds what `name` stands for in `module`, once."""
@@ -88,9 +81,7 @@ class _File:
         assert clash is None, f"{clash} is of {module} and of {self.owners.get(clash)}: give one another name"
         self.owners |= dict.fromkeys(names, module)
         for node in ast.walk(statement):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                self._of_space(found, node.value.id, node.attr)
-            elif isinstance(node, ast.Name) and node.id in found.bound:
+            if isinstance(node, ast.Name) and node.id in found.bound:
                 self.take(module, node.id)
         self.parts.append(found.text(statement))
 
@@ -100,15 +91,9 @@ class _File:
             self.imports.add(ast.unparse(ast.Import([alias])))
         elif not statement.module.startswith(f"{PACKAGE}."):
             self.imports.add(ast.unparse(ast.ImportFrom(statement.module, [alias], 0)))
-        elif not _path(f"{statement.module}.{alias.name}"):
-            assert alias.asname is None, f"{name} is {alias.name} of {statement.module}: import it by its own name"
+        else:
+            named = alias.asname is None and not _path(f"{statement.module}.{alias.name}")
+            assert named, (
+                f"{name} is {alias.name} of {statement.module}: import functions and classes by their own names"
+            )
             self.take(statement.module, name)
-
-    def _of_space(self, found: _Module, space: str, part: str) -> None:
-        """Where `space` is a module of the package: adds the `part` of it that is asked for."""
-        statement = found.bound.get(space)
-        if isinstance(statement, ast.ImportFrom) and statement.module.startswith(PACKAGE):
-            alias = next(a for a in statement.names if space == (a.asname or a.name))
-            if _path(module := f"{statement.module}.{alias.name}"):
-                self.take(module, part)
-                self.spaces.setdefault(space, set()).add(part)

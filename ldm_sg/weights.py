@@ -40,10 +40,8 @@ def read_weights(path: Path, inert: bool = False) -> dict[str, Tensor]:
                 state = torch.load(path, "cpu", weights_only=True)
     except Exception as err:  # zip, pickle and header errors; an unpickler that reads something else raises anything
         why = one_line(err.__context__ or err)[:100]  # torch wraps it in a page of advice
-        raise InputError(
-            f"{path}: not a safetensors file or a torch file of plain tensors ({why}). Files with code in them "
-            "are refused: save the tensors with safetensors.torch.save_file"
-        ) from err
+        said = f"{path}: not a safetensors file or a torch file of plain tensors ({why}); files with code are refused"
+        raise InputError(f"{said}: save the tensors with safetensors.torch.save_file") from err
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]

@@ -323,7 +323,7 @@ def test_a_shard_without_images(tmp_path, no_leftovers):
 
 
 def test_missing_shards_and_devices(tmp_path):
-    with pytest.raises(InputError, match="no file matches"):
+    with pytest.raises(InputError, match="shards found at"):
         annotate_shards(config(tmp_path, str(tmp_path / "*.tar")))
     shards = make_shards(tmp_path / "source", shards=1)
     with pytest.raises(InputError, match="device"):

@@ -192,7 +192,7 @@ def test_wrong_input_is_named(config, shard):
         "factor of 4; give a multiple of 8": {"size": 20},
         r"holdout\.b: no such entry": {"holdout": {"b": 1}},
         r"holdout\.a=24": {"holdout": {"a": 24}},
-        "no file matches": {"shards": {"a": "nowhere/*.tar"}},
+        "no .tar or .parquet shards": {"shards": {"a": "nowhere/*.tar"}},
         "steps=0": {"steps": 0},
         "part=decoder: all, or with init= decoder": {"part": "decoder"},
         "part=encoder": {"part": "encoder", "init": "patch2"},

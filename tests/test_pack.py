@@ -152,7 +152,7 @@ def test_list_file(tmp_path):
     [
         ("", "an empty list"),
         ("a.png\tcat\n", "line 1: label 'cat' is not an integer"),
-        ("a.png\nb.png\na.png\n", "line 3: a.png is listed already in line 1"),
+        ("a.png\nb.png\na.png\n", "line 3: a.png is listed twice"),
         ("gone.png\n", "1 of 1 images could not be used"),
     ],
 )
@@ -194,7 +194,7 @@ def test_bad_lmdbs(tmp_path, monkeypatch):
     assert skips(tmp_path / "dst")[0]["source"] == "x"
     with pytest.raises(InputError, match="an empty LMDB"):
         run(write_lmdb(tmp_path / "none", {}), tmp_path / "dst2")
-    with pytest.raises(InputError, match="name the LMDB's folder"):
+    with pytest.raises(InputError, match="an LMDB's folder"):
         run(src / "data.mdb", tmp_path / "dst2")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "data.mdb").write_bytes(b"x" * 10_000)
@@ -323,7 +323,7 @@ def test_bad_sources_and_targets(tmp_path):
         (tmp_path / "empty", "no images in .*empty .looked for"),
         (tmp_path / "texts", "no images in .*texts among 1 files"),
         (src / "a.png", "is a file: pack takes"),
-        (tmp_path / "x-{0..3}.tar", "not found"),
+        (tmp_path / "x-{0..3}.tar", "no .tar or .parquet shards found"),
     ):
         with pytest.raises(InputError, match=message):
             run(wrong, tmp_path / "dst")

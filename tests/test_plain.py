@@ -114,11 +114,11 @@ def test_bad_masks(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "not found; did you mean '.*/boxes.jsn'|not found"),
-        ("{'a': 1}", "not JSON .*; expected COCO's instances"),
-        ("[" * 100_000, "not JSON"),
-        (b"\xff\xfe\x00".decode("latin1"), "not JSON"),
-        ("[1, 2]", "a list; expected COCO's instances"),
+        (None, "boxes.json: cannot be read: No such file"),
+        ("{'a': 1}", "boxes.json is damaged: not readable JSON"),
+        ("[" * 100_000, "not readable JSON"),
+        (b"\xff\xfe\x00".decode("latin1"), "not readable JSON"),
+        ("[1, 2]", "a mapping of keys to values is expected"),
         ({"a": 3}, '"a" has no list of boxes; expected COCO'),
         ({"a": [[1, 2, 3]]}, r'box 0 of "a" is \[1, 2, 3\]: expected \[x0, y0, x1, y1, label\]'),
         ({"a": [[1, 2, 3, "4"]]}, 'box 0 of "a"'),
@@ -127,9 +127,9 @@ def test_bad_masks(tmp_path, capsys):
         ({"a": [[1, 2, 3, 4], {"bbox": [1, 2, 3, 4]}]}, 'box 1 of "a"'),
         ({"a": [{"xyxy": [1, 2, 3, 4], "lable": "cat"}]}, 'box 0 of "a"'),
         ('{"a": [[1, 2, 3, 4]], "a": [[5, 6, 7, 8]]}', "'a' is in one mapping twice"),
-        ({"a": [[10**400, 2, 3, 4]]}, "a coordinate of hundreds of digits"),
+        ({"a": [[10**400, 2, 3, 4]]}, 'box 0 of "a"'),
         ({"a": [[1, 2, 3, 4, "cat"], [1, 2, 3, 4, 5]]}, "some labels are names"),
-        ({"x": [], "y": [[1, 2, 3, 4]]}, "it names 2 images, none of them in .*src, for example 'x'"),
+        ({"x": [], "y": [[1, 2, 3, 4]]}, "it names 2 images, none of them in .*src; the first: 'x'"),
         ({}, "it names 0 images"),
     ],
 )
@@ -149,7 +149,7 @@ def test_the_command_line_says_it_in_one_line(tmp_path):
     result = CliRunner().invoke(
         app, ["pack", str(src), str(tmp_path / "dst"), "--annotations", str(tmp_path / "x.json")]
     )
-    assert result.exit_code == 2 and result.stderr.startswith("ldm-sg: --annotations ")
+    assert result.exit_code == 2 and "x.json: cannot be read" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "dst").exists()
     path = write(tmp_path / "x.json", {"a": [[8, 0, 24, 16]]})
     options = ["--annotations", str(path), "--size", "8", "--workers", "0"]

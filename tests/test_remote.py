@@ -130,7 +130,7 @@ def test_what_is_no_set_is_refused(server, folder: Path, tmp_path: Path) -> None
         LatentSet(f"{server.url}/nothing")
     manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
     for name, change, message in (
-        ("old", {"files": None}, "older version"),
+        ("old", {"files": None}, "lists no files"),
         ("escape", {"files": [{"file": "../../x", "bytes": 1, "sha256": "0"}]}, "leads out"),
         ("odd", {"files": [{"file": "annotator/annotator.yaml", "bytes": 1, "sha256": "0"}]}, "bytes of 1"),
     ):

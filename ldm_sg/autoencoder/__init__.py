@@ -12,8 +12,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.kinds import KINDS, Codec
+from ldm_sg.autoencoder.manifest import find, weights_file, write
 from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import WEIGHTS, file_sha256, write_bytes
 
@@ -36,10 +36,8 @@ class Autoencoder(ModelMixin):
         self.set_tile()
         for key in ("channels", "factor"):
             if self.manifest.setdefault(key, getattr(codec, key)) != getattr(codec, key):
-                raise InputError(
-                    f"autoencoder {self.name!r}: the manifest says {key}: {manifest[key]}, "
-                    f"but its network has {getattr(codec, key)}"
-                )
+                said = f"the manifest says {key}: {manifest[key]}, its network has {getattr(codec, key)}"
+                raise InputError(f"autoencoder {self.name!r}: {said}")
         self.register_buffer("mean", torch.zeros(self.channels), persistent=False)
         self.register_buffer("std", torch.ones(self.channels), persistent=False)
         if self.normalised:
@@ -63,9 +61,8 @@ class Autoencoder(ModelMixin):
         """Set the raw latents' mean and std per channel."""
         finite = all(isinstance(value, int | float) and abs(value) < float("inf") for value in (*mean, *std))
         if len(mean) != self.channels or len(std) != self.channels or not finite or min(std) <= 0:
-            raise InputError(
-                f"autoencoder {self.name!r}: latent_mean and latent_std must have {self.channels} finite values, std > 0"
-            )
+            said = f"latent_mean and latent_std must have {self.channels} finite values, std > 0"
+            raise InputError(f"autoencoder {self.name!r}: {said}")
         self.mean.copy_(torch.tensor(mean))
         self.std.copy_(torch.tensor(std))
         self.manifest.update(latent_mean=[float(m) for m in mean], latent_std=[float(s) for s in std])
@@ -73,18 +70,15 @@ class Autoencoder(ModelMixin):
     def check_channels(self, channels: int, whose: str) -> None:
         """InputError where latents of so many `channels` are not of this autoencoder."""
         if channels != self.channels:
-            raise InputError(
-                f"autoencoder {self.name!r} makes latents of {self.channels} channels, those of {whose} have {channels}: "
-                "that was made with another one"
-            )
+            said = f"makes latents of {self.channels} channels, those of {whose} have {channels}"
+            raise InputError(f"autoencoder {self.name!r} {said}: that was made with another one")
 
     def encode_raw(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, H/f, W/f] before normalisation."""
         height, width = images.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise InputError(
-                f"autoencoder {self.name!r} needs sides divisible by {self.factor}, not {height} x {width} pixels"
-            )
+            said = f"needs sides divisible by {self.factor}, not {height} x {width} pixels"
+            raise InputError(f"autoencoder {self.name!r} {said}")
         return self._sliced(self.codec.encode, images, self.tile, 1 / self.factor)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -98,6 +92,8 @@ class Autoencoder(ModelMixin):
         """Normalised latents [B, C, h, w] -> images [B, 3, h*f, w*f] in [-1, 1]."""
         self._need_normalisation()
         return self.decode_raw(latents * self.std[:, None, None] + self.mean[:, None, None])
+
+    forward = decode  # what ONNX's export calls
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """Latents [B, C, h, w] as `encode_raw` gives them -> images [B, 3, h*f, w*f] in [-1, 1]."""
@@ -114,10 +110,8 @@ class Autoencoder(ModelMixin):
 
     def _need_normalisation(self) -> None:
         if not self.normalised:
-            raise InputError(
-                f"autoencoder {self.name!r} comes without latent_mean and latent_std: "
-                "measure_normalisation(autoencoder, batches) fills them in (`ldm-sg annotate` does)"
-            )
+            said = "comes without latent_mean and latent_std, which measure_normalisation or `ldm-sg annotate` fills in"
+            raise InputError(f"autoencoder {self.name!r} {said}")
 
     def save(self, folder: str | Path, part: bool = False, whole: bool = False) -> None:
         """Write manifest.yaml, complete, and the weights where they take at most 16 MiB; `load_autoencoder(folder)` reads
@@ -129,7 +123,7 @@ class Autoencoder(ModelMixin):
             manifest.update(source={"file": name}, sha256=file_sha256(folder / name))
             manifest.update(net=self.codec.net_config)
             manifest.pop("subfolder", None)
-        manifests.write(manifest, folder, part)
+        write(manifest, folder, part)
 
     def save_pretrained(self, folder: str | Path, refer: bool = False, **_: Any) -> None:
         """As a part of a pipeline; with `refer` large weights stay where they are."""
@@ -174,11 +168,11 @@ def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
     """A name under autoencoders/, a folder with manifest.yaml, a bare diffusers folder, or hub://USER/NAME[/SUBFOLDER] of such
     a one -> the frozen first stage, on the CPU in float32. InputError for unknown names, missing or changed weights, and the hub
     without network."""
-    manifest, folder = manifests.find(str(name_or_dir))
+    manifest, folder = find(str(name_or_dir))
     kind = manifest["kind"]
     if kind not in KINDS:
         raise InputError(f"autoencoder {manifest['name']!r}: kind {kind!r}; {choices(kind, KINDS)}")
-    return Autoencoder(KINDS[kind](manifest, manifests.weights_file(manifest, folder)), manifest)
+    return Autoencoder(KINDS[kind](manifest, weights_file(manifest, folder)), manifest)
 
 
 def load_preview(autoencoder: Autoencoder) -> Autoencoder:
@@ -228,10 +222,10 @@ def moments(latents: Iterable[Tensor]) -> tuple[list[float], list[float]] | None
 @torch.no_grad()
 def measure_round_trip(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> None:
     """PSNR of `batches` of images [B, 3, H, W] in [-1, 1] decoded again, dB, into the manifest."""
-    pairs = (
-        (autoencoder.decode_raw(autoencoder.encode_raw(x)), x) for x in (b.to(autoencoder.mean.device) for b in batches)
-    )
-    found = [psnr(decoded, images).cpu() for decoded, images in pairs]
+    found = []
+    for images in batches:
+        images = images.to(autoencoder.mean.device)
+        found.append(psnr(autoencoder.decode_raw(autoencoder.encode_raw(images)), images).cpu())
     if found:
         autoencoder.manifest["round_trip"] = round(float(torch.cat(found).mean()), 2)
 

@@ -26,10 +26,7 @@ RENAMES = [  # to diffusers' AutoencoderKL; its levels of the decoder count the 
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"coder\.norm_out\.", "coder.conv_norm_out."),
     (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (
-        r"(attentions\.\d+)\.(q|k|v|query|key|value)\.",
-        lambda m: f"{m[1]}.to_{m[2][0]}.",
-    ),  # spelt out: diffusers before 0.18
+    (r"(attentions\.\d+)\.(q|k|v)(?:uery|ey|alue)?\.", r"\1.to_\2."),  # spelt out: diffusers before 0.18
     (r"(attentions\.\d+)\.(proj_out|proj_attn)\.", r"\1.to_out.0."),
 ]
 
@@ -62,9 +59,8 @@ def convert(file: Path, config: Path | None = None) -> tuple[dict[str, Any], dic
         raise InputError(f"{file}: no tensor {err.args[0]}: not a whole KL or VQ autoencoder") from err
     for key, value in asked.items():
         if key in shape and value != shape[key]:
-            raise InputError(
-                f"{config}: {key} is {value} there, but {shape[key]} in {file}: not this checkpoint's yaml"
-            )
+            said = f"{key} is {value} there, but {shape[key]} in {file}"
+            raise InputError(f"{config}: {said}: not this checkpoint's yaml")
     if shape["ch"] % GROUPS:
         raise InputError(f"{file}: {shape['ch']} channels are no multiple of {GROUPS}, CompVis's groups of a norm")
     if shape["n_embed"] is not None:
@@ -81,9 +77,7 @@ def first_stage(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The autoencoder's tensors out of a larger checkpoint, its prefix removed."""
     prefixes = [name.removesuffix(FIRST) for name in state if name.endswith(FIRST)]
     if not prefixes:
-        raise InputError(
-            f"{file}: no tensor {FIRST}, with or without a prefix: no KL or VQ autoencoder in CompVis's names"
-        )
+        raise InputError(f"{file}: no tensor {FIRST}, with any prefix: no KL or VQ autoencoder in CompVis's names")
     prefix = next((p for p in prefixes if p in ("", "first_stage_model.", "vae.")), prefixes[0])
     inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     return {name: value for name, value in inner.items() if name.startswith(PARTS)}

@@ -46,7 +46,11 @@ class Diffusers(Codec):
         super().__init__()
         source = manifest["source"]
         if weights is None:
-            self.net = _from_hub(self.cls, manifest)
+            name = source["hub"]
+            with hub(f"autoencoder {manifest['name']!r} ({name!r} on the Hugging Face hub)", WAY_OUT):
+                # the manifest then says which weights they were
+                folder, manifest["sha256"] = weights_on_hub(name, manifest.get("subfolder"), manifest.get("sha256"))
+                self.net = self.cls.from_pretrained(folder, low_cpu_mem_usage=False)
         else:
             config = manifest["net"] if "file" in source else self.cls.load_config(str(weights.parent))
             self.net = self.cls.from_config(config)
@@ -148,14 +152,6 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: Path) -> bool:
         raise InputError(f"{path}: the weights do not fit the network: {' '.join(lines[1:3])[:300]}") from err
     check_finite(state, path)
     return all(v.dtype == torch.float16 for v in state.values())
-
-
-def _from_hub(cls: type[Any], manifest: Manifest) -> nn.Module:
-    """The manifest then says which weights they were."""
-    name = manifest["source"]["hub"]
-    with hub(f"autoencoder {manifest['name']!r} ({name!r} on the Hugging Face hub)", WAY_OUT):
-        folder, manifest["sha256"] = weights_on_hub(name, manifest.get("subfolder"), manifest.get("sha256"))
-        return cls.from_pretrained(folder, low_cpu_mem_usage=False)
 
 
 def plain_config(net: Any) -> dict[str, Any]:

@@ -49,9 +49,7 @@ def find(name_or_dir: str) -> tuple[dict[str, Any], Path]:
         return on_hub(name_or_dir.removeprefix(HUB)), Path()
     folder = Path(name_or_dir).expanduser()
     if folder.is_file():
-        raise InputError(
-            f"autoencoder {name_or_dir!r} is a file: ldm-sg autoencoder import {name_or_dir} makes a folder of it"
-        )
+        raise InputError(f"autoencoder {name_or_dir!r}: no folder, make one by ldm-sg autoencoder import {name_or_dir}")
     shipped = ROOT / "autoencoders"
     if not folder.is_dir() and (shipped / name_or_dir / "manifest.yaml").is_file():
         folder = shipped / name_or_dir
@@ -61,10 +59,8 @@ def find(name_or_dir: str) -> tuple[dict[str, Any], Path]:
         return from_diffusers(folder), folder
     if folder.is_dir():
         raise InputError(f"autoencoder {name_or_dir!r}: no manifest.yaml and no diffusers config.json in that folder")
-    names = [path.parent.name for path in shipped.glob("*/manifest.yaml")]
-    raise InputError(
-        f"autoencoder {name_or_dir!r} is neither a folder nor a name under {shipped}; {choices(name_or_dir, names)}"
-    )
+    known = choices(name_or_dir, (path.parent.name for path in shipped.glob("*/manifest.yaml")))
+    raise InputError(f"autoencoder {name_or_dir!r} is neither a folder nor a name under {shipped}; {known}")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -134,9 +130,8 @@ def weights_file(manifest: dict[str, Any], folder: Path) -> Path | None:
     else:
         return None
     if not path.is_file():
-        raise InputError(
-            f"autoencoder {manifest['name']!r}: weights {path} not found. {manifest.get('note', '')}".strip()
-        )
+        said = f"weights {path} not found. {manifest.get('note', '')}".strip()
+        raise InputError(f"autoencoder {manifest['name']!r}: {said}")
     digest = file_sha256(path)
     if manifest.get("sha256") not in (digest, None):
         raise InputError(f"{path}: sha256 {digest} is not the manifest's {manifest['sha256']}: the file was changed")

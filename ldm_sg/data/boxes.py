@@ -9,15 +9,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ldm_sg.data.images import BadImage, Size, fitted, part_of, sides
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError
+from ldm_sg.folder import read_mapping
 
 EXPECTED = (
     "expected COCO's instances (lists of images, annotations and categories) or "
     '{"FILE NAME": [[x0, y0, x1, y1, label], ...], ...}'
 )
-_PLAIN = (
-    'expected [x0, y0, x1, y1, label] or {"xyxy": [x0, y0, x1, y1], "label": label}, label: none, a name or 0, 1, ...'
-)
+_PLAIN = 'expected [x0, y0, x1, y1, label] or {"xyxy": [x0, y0, x1, y1], "label": none, a name or 0, 1, ...}'
 _MAX_XML = 2**22  # bytes; VOC's largest file has 2**14
 _WRONG = (AttributeError, KeyError, OverflowError, TypeError, ValueError)  # what reading an unexpected form raises
 
@@ -46,20 +45,7 @@ class Annotations:
 
 def read_json(path: Path) -> Annotations:
     """COCO's instances or a plain JSON; InputError, naming what is expected, where it is neither."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            content = json.load(file, object_pairs_hook=_without_outline)
-    except FileNotFoundError:
-        near = [str(p) for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
-        raise InputError(
-            f"--annotations {path}: not found" + (f"; {choices(str(path), near)}" if near else "")
-        ) from None
-    except OSError as err:
-        raise InputError(f"--annotations {path}: cannot be read: {err.strerror or err}") from err
-    except (ValueError, RecursionError) as err:
-        raise InputError(f"--annotations {path}: not JSON ({err}); {EXPECTED}") from err
-    if not isinstance(content, dict):
-        raise InputError(f"--annotations {path}: a {type(content).__name__}; {EXPECTED}")
+    content = read_mapping(path, pairs=_without_outline)
     try:
         if isinstance(content.get("images"), list) and not content.keys().isdisjoint(("annotations", "categories")):
             return _coco(content)
@@ -105,9 +91,8 @@ def _coco(content: dict[str, Any]) -> Annotations:
     _each(content, "categories", "a number of its own as id and a name", category)
     index = {number: i for i, number in enumerate(sorted(names))}
     _each(content, "images", "a number of its own as id and a file_name", image)
-    crowds = _each(
-        content, "annotations", "image_id and category_id that exist and a bbox [x, y, width, height] in pixels", box
-    )
+    known = "image_id and category_id that exist and a bbox [x, y, width, height] in pixels"
+    crowds = _each(content, "annotations", known, box)
     by_name = dict(images.values())
     if len(by_name) < len(images):
         raise ValueError(f"{len(images)} images, but only {len(by_name)} file names")
@@ -141,14 +126,10 @@ def _plain(content: dict[str, Any]) -> Annotations:
     labels = {row[4] for boxes in rows.values() for row in boxes}
     classes = sorted(label for label in labels if isinstance(label, str))
     if classes and len(classes) < len(labels):
-        raise ValueError(
-            f"some labels are names ({classes[0]!r}), others are numbers or missing: choose one of the two"
-        )
+        raise ValueError(f"some labels are names ({classes[0]!r}), others are numbers or missing: choose one way")
     index = {label: i for i, label in enumerate(classes)} if classes else {label: label for label in labels}
-    return Annotations(
-        {name: Boxes(array("d", [v for r in boxes for v in (*r[:4], index[r[4]])])) for name, boxes in rows.items()},
-        classes,
-    )
+    flat = {name: [v for row in boxes for v in (*row[:4], index[row[4]])] for name, boxes in rows.items()}
+    return Annotations({name: Boxes(array("d", values)) for name, values in flat.items()}, classes)
 
 
 def _plain_box(name: str, number: int, entry: Any) -> tuple[Any, ...]:
@@ -158,13 +139,15 @@ def _plain_box(name: str, number: int, entry: Any) -> tuple[Any, ...]:
         corners, label = entry["xyxy"], entry.get("label", 0)
     elif isinstance(entry, list) and len(entry) == 5:
         *corners, label = entry
-    right = isinstance(corners, list) and len(corners) == 4 and all(type(value) in (int, float) for value in corners)
-    if not right or type(label) not in (int, str) or (isinstance(label, int) and not 0 <= label < 2**31):
-        raise ValueError(f"box {number} of {_short(name)} is {_short(entry)}: {_PLAIN}")
     try:
-        return *map(float, corners), label
-    except OverflowError:
-        raise ValueError(f"box {number} of {_short(name)} has a coordinate of hundreds of digits") from None
+        if not all(type(value) in (int, float) for value in corners):
+            raise ValueError
+        if type(label) not in (int, str) or (isinstance(label, int) and not 0 <= label < 2**31):
+            raise ValueError
+        x0, y0, x1, y1 = map(float, corners)
+    except _WRONG:
+        raise ValueError(f"box {number} of {_short(name)} is {_short(entry)}: {_PLAIN}") from None
+    return x0, y0, x1, y1, label
 
 
 def _short(entry: Any) -> str:

@@ -22,13 +22,13 @@ VOC_CLASSES = (
 )
 MERGES = {"cocostuff27": (cocostuff.NAMES, cocostuff.TABLE)}
 _NONE = Boxes(array("d"))
-_VOC = "a Pascal VOC folder (with JPEGImages/ and Annotations/ in it)"
+_FOLDER, _VOC = "an image folder that is not Pascal VOC's", "a Pascal VOC folder"
 _BELONGS = {
-    "annotations": "an image folder",
-    "masks": "an image folder",
-    "merge": "an image folder with --masks",
-    "ignore_index": f"an image folder with --masks, or to {_VOC}",
-    "split": f"an image folder with --annotations or --masks, or to {_VOC}",
+    "annotations": _FOLDER,
+    "masks": _FOLDER,
+    "merge": f"{_FOLDER}, with --masks",
+    "ignore_index": f"{_FOLDER}, with --masks, or to {_VOC} with masks in SegmentationClass/",
+    "split": f"{_FOLDER}, with --annotations or --masks, or to {_VOC} (with JPEGImages/ and Annotations/ in it)",
 }
 
 
@@ -42,11 +42,17 @@ class Beside:
     ignore_index: int | None = None
     split: str | None = None
 
-    def allow(self, source: str, *flags: str) -> None:
-        """InputError for a flag that is given and not among `flags`; `source` says what the source is."""
+    def check(self, src: str, path: Path) -> None:
+        """InputError for a flag that is given and says nothing of such a source."""
+        said: set[str] = set()
+        if _is_voc(path):
+            said = {"split", *["ignore_index"] * (path / "SegmentationClass").is_dir()}
+        elif path.is_dir() and not _is_lmdb(path):
+            said = {"annotations", "masks", *["split"] * bool(self.annotations or self.masks)}
+            said |= {"merge", "ignore_index"} if self.masks else set()
         for flag, belongs in _BELONGS.items():
-            if getattr(self, flag) is not None and flag not in flags:
-                raise InputError(f"--{flag.replace('_', '-')} belongs to {belongs}; {source}")
+            if getattr(self, flag) is not None and flag not in said:
+                raise InputError(f"--{flag.replace('_', '-')} belongs to {belongs}; {src} is none")
 
     def table(self) -> tuple[int, ...]:
         """[256] what each index of a mask becomes (-1: it must not occur), or () when all stay as they are."""
@@ -63,14 +69,10 @@ class Beside:
 def open_source(src: str, beside: Beside | None = None, allow_damaged: bool = False) -> Source:
     """What `src` names, with the boxes and masks beside it; InputError when there is nothing. `allow_damaged`: of shards that
     are cut off, what is whole."""
-    path = Path(src).expanduser()
+    path, beside = Path(src).expanduser(), beside or Beside()
     try:
-        if path.is_dir() and not (path / "data.mdb").is_file():
-            source = open_dataset(path, beside or Beside()) or open_folder(path)
-        else:
-            source = _open(src, path)
-            if beside is not None:
-                beside.allow(f"{src} is none")
+        beside.check(src, path)
+        source = _open(src, path, beside)
     except OSError as err:  # a folder or list that may not be read
         raise InputError(f"{err.filename or src} cannot be read: {err.strerror or err}") from err
     if isinstance(source, ShardSource):
@@ -78,30 +80,27 @@ def open_source(src: str, beside: Beside | None = None, allow_damaged: bool = Fa
     return source
 
 
-def _open(src: str, path: Path) -> Source:
-    if path.is_dir():
+def _open(src: str, path: Path, beside: Beside) -> Source:
+    if _is_lmdb(path):
         return LmdbSource.open(path)
+    if _is_voc(path):
+        return DatasetSource.open_voc(path, beside)
+    if path.is_dir():
+        return DatasetSource.open_folder(path, beside) if beside.annotations or beside.masks else open_folder(path)
     if path.is_file() and path.suffix == ".txt":
         return open_list(path)
-    if path.name == "data.mdb":
-        raise InputError(f"{src}: name the LMDB's folder ({path.parent}), not the file in it")
     if is_remote(src) or path.suffix in (".tar", ".gz", ".tgz") or any(mark in src for mark in "*?[{"):
         return ShardSource.open(src)
-    if path.is_file():
-        raise InputError(f"{src} is a file: pack takes a folder, a .txt list, an LMDB folder, or .tar shards")
-    raise InputError(f"source {src!r} not found")
+    there = "is a file" if path.is_file() else "not found"
+    raise InputError(f"source {src!r} {there}: pack takes a folder, a .txt list, an LMDB's folder, or .tar shards")
 
 
-def open_dataset(root: Path, beside: Beside) -> Source | None:
-    """The folder as a data set with boxes or masks; None when it is a plain one."""
-    if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
-        beside.allow(f"{root} is a Pascal VOC folder, which has its own", "split", "ignore_index")
-        return DatasetSource.open_voc(root, beside)
-    if beside.masks is None:
-        beside.allow("there is no --masks here", "annotations", "split")
-    if beside.annotations is None and beside.masks is None:
-        beside.allow("there is neither here")
-    return DatasetSource.open_folder(root, beside) if beside.annotations or beside.masks else None
+def _is_lmdb(path: Path) -> bool:
+    return (path / "data.mdb").is_file()
+
+
+def _is_voc(path: Path) -> bool:
+    return (path / "JPEGImages").is_dir() and (path / "Annotations").is_dir()
 
 
 @dataclass
@@ -131,10 +130,8 @@ class DatasetSource(FileSource):
             left = set(folder.names).difference(names)
             others = left.union(map(_stem, left))
             if not names:
-                said = f"{min(wanted)!r}, for example; there it is {folder.names[0]!r}" if wanted else "it is empty"
-                raise InputError(
-                    f"--split {beside.split}: none of its {len(wanted)} images is in {folder.root}: {said}"
-                )
+                said = f"none of its {len(wanted)} images is in {folder.root}, where {folder.names[0]!r} is"
+                raise InputError(f"--split {beside.split}: {said}; the first: {min(wanted, default='')!r}")
         names = [*names, *lost]
         identity = folder.identity | {"images": len(names), "digest": digest(names)}
         source = cls(identity, len(names), [], folder.ignored, root=folder.root, names=names)
@@ -161,8 +158,6 @@ class DatasetSource(FileSource):
         """A Pascal VOC folder; `--split train` is ImageSets/Main/train.txt, or Segmentation/train.txt where that is
         missing; `--split Segmentation/train` the latter, whose images must have masks. Others may have masks."""
         folder, masks = open_images(root / "JPEGImages"), root / "SegmentationClass"
-        if beside.ignore_index is not None and not masks.is_dir():
-            raise InputError(f"--ignore-index belongs to masks; there is no {masks}")
         path = None if beside.split is None else find_split(root, beside.split)
         source = cls.of(folder, beside, None if path is None else read_split(path))
         source.identity |= {"kind": "voc", "split": f"{path.parent.name}/{path.stem}" if path else None}
@@ -184,10 +179,8 @@ class DatasetSource(FileSource):
         keys = {name: name if name in read.images else _stem(name) for name in self.names}
         boxes = {name: read.images[key] for name, key in keys.items() if key in read.images}
         if not boxes:
-            example = next((f", for example {name!r}" for name in read.images), "")
-            raise InputError(
-                f"--annotations {path}: it names {len(read.images)} images, none of them in {self.root}{example}"
-            )
+            said = f"{len(read.images)} images, none of them in {self.root}; the first: {next(iter(read.images), '')!r}"
+            raise InputError(f"--annotations {path}: it names {said}")
         self.identity["annotations"] = file_sha256(path)
         self._set_boxes(Annotations(boxes, read.classes, read.crowds))
         self._note_unmatched(read.images.keys(), set(keys.values()), "names in the annotations")
@@ -232,10 +225,8 @@ class DatasetSource(FileSource):
         pngs = {_stem(name): name for name in walk_files(folder, ".png")}
         self.masks = {name: str(folder / pngs[_stem(name)]) for name in self.names if _stem(name) in pngs}
         if required and not self.masks:
-            raise InputError(
-                f"{folder}: none of its {len(pngs)} PNGs is called like an image of {self.root}, for example "
-                f"{_stem(self.names[0])}.png"
-            )
+            said = f"none of its {len(pngs)} PNGs is called like an image of {self.root}"
+            raise InputError(f"{folder}: {said}, for example {_stem(self.names[0])}.png")
         for name in self.names if required else ():
             if name not in self.masks:
                 self.problems.setdefault(name, f"no mask {_stem(name)}.png in {folder}")
@@ -271,10 +262,8 @@ def find_split(root: Path, split: str) -> Path:
         for path in sorted((root / "ImageSets" / kind).glob("*.txt")):
             there[f"{kind}/{path.stem}"] = path
             there.setdefault(path.stem, path)
-    if not there:
-        raise InputError(f"--split {split!r}: no lists in {root}/ImageSets/Main or {root}/ImageSets/Segmentation")
     if split not in there:
-        raise InputError(f"--split {split!r}: {choices(split, there)}")
+        raise InputError(f"--split {split!r}: no such list in {root / 'ImageSets'}; {choices(split, there)}")
     return there[split]
 
 
@@ -289,9 +278,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as err:
-        raise InputError(
-            f"--split {path}: cannot be read: {err.strerror or err}; for an image folder it is a text file of image names"
-        ) from err
+        raise InputError(f"--split {path}: cannot be read as a list of images: {err.strerror or err}") from err
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -158,6 +158,12 @@ def part_of(width: int, height: int, size: Size, within: int | None = None) -> t
     return left + margin, top + margin, left + margin + part, top + margin + part
 
 
+def enlarges(width: int, height: int, size: Size) -> bool:
+    """Whether `crop_resize` makes that part larger."""
+    left, _, right, _ = part_of(width, height, size)
+    return right - left < sides(size)[0]
+
+
 def _resized(image: Image.Image, size: Size, part: tuple[float, float, float, float]) -> Image.Image:
     new = sides(size)
     if (part[2] - part[0], part[3] - part[1]) == new:
@@ -180,9 +186,8 @@ def fit_resize(image: Image.Image, size: int) -> Image.Image:
 def crop_or_fit(image: Image.Image, size: Size, crop: bool) -> Image.Image:
     """`crop_resize`, or without `crop` `fit_resize`: what is packed. Raises BadImage where a side would be too long to store."""
     if not crop and max(fitted(*image.size, size)) > MAX_SIDE:
-        raise BadImage(
-            f"{image.width} x {image.height} pixels: --size {size} makes its long side longer than {MAX_SIDE}"
-        )
+        said = f"{image.width} x {image.height} pixels"
+        raise BadImage(f"{said}: --size {size} makes its long side longer than {MAX_SIDE}")
     return crop_resize(image, size) if crop else fit_resize(image, size)
 
 
@@ -207,11 +212,8 @@ def show(
     has another size."""
     if isinstance(size, tuple):
         if image.size != size:
-            raise BadImage(
-                "{} x {} pixels, the first image of its shard has {} x {}: buckets=true reads what `pack --buckets` wrote".format(
-                    *image.size, *size
-                )
-            )
+            said = "{} x {} pixels, the first image of its shard has {} x {}".format(*image.size, *size)
+            raise BadImage(f"{said}: buckets=true reads what `pack --buckets` wrote")
         centre = show(image, min(size), view=view)
         return replace(centre, square=to_array(image), view=centre.square if centre.view is None else centre.view)
     part = part_of(*image.size, size, within)

@@ -13,8 +13,9 @@ import os
 import resource
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,21 +27,18 @@ from tqdm import tqdm
 
 from ldm_sg.data.photos import images_at
 from ldm_sg.data.progress import finished_manifest
-from ldm_sg.data.remote import RemoteSet, listing
-from ldm_sg.data.signals import Columns, Signals, columns, concatenated, extension, stacked, to_arrays, to_columns
+from ldm_sg.data.remote import FILE, RemoteSet, listing
+from ldm_sg.data.signals import Columns, PackedMasks, Signals, columns, extension, npy, stacked, to_arrays, to_columns
 from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import check, file_sha256, read_mapping, whole, write_json, write_text
+from ldm_sg.folder import check, file_sha256, read_mapping, whole, write_bytes, write_json, write_text
 from ldm_sg.guidance.signal import Guidance, GuidanceSpec
 from ldm_sg.guidance.spatial import Crops
 
 LATENT, FLIP = "latent.npy", "flip.npy"
 _WHERE = np.dtype([("shard", np.int32), ("latent", np.int64), ("flip", np.int64)])
-MANIFEST = {
-    **{"hash": str, "guidance": dict, "latent_shape": [int], "flips": bool, "num_images": int},
-}
+MANIFEST = {"hash": str, "guidance": dict, "latent_shape": [int], "flips": bool, "num_images": int}
 SHARDS, CHECKED = "shards.jsonl", "index/checked.json"
-ENTRY = {"file": str, "bytes": int, "sha256": str}  # of a shard, and what it was made of: url, source
 _NPY_HEADER = 256  # more than the header of a plain array of few dimensions
 
 
@@ -73,8 +71,6 @@ class LatentSet:
         found = self._index()
         self._where = found.pop("where")
         self.signals = Signals.from_columns(self.spec, found, len(self._where))
-        if len(self) != (count := self.manifest["num_images"]):  # where nothing could be written
-            raise InputError(f"{self.folder}: its shards hold {len(self)} images, its manifest says {count}")
         self.shapes, self._bucket_of_shard = self._shapes()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_open = max(1, soft // 4)
@@ -149,46 +145,36 @@ class LatentSet:
         names = ["where", *columns(self.spec), *["mask_size", "mask_ends"] * (self.spec.spatial == "mask")]
         of = hashlib.sha256(f"{self.hash} {self._shard_shapes}".encode()).hexdigest()[:16]  # it is checked against both
         saved = {name: self.folder / "index" / f"{name}-{of}.npy" for name in names}
-        try:
+        with suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
             found = self._mapped(saved)
-            if {len(column) for column in found.values()} != {self.manifest["num_images"]}:
-                raise ValueError
-            if found["where"].dtype != _WHERE:
-                raise ValueError
-            return found
-        except (OSError, ValueError, EOFError):  # not there yet, or damaged
-            if self.remote:
-                raise InputError(
-                    f"{self.remote.url}: its index is not of this set: give the command that annotated it"
-                ) from None
-        bar = tqdm(self.paths, "index", disable=len(self.paths) < 17)
-        parts = (part for i, path in enumerate(bar) if len((part := self._index_shard(path, i))["where"]))
-        if not os.access(self.folder, os.W_OK) or self.spec.spatial == "mask":
-            if not (all_parts := list(parts)):
-                raise InputError(f"{self.folder}: an annotation set without images")
-            found = concatenated(all_parts)
-            arrays = to_arrays(found)
-            for name, path in saved.items() if os.access(self.folder, os.W_OK) else ():
-                with whole(path) as new, new.open("wb") as file:
-                    np.save(file, arrays[name])
-            return found
-        self._write_index(parts, saved)
-        return self._mapped(saved)
+            if found["where"].dtype == _WHERE and {len(c) for c in found.values()} == {self.manifest["num_images"]}:
+                return found
+        if self.remote:
+            raise InputError(f"{self.remote.url}: its index is not of this set: give the command that annotated it")
+        with ExitStack() as stack:
+            if not os.access(self.folder, os.W_OK):
+                folder = Path(stack.enter_context(TemporaryDirectory()))  # what is mapped stays when its file goes
+                saved = {name: folder / path.name for name, path in saved.items()}
+            self._write_index(saved)
+            return self._mapped(saved)
 
     def _mapped(self, saved: dict[str, Path]) -> Columns:
         """Columns that are not read before they are used, and then shared by all ranks and workers of a machine."""
         modes: dict[str, Any] = {"where": "r", "mask": "r", "mask_size": None, "mask_ends": None}
         return to_columns({name: np.load(path, mmap_mode=modes.get(name, "c")) for name, path in saved.items()})
 
-    def _write_index(self, parts: Iterable[Columns], saved: dict[str, Path]) -> None:
-        """Shard by shard into files of as many rows as the manifest says that there are images."""
-        rows, at = self.manifest["num_images"], 0
+    def _write_index(self, saved: dict[str, Path]) -> None:
+        """Shard by shard into files of as many rows as the manifest says that there are images; masks are gathered before."""
+        rows, at, masks = self.manifest["num_images"], 0, []
         with ExitStack() as files:
             columns: dict[str, np.ndarray] = {}
-            for part in parts:
+            for shard, path in enumerate(tqdm(self.paths, "index", disable=len(self.paths) < 17)):
+                part = self._index_shard(path, shard)
                 n = len(part["where"])
                 if at + n > rows:
                     raise InputError(f"{self.folder}: its shards hold more images than its manifest says ({rows})")
+                if "mask" in part:
+                    masks.append(part.pop("mask"))
                 for name, column in part.items():
                     if name not in columns:
                         new, shape = files.enter_context(whole(saved[name])), (rows, *column.shape[1:])
@@ -197,8 +183,10 @@ class LatentSet:
                         raise InputError(f"{self.folder}: signals of different shapes in its shards")
                     columns[name][at : at + n] = column
                 at += n
-            if at != rows:
+            if at != rows or not rows:
                 raise InputError(f"{self.folder}: its shards hold {at} images, its manifest says {rows}")
+        for name, array in to_arrays({"mask": PackedMasks.concatenate(masks)}).items() if masks else ():
+            write_bytes(saved[name], npy(array))
 
     def _index_shard(self, path: Path, shard: int) -> Columns:
         """`where`: offsets of the array data of every latent (and flip) in one shard; and the signals themselves."""
@@ -229,18 +217,18 @@ class LatentSet:
 
     def features(self, indices: Tensor | None = None) -> Tensor:
         """g's image-level features [B, D] float32 of `indices` [B], or of all; InputError where the set was made without g."""
-        shards = self.shards
-        starts, out = np.searchsorted(shards, np.arange(len(self.paths))), []
+        out, starts = [], np.cumsum(self.counts) - self.counts
         for i in range(len(self)) if indices is None else indices.tolist():
-            path = self.folder / "features" / f"{self.paths[shards[i]].stem}.npy"
+            shard = self.shards[i]
+            path = self.folder / "features" / f"{self.paths[shard].stem}.npy"
             if path not in self._features:
                 if not path.is_file():
                     why = "this set was annotated without g, or its features were removed"
                     why = "of a remote set there are none here: copy it to this machine" if self.remote else why
                     raise InputError(f"{path} not found: {why}")
-                rows = int(np.searchsorted(shards, shards[i], "right") - starts[shards[i]])
-                self._features[path] = read_features(path, rows, (self.manifest.get("features") or {}).get("dim"))
-            out.append(self._features[path][i - starts[shards[i]]])
+                dim = (self.manifest.get("features") or {}).get("dim")
+                self._features[path] = read_features(path, int(self.counts[shard]), dim)
+            out.append(self._features[path][i - starts[shard]])
         found = torch.from_numpy(np.stack(out).astype(np.float32))
         if not found.isfinite().all():
             raise InputError(f"{self.folder}/features: NaN or infinity in them: annotate again")
@@ -269,9 +257,7 @@ def read_features(path: Path, rows: int | None = None, dim: int | None = None) -
         raise InputError(f"{path} is damaged: {one_line(err)[:200]}: annotate again") from err
     fits = found.ndim == 2 and all(want in (None, n) for want, n in zip((rows, dim), found.shape))
     if not fits or not np.issubdtype(found.dtype, np.floating):
-        raise InputError(
-            f"{path}: {found.dtype} {found.shape}, not features of {rows or 'some'} images: annotate again"
-        )
+        raise InputError(f"{path}: {found.dtype} {found.shape}, not features of {rows} images: annotate again")
     return found
 
 
@@ -294,14 +280,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         entries = [json.loads(line) for line in lines.read_text().splitlines()]
     except (OSError, ValueError, RecursionError) as err:
         raise InputError(f"{lines}: missing or damaged ({one_line(err)[:100]}); annotate again") from err
-    for number, entry in enumerate(entries, 1):
-        check(entry, ENTRY, f"{lines}: line {number}")
-    odd = next((entry["file"] for entry in entries if Path(entry["file"]).name != entry["file"]), None)
+    check(entries, [FILE], str(lines))
+    if odd := [entry["file"] for entry in entries if Path(entry["file"]).name != entry["file"]]:
+        raise InputError(f"{lines}: shard {odd[0]!r} is no file in shards/")
     shapes = [manifest["latent_shape"], *(e["latent_shape"] for e in entries if "latent_shape" in e)]
-    if odd or not all(_is_shape(shape) and shape[0] == shapes[0][0] for shape in shapes):
-        raise InputError(
-            f"{lines}: shard {odd!r} is no file in shards/" if odd else f"{path}: latent_shape is not (C, h, w)"
-        )
+    if not all(_is_shape(shape) and shape[0] == shapes[0][0] for shape in shapes):
+        raise InputError(f"{path}: latent_shape is not (C, h, w)")
     return manifest | {"shards": entries}
 
 

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64 (Steele et al., 2014)
+_ALL = 2**64 - 1  # bits
 _ROUNDS = 6  # of the Feistel network, each on both halves
 
 
@@ -15,11 +17,15 @@ def mix_seed(*parts: int) -> int:
     """One 63-bit seed of several numbers (splitmix64), so that neighbouring steps are unrelated streams."""
     state = 0
     for part in parts:
-        state = (state ^ (part & (2**64 - 1))) + _GAMMA & (2**64 - 1)
-        state = (state ^ (state >> 30)) * _MIX1 & (2**64 - 1)
-        state = (state ^ (state >> 27)) * _MIX2 & (2**64 - 1)
-        state ^= state >> 31
+        state = _hashed((state ^ (part & _ALL)) + _GAMMA & _ALL)
     return state >> 1
+
+
+def _hashed(x: Any) -> Any:
+    """Where splitmix64 sends a number of 64 bits, or each of an array of them."""
+    x = (x ^ (x >> 30)) * _MIX1 & _ALL
+    x = (x ^ (x >> 27)) * _MIX2 & _ALL
+    return x ^ (x >> 31)
 
 
 def permuted(positions: Tensor, n: int, *seeds: int) -> Tensor:
@@ -40,12 +46,6 @@ def permuted(positions: Tensor, n: int, *seeds: int) -> Tensor:
         out[todo] = left * np.uint64(b) + right
         todo = todo[out[todo] >= n]
     return torch.from_numpy(out.astype(np.int64)).reshape(positions.shape)
-
-
-def _hashed(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX2)
-    return x ^ (x >> np.uint64(31))
 
 
 def drawn(pool: "Tensor | Kept | Blocks", seed: int, step: int, batch_size: int) -> Tensor:

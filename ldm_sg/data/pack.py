@@ -27,9 +27,8 @@ from ldm_sg.data.images import (
     crop_resize_index,
     decode,
     decode_index,
+    enlarges,
     nearest_shape,
-    part_of,
-    sides,
 )
 from ldm_sg.data.pool import DecoderPool, cores
 from ldm_sg.data.shards import INDEX, ShardWriter
@@ -40,10 +39,8 @@ from ldm_sg.folder import claim, disk_errors, read_mapping, write_text
 FORMATS = ("jpg", "png", "webp")
 _CHUNK = 16  # images a process works on at a time
 _LOGS = (INDEX, "skipped.jsonl")
-Made = tuple[str, dict[str, int], list[dict[str, str]], dict[str, int]]  # of a shard what `Log.add` is told
-Beside = Callable[
-    [Callable[[str], Callable[[str], Made]], list[str]], Iterator[Made]
-]  # workers for shards, by their names
+Made = tuple[dict[str, Any], list[dict[str, str]]]  # of a shard what `Log.add` is told
+Make = Callable[[str], Callable[[str], Made]]  # a worker for shards, by their names
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,8 @@ class Form:
 
     def encode(self, image: Image.Image) -> bytes:
         """RGB image -> file content; JPEG keeps full colour resolution (4:4:4)."""
-        options: dict[str, Any] = {
-            "jpg": {"format": "JPEG", "quality": self.quality, "subsampling": 0},
-            "png": {"format": "PNG", "compress_level": 3},
-            "webp": {"format": "WEBP", "quality": self.quality},
-        }[self.format]
-        buffer = io.BytesIO()
-        image.save(buffer, **options)
+        buffer, kind = io.BytesIO(), {"jpg": "JPEG"}.get(self.format, self.format)
+        image.save(buffer, kind, quality=self.quality, subsampling=0, compress_level=3)  # each format takes its own
         return buffer.getvalue()
 
 
@@ -114,23 +106,23 @@ class Summary:
 
 def pack_source(
     source: Source, dst: Path, form: Form, shard_size: int, workers: int, max_skipped: float,
-    beside: Beside | None = None,
+    beside: Callable[[Make, list[str]], Iterator[Made]] | None = None,
 ) -> Summary:  # fmt: skip
     """Makes what is missing of DST/*.tar, shard for shard, each by all `workers`, or many at once by `beside`; InputError when DST
     belongs to another pack, or too much is unreadable."""
     settings = {"source": source.identity, **form.settings(), "shard_size": shard_size}
     claim(dst, "pack.yaml", {"version": 1, "settings": settings}, free=("done",))
-    names = {"classes": source.classes, "mask_classes": source.mask_classes}
-    if names := {kind: known for kind, known in names.items() if known}:
+    named = {"classes": source.classes, "mask_classes": source.mask_classes}
+    if names := {kind: known for kind, known in named.items() if known}:
         write_text(dst / "classes.json", json.dumps(names, indent=1, ensure_ascii=False))
     log = Log(dst)
     allowed = None if source.total is None else max_skipped * source.total
     with tqdm(total=source.total, initial=log.total["images"] + log.total["skipped"], desc="pack", unit="image") as bar:
         if beside:
-            todo = [name for name, _ in source.shards(shard_size, log.done)]
+            todo = [name for name, _ in source.shards(shard_size, log.lacks)]
             shards = beside(functools.partial(_packer, source, dst.absolute(), form, shard_size), todo)
         else:
-            shards = _here(source.shards(shard_size, log.done), dst, form, workers, bar.update)
+            shards = _here(source.shards(shard_size, log.lacks), dst, form, workers, bar.update)
         for made in shards:
             log.add(*made)
             bar.update(log.total["images"] + log.total["skipped"] - bar.n)
@@ -157,31 +149,20 @@ def _packer(source: Source, dst: Path, form: Form, size: int, _: str) -> Callabl
     """A worker that makes whole shards, each asked for by its name."""
 
     def work(wanted: str) -> Made:
-        for name, items in source.shards(size, _Others(wanted)):
-            made = _write_shard(dst / name, (pack_item(form, item) for item in items))
-        return made
+        name, items = next(source.shards(size, wanted.__eq__))
+        return _write_shard(dst / name, (pack_item(form, item) for item in items))
 
     return work
-
-
-@dataclass(frozen=True)
-class _Others:
-    """All shards but one."""
-
-    name: str
-
-    def __contains__(self, name: object) -> bool:
-        return name != self.name
 
 
 def _check(total: Summary, dst: Path, max_skipped: float) -> None:
     seen = total.images + total.skipped
     if total.skipped > max_skipped * seen or not total.images:
-        share = f"{total.skipped} of {seen} images could not be used ({total.skipped / max(1, seen):.1%})"
         first = next(iter(_read_lines(dst / _LOGS[1])), {})
         raise InputError(
-            f"{share}, more than max_skipped={max_skipped:g} allows; the first: {first.get('source')}: {first.get('reason')}; "
-            f"all are in {dst / _LOGS[1]}; mend them and pack into another folder, or allow more"
+            f"{total.skipped} of {seen} images could not be used ({total.skipped / max(1, seen):.1%}), more than "
+            f"max_skipped={max_skipped:g} allows; the first: {first.get('source')}: {first.get('reason')}; all are in "
+            f"{dst / _LOGS[1]}; mend them and pack into another folder, or allow more"
         )
 
 
@@ -221,9 +202,8 @@ def pack_item(form: Form, item: Item) -> Packed:
             files["mask.png"] = buffer.getvalue()
     except BadImage as err:
         return Packed(item.key, item.source, None, err.reason)
-    left, _, right, _ = part_of(*image.size, shape)
     bucket = name_of(small.size) if form.buckets else ""
-    return Packed(item.key, item.source, files, "", empty_boxes, right - left < sides(shape)[0], bucket)
+    return Packed(item.key, item.source, files, "", empty_boxes, enlarges(*image.size, shape), bucket)
 
 
 def renumber(mask: Image.Image, table: tuple[int, ...]) -> Image.Image:
@@ -240,7 +220,7 @@ def renumber(mask: Image.Image, table: tuple[int, ...]) -> Image.Image:
 
 def _write_shard(path: Path, results: Iterable[Packed], told: Callable[[int], object] = int) -> Made:
     """One shard, with buckets one of each shape that occurs; none is written without an image."""
-    skipped, noted = [], {"empty_boxes": 0, "enlarged": 0}
+    skipped, noted = [], Counter[str]()
     writers: dict[str, ShardWriter] = {}
     with ExitStack() as stack:
         for packed in results:
@@ -249,13 +229,13 @@ def _write_shard(path: Path, results: Iterable[Packed], told: Callable[[int], ob
                 skipped.append({"shard": path.name, "source": packed.source, "reason": packed.reason})
                 continue
             if packed.bucket not in writers:
-                writers[packed.bucket] = stack.enter_context(
-                    ShardWriter(path.with_name(_file(path.name, packed.bucket)))
-                )
+                writer = ShardWriter(path.with_name(_file(path.name, packed.bucket)))
+                writers[packed.bucket] = stack.enter_context(writer)
             writers[packed.bucket].write(packed.key, packed.files)
-            for name in noted:
-                noted[name] += getattr(packed, name)
-    return path.name, {bucket: writer.written for bucket, writer in writers.items()}, skipped, noted
+            noted.update(empty_boxes=packed.empty_boxes, enlarged=packed.enlarged)
+    buckets = {bucket: writer.written for bucket, writer in writers.items()}
+    line: dict[str, Any] = {"file": path.name, "images": sum(buckets.values()), "skipped": len(skipped)}
+    return line | ({"buckets": buckets} if any(buckets) else {}) | {name: n for name, n in noted.items() if n}, skipped
 
 
 def _file(name: str, bucket: str) -> str:
@@ -281,11 +261,11 @@ class Log:
     def _there(self, line: dict[str, Any]) -> bool:
         return all((self.dst / _file(line["file"], bucket)).is_file() for bucket in line.get("buckets", [""]))
 
-    def add(self, file: str, buckets: dict[str, int], skipped: list[dict[str, str]], noted: dict[str, int]) -> None:
-        """Records a finished shard, whose images were parted into `buckets` or are all in that of no name."""
-        line: dict[str, Any] = {"file": file, "images": sum(buckets.values()), "skipped": len(skipped)}
-        line |= {"buckets": buckets} if any(buckets) else {}
-        line |= {name: count for name, count in noted.items() if count}
+    def lacks(self, file: str) -> bool:
+        return file not in self.done
+
+    def add(self, line: dict[str, Any], skipped: list[dict[str, str]]) -> None:
+        """Records a finished shard."""
         for name, lines in zip(reversed(_LOGS), (skipped, [line])):
             with disk_errors(self.dst / name), (self.dst / name).open("a") as log:
                 log.writelines(json.dumps(entry) + "\n" for entry in lines)

@@ -1,9 +1,10 @@
 """Parquet tables of images as source shards: those of Hugging Face datasets, whose images are {bytes, path}, or columns of bytes."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any
 
-from ldm_sg.data.tars import Damaged, Member, is_remote
+from ldm_sg.data.tars import Damaged, Member, is_remote, open_by_fsspec
 from ldm_sg.errors import InputError, one_line
 
 LABELS = ("label", "cls", "class", "fine_label", "labels")  # of integers: the first that there is
@@ -65,9 +66,8 @@ def _columns(schema: Any, url: str) -> tuple[str, str | None]:
 
     def holds_images(kind: Any) -> bool:
         if types.is_struct(kind):
-            return any(
-                kind.field(i).name == "bytes" and holds_images(kind.field(i).type) for i in range(kind.num_fields)
-            )
+            parts = map(kind.field, range(kind.num_fields))
+            return any(part.name == "bytes" and holds_images(part.type) for part in parts)
         kind = kind.value_type if types.is_dictionary(kind) else kind
         return types.is_binary(kind) or types.is_large_binary(kind)
 
@@ -84,10 +84,8 @@ def _columns(schema: Any, url: str) -> tuple[str, str | None]:
 
 
 def _seekable(url: str) -> IO[bytes]:
-    import fsspec
-
     try:
-        return fsspec.open(url, "rb").open() if is_remote(url) else open(url, "rb")  # noqa: PTH123
+        return open_by_fsspec(url) if is_remote(url) else Path(url).open("rb")
     except (OSError, ValueError, ImportError) as err:
         raise InputError(f"shard {url!r} cannot be opened: {one_line(err)}") from err
 

@@ -14,7 +14,6 @@ def finished_manifest(folder: Path) -> Path:
     if (folder / "config.yaml").is_file() and ((folder / "work").is_dir() or (folder / "shards").is_dir()):
         shards = read_yaml(folder / "config.yaml").get("shards")
         count = f" of {len(shards):,}" if shards and not isinstance(shards, str) else ""
-        raise InputError(
-            f"{folder}: annotate has not finished: {done:,}{count} shards are through; wait for it, or give its command again"
-        )
+        said = f"annotate has not finished: {done:,}{count} shards are through"
+        raise InputError(f"{folder}: {said}; wait for it, or give its command again")
     raise InputError(f"{folder} is not an annotation set (no manifest.yaml); make one with `ldm-sg annotate`")

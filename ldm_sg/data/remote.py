@@ -14,23 +14,23 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from ldm_sg.data.shards import PAUSES
+from ldm_sg.data.shards import PAUSES, leads_elsewhere
 from ldm_sg.data.tars import Damaged, open_shard
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import check, copy_of, file_sha256, read_mapping, sweep, whole
 
 CHUNK = 2**20
 SMALL = ("annotator", "autoencoder", "index")  # folders of a set that are copied, beside its manifest and shards.jsonl
-FILE = {"file": str, "bytes": int, "sha256": str}
+FILE = {"file": str, "bytes": int, "sha256": str}  # of a file of a set; of a shard too what it was made of: url, source
 
 
 def listing(folder: Path) -> list[dict[str, Any]]:
     """Of a set's small files what its manifest says, so that they can be had where nothing lists a folder."""
     files = sorted(path for name in SMALL for path in (folder / name).rglob("*") if path.is_file())
-    kept = [path for path in files if path.name != "checked.json"]
     return [
         {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in kept
+        for path in files
+        if path.name != "checked.json"
     ]
 
 
@@ -51,9 +51,8 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
             return
         except Damaged as err:
             if pause is None:
-                raise InputError(
-                    f"{url}: {one_line(err)}, {len(PAUSES) + 1} times; the same command goes on where it was"
-                ) from err
+                said = f"{one_line(err)}, {len(PAUSES) + 1} times"
+                raise InputError(f"{url}: {said}; the same command goes on where it was") from err
             print(f"note: {url}: {one_line(err)}: fetched again in {pause} s", file=sys.stderr)
             time.sleep(pause)
 
@@ -94,14 +93,11 @@ class RemoteSet:
                 return self.folder
             files = read_mapping(new, {"hash": str}).get("files")
             if files is None:
-                raise InputError(
-                    f"{self.url}: its manifest lists no files: made by an older version of ldm_sg, which knew no remote sets; give the "
-                    "command that annotated it once more, which adds them, or copy the set to this machine"
-                )
+                said = f"{self.url}: its manifest lists no files, as those of an older ldm_sg"
+                raise InputError(f"{said}; annotate once more, which adds them, or copy the set to this machine")
             check(files, [FILE], f"{self.url}/manifest.yaml: files")
             for entry in files:
-                path = self.folder / entry["file"]
-                if ".." in Path(entry["file"]).parts or not path.is_relative_to(self.folder):
+                if leads_elsewhere(entry["file"]):
                     raise InputError(f"{self.url}/manifest.yaml: file {entry['file']!r} leads out of the set")
             here.unlink(missing_ok=True)
             for name in SMALL:

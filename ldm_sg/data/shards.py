@@ -22,7 +22,7 @@ from ldm_sg.data.images import BadImage, Shown, Size, crop_resize_index, decode,
 from ldm_sg.data.parquet import count_rows, read_rows
 from ldm_sg.data.pool import DecoderPool, decoder_pool
 from ldm_sg.data.tars import MOST_IMAGE, MOST_TEXT, Command, Damaged, Member, is_remote, open_shard, read_members
-from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import whole
 
 if TYPE_CHECKING:
@@ -73,24 +73,21 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _expand_one(url: str) -> list[str]:
-    if is_remote(url):
-        return [Command(url)] if url.startswith("pipe:") else _there(url)
     path = Path(url).expanduser()
-    if path.is_dir():
+    if url.startswith("pipe:"):
+        return [Command(url)]
+    if is_remote(url):
+        found = _there(url)
+    elif path.is_dir():
         # a folder that img2dataset filled has tables without images beside its tars
         found = sorted(map(str, path.glob("*.tar"))) or sorted(map(str, path.glob(f"*{PARQUET}")))
-        if not found:
-            raise InputError(f"folder {url!r} has no .tar or .parquet shards; `ldm-sg pack` makes them from images")
-        return found
-    if glob.has_magic(url) and not path.exists():
-        found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (an absolute pattern)
-        if not found:
-            raise InputError(f"no file matches {url!r}")
-        return found
-    if not path.is_file():
-        near = [str(p) for p in path.parent.glob("*.tar")] if path.parent.is_dir() else []
-        raise InputError(f"shard {url!r} not found" + (f"; {choices(str(path), near)}" if near else ""))
-    return [str(path)]
+    elif path.is_file():
+        found = [str(path)]
+    else:
+        found = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(url) else []  # noqa: PTH207 (absolute)
+    if not found:
+        raise InputError(f"no .tar or .parquet shards found at {url!r}; `ldm-sg pack` makes them from images")
+    return found
 
 
 def holds_shards(where: str) -> bool:
@@ -109,12 +106,9 @@ def _there(url: str) -> list[str]:
 
     try:
         fs, path = fsspec.core.url_to_fs(url)
-        found = sorted(fs.unstrip_protocol(name) for name in fs.glob(path))
+        return sorted(fs.unstrip_protocol(name) for name in fs.glob(path))
     except (OSError, ValueError, ImportError) as err:
         raise InputError(f"shards {url!r} cannot be listed: {one_line(err)}") from err
-    if not found:
-        raise InputError(f"nothing matches {url!r}")
-    return found
 
 
 class Damage(str):
@@ -171,21 +165,18 @@ def _groups(url: str) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
 
 def _grouped(members: Iterator[Member], last: bool) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
     """At damage the group that it fell into, which may lack a file, comes only where this is the `last` try."""
-    key, files, duplicates = "", {}, []  # type: ignore[var-annotated]
-    try:
-        for member in members:
-            if member.key != key and files:
+    for key, group in itertools.groupby(members, lambda member: member.key):
+        files: dict[str, Member] = {}
+        duplicates = []
+        try:
+            for member in group:
+                if member.ext in files:
+                    duplicates.append(member.ext)
+                files.setdefault(member.ext, member)
+        except Damaged:
+            if last:
                 yield key, files, duplicates
-                files, duplicates = {}, []
-            key = member.key
-            if member.ext in files:
-                duplicates.append(member.ext)
-            files.setdefault(member.ext, member)
-    except Damaged:
-        if files and last:
-            yield key, files, duplicates
-        raise
-    if files:
+            raise
         yield key, files, duplicates
 
 

@@ -198,13 +198,17 @@ class Signals:
         """Image i's signal in few words: `k` (id, or the ids that are present), `box` as shares of the sides."""
         said: dict[str, Any] = {}
         if self.mask is not None:
-            ids = np.unique(self.mask[i])
-            said["k"] = ids[ids < self.spec.num_labels].tolist()
+            said["k"] = self._present(i)
         elif self.k is not None:
             said["k"] = int(self.k[i]) if self.k.ndim == 1 else self.k[i].nonzero()[:, 0].tolist()
         if self.box is not None:
             said["box"] = [[round(c, 4) for c in box] for box in self.box[i].tolist() if box[2] > box[0]]
         return said
+
+    def _present(self, i: int) -> list[int]:
+        """The labels in the mask of image i."""
+        assert self.mask is not None
+        return [label for label in np.unique(self.mask[i]).tolist() if label < self.spec.num_labels]
 
     def having(self, label: int) -> Tensor:
         """Indices of the images with `label`."""
@@ -216,11 +220,8 @@ class Signals:
     def counts(self) -> np.ndarray:
         """In how many images each label occurs, [K]."""
         if self.mask is not None:
-            occurs = np.zeros(self.spec.num_labels, np.int64)
-            for i in range(len(self)):
-                ids = np.unique(self.mask[i])
-                occurs[ids[ids < len(occurs)]] += 1
-            return occurs
+            occur = [label for i in range(len(self)) for label in self._present(i)]
+            return np.bincount(np.array(occur, np.int64), minlength=self.spec.num_labels)
         if self.k is None:
             return np.zeros(0, np.int64)
         if self.k.ndim == 2:
@@ -251,11 +252,8 @@ class Signals:
         signals = cls.from_columns(spec, found, count)
         k, box = signals.k, signals.box
         shape = (count, spec.num_labels) if spec.multi_hot else (count,)
-        ids = k is None or (
-            k.shape == shape and (not count or spec.multi_hot or 0 <= k.min() <= k.max() < spec.num_labels)
-        )
-        if count < 1 or not ids or (box is not None and (len(box) != count or not box.isfinite().all())):
-            raise InputError(
-                f"{path}: its signals are not those of {count} images with {spec.num_labels} labels: damaged"
-            )
+        good = count > 0 and (k is None or k.shape == shape)
+        good = good and (k is None or spec.multi_hot or 0 <= k.min() <= k.max() < spec.num_labels)
+        if not good or (box is not None and (len(box) != count or not box.isfinite().all())):
+            raise InputError(f"{path}: not the signals of {count} images with {spec.num_labels} labels: damaged")
         return signals

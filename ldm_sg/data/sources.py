@@ -9,7 +9,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -71,9 +71,9 @@ class Source(ABC):
     notes: list[str] = field(default_factory=list)  # what else to tell about it, in a few words each
 
     @abstractmethod
-    def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
-        """(file name, items) of every output shard of `size` images that is not `done`; items are to be drawn before
-        the next shard is."""
+    def shards(self, size: int, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Iterator[Item]]]:
+        """(file name, items) of every output shard of `size` images that is `wanted`, by its name; items are to be
+        drawn before the next shard is."""
 
 
 @dataclass
@@ -87,14 +87,14 @@ class Listed(Source):
     @abstractmethod
     def item(self, record: Any) -> Item: ...
 
-    def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
+    def shards(self, size: int, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Iterator[Item]]]:
         records = self.records()
         for number in range(-(-(self.total or 0) // size)):
             chosen = islice(records, size)
-            if shard_name(number) in done:
-                deque(chosen, maxlen=0)  # moves on
-            else:
+            if wanted(shard_name(number)):
                 yield shard_name(number), map(self.item, chosen)
+            else:
+                deque(chosen, maxlen=0)  # moves on
 
 
 def make_key(name: str) -> str:
@@ -160,18 +160,16 @@ def walk(folder: Path, others: list[str], prefix: str = "", above: tuple[tuple[i
 def open_list(path: Path) -> Source:
     """A text file with one path a line (relative to the list's folder), and after a tab an integer label if wanted."""
     labels: dict[str, int | None] = {}
-    seen: dict[str, int] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
         name, tab, label = line.strip().partition("\t")
         if not name:
             continue
-        if name in seen:
-            raise InputError(f"{path} line {number}: {name} is listed already in line {seen[name]}")
+        if name in labels:
+            raise InputError(f"{path} line {number}: {name} is listed twice")
         try:
             labels[name] = int(label) if tab else None
         except ValueError:
             raise InputError(f"{path} line {number}: label {label!r} is not an integer") from None
-        seen[name] = number
     if not labels:
         raise InputError(f"{path}: an empty list")
     identity = {"kind": "list", "images": len(labels), "digest": digest(list(labels), list(labels.values()))}
@@ -234,9 +232,9 @@ class ShardSource(Source):
         identity = {"kind": "shards", "shards": len(shards), "digest": digest(names, sizes)}
         return cls(identity, None, known.get("classes", []), 0, known.get("mask_classes", []), urls=shards)
 
-    def shards(self, size: int, done: Container[str]) -> Iterator[tuple[str, Iterator[Item]]]:
+    def shards(self, size: int, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Iterator[Item]]]:
         for number, url in enumerate(self.urls):
-            if shard_name(number) not in done:
+            if wanted(shard_name(number)):
                 yield shard_name(number), _shard_items(url, self.allow_damaged)
 
 

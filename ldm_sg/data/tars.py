@@ -14,13 +14,7 @@ from ldm_sg.errors import InputError, one_line
 MOST_IMAGE, MOST_TEXT = 64 * 2**20, 2**20  # bytes of one file
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)  # webdataset's: a key ends at its name's first dot
 _PATIENCE = 60  # seconds for a server's next answer
-_HEADERS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
+_HEADERS = b"xgXLK"  # types of entries that hold names: pax's of one file, of all, Solaris's; GNU's of files and links
 
 
 class Command(str):
@@ -59,7 +53,7 @@ def open_shard(url: str) -> IO[bytes]:
 
             return gopen(url, "rb")
         if not url.startswith(("http://", "https://")):
-            return _open_by_fsspec(url)
+            return open_by_fsspec(url)
         response = urllib.request.urlopen(url, timeout=_PATIENCE)
         if "html" in response.headers.get_content_type():
             raise Damaged("the server answers with an HTML page")
@@ -72,7 +66,7 @@ def open_shard(url: str) -> IO[bytes]:
         raise InputError(f"shard {url!r} cannot be opened: {one_line(err)}") from err
 
 
-def _open_by_fsspec(url: str) -> IO[bytes]:
+def open_by_fsspec(url: str) -> IO[bytes]:
     import fsspec
 
     try:

@@ -13,7 +13,7 @@ def image_generator(seed: int, index: int, purpose: str = "noise") -> torch.Gene
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+def unit_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """One stream an image: [B, *shape]."""
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
 

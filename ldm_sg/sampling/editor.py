@@ -67,7 +67,7 @@ class Editor:
         """Images first_index, ... of `seed`, those of `ldm-sg sample`."""
         pipe, states = self.pipe, list[Tensor]()
         guidance = pipe.guidance(pipe.draw(n, seed, first_index))
-        noise = draw.noise(pipe.latent_shape, pipe.generators(n, seed, first_index))
+        noise = draw.unit_noise(pipe.latent_shape, pipe.generators(n, seed, first_index))
         images = self._solve(guidance, noise, remembering(self.strategy, states))
         return self._source(images, guidance, noise, states)
 
@@ -76,7 +76,7 @@ class Editor:
         """Squares [B, 3, H, W] in [-1, 1] of real photos, and their signals; no inversion: at each step they are noised."""
         pipe, n = self.pipe, len(images)
         guidance = pipe.guidance(signals.replace(spec=pipe.spec))
-        noise = draw.noise(pipe.latent_shape, pipe.generators(n, seed))
+        noise = draw.unit_noise(pipe.latent_shape, pipe.generators(n, seed))
         latents = pipe.autoencoder.encode(images.to(pipe.device))
         return self._source(pipe.decode(latents), guidance, noise, noised(latents, noise.to(latents), self.grid))
 
