@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, read_bytes, to_tensor
 from ldm_sg.data.pool import in_order
-from ldm_sg.data.shards import count_images, expand, holds_shards, is_remote, read_shard
+from ldm_sg.data.shards import count_images, expand, holds_shards, is_remote, leads_elsewhere, read_shard
 from ldm_sg.errors import InputError
-from ldm_sg.folder import cache_home, whole
+from ldm_sg.folder import cache_home, check, whole
 
 PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -64,9 +64,9 @@ class ImageSet:
                 f"made by `ldm-sg sample` ({RECORDS} in it)"
             )
         asked = [record.get("k") for record in self.records]
-        wrong = next((i for i, k in enumerate(asked) if not isinstance(k, int) or isinstance(k, bool) or k < 0), None)
-        if wrong is not None:
-            raise InputError(f"{self.where}/{RECORDS}, line {wrong + 1}: k = {asked[wrong]!r} is not one cluster id")
+        for line, k in enumerate(asked, 1):
+            if type(k) is not int or k < 0:
+                raise InputError(f"{self.where}/{RECORDS}, line {line}: k = {k!r} is not one cluster id")
         return torch.tensor(asked)
 
     def sampling(self) -> dict[str, Any]:
@@ -92,14 +92,12 @@ def open_images(where: str) -> ImageSet:
         )
     if (folder / "manifest.yaml").is_file() and (folder / "shards").is_dir():
         raise InputError(f"{where}: an annotation set holds latents, not images: name the source shards it was made of")
-    if (folder / RECORDS).is_file():
-        records = _records(folder)
-        paths = [str(folder / record["file"]) for record in records]
-        return ImageSet(where, tuple(paths), False, records, _others(folder, paths))
-    files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    files = [file for file in files if not _own(Path(file))]
-    if files:
-        return ImageSet(where, tuple(files), in_shards=False, strays=_others(folder, files))
+    records = _records(folder / RECORDS) if (folder / RECORDS).is_file() else ()
+    files = sorted(str(path) for path in folder.rglob("*") if path.is_file() and not _own(path.name))
+    paths = [str(folder / record["file"]) for record in records]
+    paths = paths or [file for file in files if Path(file).suffix.lower() in SUFFIXES]
+    if paths:
+        return ImageSet(where, tuple(paths), False, records, tuple(sorted({*files} - {*paths})))
     if holds_shards(where):
         return ImageSet(where, tuple(expand(where)), in_shards=True)
     raise InputError(
@@ -107,14 +105,26 @@ def open_images(where: str) -> ImageSet:
     )
 
 
-def _own(path: Path) -> bool:
+def _own(name: str) -> bool:
     """What `sample` and `evaluate` leave beside images."""
-    return path.name in (RECORDS, "grid.png") or path.name.startswith("evaluation")
+    return name in (RECORDS, "grid.png") or name.startswith("evaluation")
 
 
-def _others(folder: Path, used: Sequence[str]) -> tuple[str, ...]:
-    found = {str(path) for path in folder.rglob("*") if path.is_file() and not _own(path)}
-    return tuple(sorted(found.difference(used)))
+def _records(path: Path) -> tuple[dict[str, Any], ...]:
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                records.append(json.loads(line))
+            except ValueError as err:
+                raise InputError(f"{where}: not JSON in UTF-8: {err}") from err
+            check(records[-1], {"file": str}, where)
+            if leads_elsewhere(records[-1]["file"]):
+                raise InputError(f"{where}: {records[-1]['file']!r} is not in this folder")
+    if not records:
+        raise InputError(f"{path} is empty: no samples here")
+    return tuple(records)
 
 
 def labels(images: ImageSet) -> Tensor:
@@ -137,30 +147,6 @@ def at(images: ImageSet, places: Collection[int], size: int, within: int | None 
     chosen = _chosen(images, sys.maxsize, lambda *_: None)
     found = ((place, crop_resize(_open(data), size, within)) for place, (_, data) in chosen if place in places)
     return {place: to_tensor(image) for place, image in itertools.islice(found, len(places))}
-
-
-def _records(folder: Path) -> tuple[dict[str, Any], ...]:
-    records = []
-    try:
-        lines = (folder / RECORDS).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise InputError(f"{folder / RECORDS} cannot be read, or is not UTF-8: {err}") from err
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as err:
-            raise InputError(f"{folder / RECORDS}, line {number}: not JSON: {err}") from err
-        file = record.get("file") if isinstance(record, dict) else None
-        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
-            raise InputError(
-                f"{folder / RECORDS}, line {number}: expected a mapping with the image's `file` in this folder"
-            )
-        records.append(record)
-    if not records:
-        raise InputError(f"{folder / RECORDS} is empty: no samples here")
-    return tuple(records)
 
 
 def spread(total: int, limit: int) -> Sequence[int]:
@@ -188,10 +174,10 @@ def batches(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         loaded = in_order(pool, load, _chosen(images, limit, on_skip, part), 2 * batch_size)
         while group := list(itertools.islice(loaded, batch_size)):
-            for _, name, found in group:
-                if isinstance(found, str):
-                    on_skip(name, found)
             good = {position: found for position, _, found in group if isinstance(found, Tensor)}
+            for position, name, found in group:
+                if position not in good:
+                    on_skip(name, found)
             if good:
                 yield torch.tensor(list(good)), torch.stack(list(good.values()))
 
@@ -232,19 +218,14 @@ def _open(source: Path | bytes) -> Image.Image:
 
 def _encoded(shard: str, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
     """(name, encoded image) of every image, in order."""
-
-    def skip(shard: str, key: str, reason: str) -> None:
-        on_skip(f"{shard}: {key}" if key else shard, reason)
-
-    for sample in read_shard(shard, skip):
+    for sample in read_shard(shard, lambda shard, key, reason: on_skip(f"{shard}: {key}".removesuffix(": "), reason)):
         yield f"{shard}: {sample.key}", sample.image
 
 
 def first_size(images: ImageSet) -> int:
     """Side in pixels of the first readable image's centre square."""
-    for _, (_, data) in _chosen(images, sys.maxsize, lambda *_: None):
-        with contextlib.suppress(BadImage):
-            return min(_open(data).size)
+    for image in pictures(images, sys.maxsize):
+        return min(image.size)
     raise InputError(f"{images.where}: no readable image")
 
 

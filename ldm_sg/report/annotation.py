@@ -48,7 +48,7 @@ def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Pat
     if shards is not None:
         for entry, url in zip(latents.manifest["shards"], shards):
             entry["url"] = url
-    if one_id(latents):
+    if latents.spec.one_id:
         kept = extremes(latents, chosen_clusters(latents.signals.counts(), ROWS))
         places = [i for groups in kept.values() for group in groups for i in group]
         images = images_at(latents, places, min(THUMB, latents.manifest["size"]))
@@ -61,17 +61,12 @@ def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Pat
     return folder / "report.html"
 
 
-def one_id(latents: LatentSet) -> bool:
-    """Whether each image has one id."""
-    return latents.signals.k is not None and latents.signals.k.ndim == 1
-
-
 def sections(latents: LatentSet) -> list[str]:
     """What the set's signals are, of the pictures that `write_report` drew."""
     folder, sizes = latents.folder, charts.sizes(latents.signals.counts().tolist())
     drawn = {name: html.picture(folder / name, alt=name) for name in SPATIAL}
     return [
-        wall(folder, latents.manifest, "RUN") if one_id(latents) else "",
+        wall(folder, latents.manifest, "RUN") if latents.spec.one_id else "",
         *(html.section("What the signals look like", SPATIAL[name], picture) for name, picture in drawn.items()),
         html.section("Sizes", "Images with each label.", html.chart(sizes)),
     ]
@@ -105,7 +100,8 @@ def about(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a set's files tell of each cluster, where images have one id each: `size`; `purity`, the share of its most frequent
     class, `label`, among its images that have one (else None); `like`, the clusters of the nearest centroids; `names`."""
     counts = (manifest.get("annotator") or {}).get("counts") or []
-    found = [{"size": size, "purity": None, "label": None, "like": [], "names": []} for size in counts]
+    names = (read_names(folder, manifest.get("hash")) or {"names": []})["names"] + [[]] * len(counts)
+    found = [{"size": n, "purity": None, "label": None, "like": [], "names": own} for n, own in zip(counts, names)]
     for own, of, classes in zip(found, *_tally(folder)):
         if of.any():
             own["purity"], own["label"] = float(of.max() / of.sum()), int(classes[of.argmax()])
@@ -114,8 +110,6 @@ def about(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
         apart = torch.cdist(centroids[filled], centroids[filled]).fill_diagonal_(torch.inf)
         for k, order in zip(filled, apart.argsort(dim=1, stable=True)[:, : min(LIKE, len(filled) - 1)].tolist()):
             found[k]["like"] = [filled[i] for i in order]
-    for own, names in zip(found, (read_names(folder, manifest.get("hash")) or {"names": []})["names"]):
-        own["names"] = names
     return found
 
 
@@ -153,21 +147,21 @@ def extremes(latents: LatentSet, clusters: list[int]) -> dict[int, list[list[int
     for k in clusters:
         own = np.flatnonzero(ids == k)
         own = (own if apart is None else own[np.argsort(apart[own], kind="stable")]).tolist()
-        kept[k] = [group for group in (own[:NEAR], own[max(NEAR, len(own) - FAR) :]) if group]
-    return {k: groups for k, groups in kept.items() if groups}
+        if own:
+            kept[k] = [group for group in (own[:NEAR], own[max(NEAR, len(own) - FAR) :]) if group]
+    return kept
 
 
 def _draw_spatial(folder: Path, latents: LatentSet) -> None:
     """boxes.png or masks.png: the first images with their boxes or masks."""
     images, places = first_images(latents, EXAMPLES)
-    signals = latents.signals[places]
+    signals, columns, name = latents.signals[places], min(8, len(images)), MASKS
     if signals.box is not None:
-        picture = grids.grid(with_boxes(images, signals.box), 8, scale=grids.best_scale(images))
-    else:
-        drawn = over(images, signals.masks(), signals.spec.num_labels)
-        rows = [row for pair in zip(images.split(8), drawn.split(8), strict=True) for row in pair]
-        picture = grids.grid(torch.cat(rows), len(rows[0]), scale=grids.best_scale(images))
-    grids.save(picture, folder / (MASKS if signals.box is None else BOXES))
+        drawn, name = with_boxes(images, signals.box), BOXES
+    else:  # a row of images, and below it one of their masks
+        masked = over(images, signals.masks(), signals.spec.num_labels)
+        drawn = torch.cat([row for pair in zip(images.split(columns), masked.split(columns)) for row in pair])
+    grids.save(grids.grid(drawn, columns, scale=grids.best_scale(images)), folder / name)
 
 
 def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
@@ -177,12 +171,9 @@ def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
 
 
 def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
-    """All clusters that are not empty, by id; where there are more than `limit`, that many from the largest to the
-    smallest in even steps."""
-    filled = np.flatnonzero(sizes)
-    return (
-        filled if len(filled) <= limit else evenly(filled[np.argsort(-sizes[filled], kind="stable")], limit)
-    ).tolist()
+    """At most `limit` clusters that are not empty, from the largest to the smallest in even steps."""
+    order = np.argsort(-sizes, kind="stable")
+    return evenly(order[: np.count_nonzero(sizes)], limit).tolist()
 
 
 def evenly(of: np.ndarray, n: int) -> np.ndarray:

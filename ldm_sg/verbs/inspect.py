@@ -35,7 +35,7 @@ def inspect(
     words = names.read_vocabulary(vocabulary or ASSETS / "nouns.txt") if describe else []
     latents = LatentSet(annotations)
     if clip:
-        if not annotation.one_id(latents):
+        if not latents.spec.one_id:
             raise InputError(f"--describe: images of {annotations} have no single cluster each that could be named")
         with locked(annotations):
             model, every = names.Clip(clip, pick_device(device)), list(range(latents.spec.num_labels))
