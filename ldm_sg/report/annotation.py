@@ -16,7 +16,7 @@ from ldm_sg.autoencoder.manifest import blurred
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.photos import images_at
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import write_text
+from ldm_sg.folder import flat, write_text
 from ldm_sg.report import charts, grids, html
 from ldm_sg.report.signals import over, with_boxes
 from ldm_sg.weights import read_finite
@@ -181,25 +181,47 @@ def evenly(of: np.ndarray, n: int) -> np.ndarray:
     return of[np.linspace(0, len(of) - 1, min(n, len(of))).round().astype(int)]
 
 
-FIGURES = {  # of the annotator, in manifest.yaml -> what a reader sees
-    "k": ("labels", "{:,}"),
-    "empty": ("empty", "{:,}"),
-    "entropy": ("entropy", "{:.2f} of {max_entropy:.2f} nats"),
-    "nmi": ("NMI with the classes", "{:.3f}"),
-    "ami": ("AMI with the classes", "{:.3f}"),
-    "ari": ("ARI with the classes", "{:.3f}"),
-    "corloc": ("CorLoc", "{:.1%} of {corloc_images:,}"),
-    "not_found": ("no box found", "{:,}"),
-    "miou": ("mIoU", "{:.1%}"),
-    "accuracy": ("pixel accuracy", "{:.1%}"),
+CARDS = {  # key in manifest.yaml -> what a reader sees
+    "num_images": ("images", "{:,}"),
+    "num_skipped": ("left out", "{:,}"),
+    "size": ("size", "{} px"),
+    "view.buckets": ("sizes", "{}"),
+    "annotator.kind": ("annotator", "{}"),
+    "guidance.num_labels": ("labels", "{:,}"),
+    "guidance.spatial": ("guided by", "{}"),
+    "annotator.counts": ("smallest / largest", "{}"),
+    "annotator.empty": ("empty", "{:,}"),
+    "annotator.entropy": ("entropy", "{:.2f} of {max_entropy:.2f} nats"),
+    "annotator.nmi": ("NMI with the classes", "{:.3f}"),
+    "annotator.ami": ("AMI with the classes", "{:.3f}"),
+    "annotator.ari": ("ARI with the classes", "{:.3f}"),
+    "annotator.corloc": ("CorLoc", "{:.1%} of {corloc_images:,}"),
+    "annotator.not_found": ("no box found", "{:,}"),
+    "annotator.miou": ("mIoU", "{:.1%}"),
+    "annotator.accuracy": ("pixel accuracy", "{:.1%}"),
+    "autoencoder.name": ("autoencoder", "{}"),
+    "autoencoder.round_trip": ("round trip", "{:.1f} dB"),
+    "latent_shape": ("latent", "{}"),
+    "flips": ("mirrored", "too"),
+    "features.name": ("g", "{}"),
+    "features.dim": ("features", "{:,}"),
 }
 
 
-def figures(annotator: Mapping[str, Any]) -> dict[str, str]:
-    """What the manifest's `annotator` says in numbers, as a reader wants it."""
-    known = {"max_entropy": math.log(max(1, len(annotator.get("counts") or []))), **annotator}
-    there = [key for key in FIGURES if isinstance(known.get(key), int | float)]
-    return {FIGURES[key][0]: FIGURES[key][1].format(known[key], **known) for key in there}
+def cards(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What a set's manifest says, as far as it does, as a reader wants it."""
+    said, annotator = flat(manifest), manifest.get("annotator") or {}
+    counts, buckets = annotator.get("counts") or [], said.get("view.buckets") or []
+    said |= {
+        "view.buckets": ", ".join(map(str, buckets)),
+        "annotator.counts": f"{min(counts):,} / {max(counts):,}" if counts else "",
+        "latent_shape": " × ".join(map(str, said.get("latent_shape") or [])),
+    }
+    if buckets:
+        said |= {"size": None, "latent_shape": None}
+    known = {"max_entropy": math.log(max(1, len(counts))), **annotator}
+    there = {key: value for key, value in said.items() if value not in (None, "") and value is not False}
+    return {title: form.format(there[key], **known) for key, (title, form) in CARDS.items() if key in there}
 
 
 def recipe(manifest: Mapping[str, Any]) -> str:
@@ -212,28 +234,13 @@ def recipe(manifest: Mapping[str, Any]) -> str:
 
 def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:
     """The page, self-contained."""
-    f, g, first = manifest["annotator"], manifest["features"], manifest["autoencoder"]
-    shapes = {tuple(shard.get("latent_shape", manifest["latent_shape"])) for shard in manifest["shards"]}
-    latents = ", ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
-    cards = {
-        "images": f"{manifest['num_images']:,}",
-        "left out": f"{manifest['num_skipped']:,}",
-        "annotator": f["kind"],
-        **figures(f),
-        "latents": latents + (", mirrored too" if manifest["flips"] else ""),
-        "autoencoder": first["name"] + (f", {first['round_trip']:.1f} dB" if first.get("round_trip") else ""),
-    }
-    if g:
-        cards["g"] = f"{g['name']}, {g['dim']} features"
-    by = "from ground truth" if f["kind"] == "oracle" else "without labels"
-    return html.page(
-        f"Annotation set {folder.name}",
-        f"Guidance signals of {manifest['num_images']:,} images, made {by}.",
-        [
-            html.facts(cards),
-            html.paragraph(blurred(first)),
-            html.paragraph(WORDS),
-            *sections,
-            html.section("How it was made", "", recipe(manifest)),
-        ],
-    )
+    by = "from ground truth" if manifest["annotator"]["kind"] == "oracle" else "without labels"
+    parts = [
+        html.facts(cards(manifest)),
+        html.paragraph(blurred(manifest["autoencoder"])),
+        html.paragraph(WORDS),
+        *sections,
+        html.section("How it was made", "", recipe(manifest)),
+    ]
+    lead = f"Guidance signals of {manifest['num_images']:,} images, made {by}."
+    return html.page(f"Annotation set {folder.name}", lead, parts)

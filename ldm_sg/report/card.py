@@ -4,36 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm_sg.configfile import ASSETS
 from ldm_sg.report.run import evaluations, run_facts
 
-HEAD = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [latent-diffusion, self-guided-diffusion, label-free]
-license: other
----
-
-# {name}
-
-A latent diffusion model that learnt without labels: it is guided by {signal} that a self-supervised network found in its
-training images.
-
-![Samples, their signals drawn as often as in training](grid.png)
-
-## How to load it
-
-With torch and diffusers alone; `pipeline.py` and the `*.py` beside the parts are their code:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{source}", trust_remote_code=True)
-images = pipe({call}num_inference_steps=25, guidance_scale={w:g}).images
-```
-
-With ldm_sg, without running code of this folder: `SelfGuidedPipeline.from_pretrained("{source}")`, or `ldm-sg sample` of the
-folder.
-"""
+HEAD = (ASSETS / "card.md").read_text(encoding="utf-8")
 ONNX = """
 ## ONNX
 

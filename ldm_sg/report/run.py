@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ldm_sg.errors import InputError
-from ldm_sg.folder import flat, read_mapping, write_text
+from ldm_sg.folder import read_mapping, write_text
 from ldm_sg.report import charts, html
-from ldm_sg.report.annotation import BOXES, MASKS, WORDS, evenly, figures, recipe, wall
+from ldm_sg.report.annotation import BOXES, MASKS, WORDS, cards, evenly, recipe, wall
 
 NUMBER, SCORE, SHARE = "{:,.4g}", "{:.3f}", "{:.1%}"
 METRICS = {  # key in an evaluation -> what a reader sees, and how
@@ -35,30 +35,22 @@ METRICS = {  # key in an evaluation -> what a reader sees, and how
     "layout_miou": ("Layout mIoU ↑", SHARE),
     "layout_iou": ("Box IoU ↑", SHARE),
 }
-BOUNDS = {
-    "consistency": "chance",
-    "layout_agreement": "shuffled",
-    "layout_iou": "shuffled",
-}  # with real images, of each
+# what each is called where samples follow nothing
+BOUNDS = {"consistency": "chance", "layout_agreement": "shuffled", "layout_iou": "shuffled"}
 LABELS = {"refit": "new ones (refit)", "reuse": "its base's (reuse)", "extend": "its base's and new ones (extend)"}
 MAIN = {  # the picture that says most -> heading, sentence
     "clusters.png": ("Clusters", "Each row is one cluster: real members on the left, samples on the right."),
     "layouts.png": ("Layouts", "Each row is one layout: a real image, its signal, and samples that are to follow it."),
 }
 PICTURES = {  # file in the run folder -> heading, sentence
-    "sweep_w.png": (
-        "Guidance strength",
-        "One row a strength w, with the same noise and the same clusters in each column.",
-    ),
-    "nearest.png": (
-        "Learnt by heart?",
-        "Samples, and below each the training image that g finds most like it, as the first stage gives it back.",
-    ),
+    "sweep_w.png": ("Guidance strength", "One row a strength w, with the same noise and clusters in each column."),
+    "nearest.png": ("Learnt by heart?", "Samples, and below each the training image that g finds most like it."),
     "trajectory.png": ("From noise to image", "The clean image that the network predicts as denoising proceeds."),
-    "interpolation.png": (
-        "Between two clusters",
-        "From one cluster's embedding to another's, with fixed and moving noise.",
-    ),
+    "interpolation.png": ("Between two clusters", "From one's embedding to the other's, with fixed and moving noise."),
+}
+TUNED = {  # key of finetune.json -> what a reader sees
+    "fd_held_out": ("FD to held-out images", "{fd_held_out_first:.4g} at first, {fd_held_out:.4g} at best"),
+    "nearest_cosine": ("nearest training image", "cosine {nearest_cosine:.3f} to a sample, on average"),
 }
 
 
@@ -74,38 +66,23 @@ class _Run:
 
     def facts(self) -> dict[str, str]:
         """The cards at the top."""
-        said, steps = flat(self.manifest), self.config.get("steps")
-        step = max((points[-1][0] for points in self.curves.values()), default=0)
-        buckets, loss = said.get("view.buckets"), self.curves.get("train_loss", [(0, None)])[-1][1]
-        shape = [] if buckets else said.get("latent_shape") or []
+        ends = {name: points[-1] for name, points in self.curves.items()}
+        step, steps = max((step for step, _ in ends.values()), default=0), self.config.get("steps") or 0
         facts = {
-            "images": _said("{:,}", said.get("num_images")),
-            "size": ", ".join(map(str, buckets)) if buckets else _said("{} px", said.get("size")),
-            "labels": _said("{:,}", said.get("guidance.num_labels")),
-            "guided by": _said("{}", said.get("guidance.spatial")),
-            "autoencoder": _said("{}", said.get("autoencoder.name")),
-            "latent": " × ".join(map(str, shape)),
-            "g": _said("{}", said.get("features.name") or said.get("features.model")),
-            "steps": _said("{:,.0f}", step) + (f" of {steps:,}" if step and steps and step < steps else ""),
-            "batch size": _said("{}", self.config.get("batch_size")),
-            "training loss": _said("{:.4f}", loss),
+            "steps": step and f"{step:,.0f}" + f" of {steps:,}" * (step < steps),
+            "batch size": str(self.config.get("batch_size") or ""),
+            "training loss": f"{ends['train_loss'][1]:.4f}" if "train_loss" in ends else "",
             "total time": charts.duration(sum(self.timings.values())) if self.timings else "",
         }
-        return {name: value for name, value in facts.items() if value}
+        return cards(self.manifest) | {name: value for name, value in facts.items() if value}
 
     def tuned(self) -> dict[str, str]:
         """What finetune.json says, in words; nothing of a run that was not moved from another one."""
         if not (found := _read(self.folder / "finetune.json")):
             return {}
-        figures, made = _numbers(found), str(found.get("clusters", ""))
-        facts = {"fine-tuned from": Path(str(self.config.get("init") or "")).name, "its labels": LABELS.get(made, made)}
-        if {"fd_held_out_first", "fd_held_out"} <= figures.keys():
-            facts["FD to held-out images"] = "{fd_held_out_first:.4g} at first, {fd_held_out:.4g} at best".format(
-                **figures
-            )
-        if "nearest_cosine" in figures:
-            facts["nearest training image"] = "cosine {nearest_cosine:.3f} to a sample, on average".format(**figures)
-        return facts
+        made, base = str(found.get("clusters", "")), Path(str(self.config.get("init") or ""))
+        facts = {"fine-tuned from": base.name, "its labels": LABELS.get(made, made)}
+        return facts | {title: form.format(**found) for key, (title, form) in TUNED.items() if key in _numbers(found)}
 
 
 def write_report(folder: Path) -> Path:
@@ -237,13 +214,11 @@ def _progress(run: Path, most: int = 4) -> str:
 def _signals(run: _Run) -> str:
     annotator = run.manifest.get("annotator") or {}
     counts = annotator.get("counts") or []
-    facts = {"smallest / largest": f"{min(counts):,} / {max(counts):,}"} if counts else {}
     oracle = annotator.get("kind") == "oracle"
     text = "Found without labels; classes, where the shards carry them, only measure the match."
     return html.section(
         "What the signals are",
         "Ground truth, read from the shards: a baseline." if oracle else text,
-        html.facts(figures(annotator) | facts),
         html.paragraph(WORDS) if counts else "",
         html.chart(charts.sizes(counts)),
         *(html.picture(run.annotation / name, alt=name) for name in (BOXES, MASKS) if run.annotation),
@@ -259,10 +234,6 @@ def annotation_folder(run: Path, config: Mapping[str, Any]) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     return read_mapping(path) if path.is_file() else {}
-
-
-def _said(form: str, value: Any) -> str:
-    return form.format(value) if value else ""
 
 
 def _numbers(mapping: Mapping[str, Any]) -> dict[str, float]:
