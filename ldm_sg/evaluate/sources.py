@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from ldm_sg.errors import InputError
 from ldm_sg.folder import cache_home, check, whole
 
 PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 RECORDS = "samples.jsonl"
 RUN_MARKS = ("checkpoints", "pipeline", "model_index.json")  # a run's own sample grids are no samples
 MOST = 50_000  # real images, spread over the whole set
@@ -59,10 +60,8 @@ class ImageSet:
     def ids(self) -> Tensor:
         """The cluster id each image was asked for [N]. Raises InputError where the set does not say."""
         if not self.records:
-            raise InputError(
-                f"{self.where}: cluster consistency needs the cluster each image was asked for: give a run, or a folder "
-                f"made by `ldm-sg sample` ({RECORDS} in it)"
-            )
+            said = f"no {RECORDS}, which says the cluster that each image was asked for"
+            raise InputError(f"{self.where}: {said}: give a run, or what `ldm-sg sample` made")
         asked = [record.get("k") for record in self.records]
         for line, k in enumerate(asked, 1):
             if type(k) is not int or k < 0:
@@ -87,9 +86,7 @@ def open_images(where: str) -> ImageSet:
     if not folder.is_dir():
         return ImageSet(where, tuple(expand(where)), in_shards=True)
     if any((folder / name).exists() for name in RUN_MARKS):
-        raise InputError(
-            f"{where}: a run or a pipeline folder, not images (and it has no complete pipeline to sample from)"
-        )
+        raise InputError(f"{where}: a run or pipeline, not images (and no complete pipeline to sample from)")
     if (folder / "manifest.yaml").is_file() and (folder / "shards").is_dir():
         raise InputError(f"{where}: an annotation set holds latents, not images: name the source shards it was made of")
     records = _records(folder / RECORDS) if (folder / RECORDS).is_file() else ()
@@ -100,9 +97,7 @@ def open_images(where: str) -> ImageSet:
         return ImageSet(where, tuple(paths), False, records, tuple(sorted({*files} - {*paths})))
     if holds_shards(where):
         return ImageSet(where, tuple(expand(where)), in_shards=True)
-    raise InputError(
-        f"{where}: no images in this folder ({', '.join(sorted(SUFFIXES))}, or .tar or .parquet shards of them)"
-    )
+    raise InputError(f"{where}: no images in this folder ({', '.join(SUFFIXES)}), or shards of them (.tar, .parquet)")
 
 
 def _own(name: str) -> bool:
@@ -136,9 +131,7 @@ def labels(images: ImageSet) -> Tensor:
         own = [-1 if sample.cls is None else sample.cls for sample in read_shard(shard, lambda *_: None)]
         found += own + [-1] * (count - len(own))
     if len({*found} - {-1}) < 2:
-        raise InputError(
-            f"{images.where}: nmi needs images of at least two classes: KEY.cls in shards, or a folder a class"
-        )
+        raise InputError(f"{images.where}: nmi needs at least two classes: KEY.cls in shards, or a folder a class")
     return torch.tensor(found)
 
 
@@ -192,23 +185,24 @@ def pictures(images: ImageSet, limit: int) -> Iterator[Image.Image]:
 def _chosen(
     images: ImageSet, limit: int, on_skip: OnSkip, part: slice = slice(None)
 ) -> Iterator[tuple[int, tuple[str, Path | bytes]]]:
-    """(position, (name, file or encoded image)) of at most `limit` images. Shards with none of them are not read; the others are
-    up to the first image beyond, so that what is damaged at their end is reported."""
+    """(position, (name, file or encoded image)) of at most `limit` images. Shards with none of them are not read, but those that
+    seem empty are; the last one up to the first image beyond, so that what is damaged at its end is reported."""
     if images.total is None:
         every = (entry for shard in images.paths for entry in _encoded(shard, on_skip))
         yield from itertools.islice(enumerate(every), limit)
         return
     wanted, first = spread(images.total, limit)[part], 0
-    keep = wanted if isinstance(wanted, range) else set(wanted)
-    start, last = (wanted[0], wanted[-1]) if wanted else (0, -1)
+    if not images.in_shards:
+        yield from ((i, (images.paths[i], Path(images.paths[i]))) for i in wanted)
+        return
+    keep, last = wanted if isinstance(wanted, range) else {*wanted}, max(wanted, default=-1)
     for path, count in zip(images.paths, images.counts or ()):
-        if first <= last + (not count) and first + max(1, count) > start:
-            entries = _encoded(path, on_skip) if images.in_shards else iter([(path, Path(path))])
-            for position, entry in enumerate(entries, first):
-                if position > last:
-                    break
-                if position in keep:
-                    yield position, entry
+        holds = bisect_left(wanted, first) < bisect_left(wanted, first + count)
+        for position, entry in enumerate(_encoded(path, on_skip), first) if holds or not count else ():
+            if position > last:
+                break
+            if position in keep:
+                yield position, entry
         first += count
 
 
@@ -238,9 +232,9 @@ def fingerprint(images: ImageSet, **settings: Any) -> str | None:
     return hashlib.sha256(json.dumps([stats, PREPROCESSING, settings], sort_keys=True).encode()).hexdigest()
 
 
-def cached(name: str | None, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """`compute()`, or what it gave before under `name` (None: not cached)."""
-    if name is None:
+def remembered(images: ImageSet, compute: Callable[[], Mapping[str, Tensor]], **settings: Any) -> Mapping[str, Tensor]:
+    """`compute()`, or what it gave before of these images under these settings."""
+    if (name := fingerprint(images, **settings)) is None:
         return compute()
     path = cache_home() / "features" / f"{name}.safetensors"
     if path.is_file():
