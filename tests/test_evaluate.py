@@ -37,7 +37,7 @@ from ldm_sg.data.shards import ShardWriter
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import sources
 from ldm_sg.evaluate.collect import Look, Passes, Task
-from ldm_sg.evaluate.evaluation import _look
+from ldm_sg.evaluate.evaluation import _worker
 from ldm_sg.evaluate.options import DRAWING, Options
 from ldm_sg.evaluate.subjects import open_subject
 from ldm_sg.pipeline import SelfGuidedPipeline
@@ -132,16 +132,16 @@ def untrained(run: Path) -> dict:
 
 def look_of(run: Path, n: int, **options: Any) -> Passes:
     options = Options(str(run), str(run.parent / "real.tar"), "fd", n=n, steps=3, device="cpu", **options)
-    subject, real = open_subject(options, []), sources.open_images(options.reference)
+    subject = open_subject(options, [])
     seen = {("pixels", ""): lambda x: x.flatten(1)}
-    return Passes(Look(subject, real, seen, CPU), partial(_look, options, ["fd"], real), options, {})
+    return Passes(Look(subject, seen, CPU), partial(_worker, options, ["fd"]), options, {})
 
 
 def test_samples_and_figures_are_the_same_for_any_batch_size_and_processes(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit: sample i is that of (seed, i), however many are drawn, and the figures are those of one process."""
-    pixels = {n: look_of(run, n)(False, [("pixels", "")])[1]["pixels", ""] for n in (5, 16, 40)}
+    pixels = {n: look_of(run, n)(None, [("pixels", "")])[1]["pixels", ""] for n in (5, 16, 40)}
     assert torch.equal(pixels[40][:5], pixels[5]) and torch.equal(pixels[40][:16], pixels[16])
     args = {"metrics": "fd,kid,prdc,consistency", "n": 40, "steps": 2, "device": "cpu", "out": tmp_path / "r.json"}
     found, asked = {}, []
@@ -260,7 +260,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
         ((run, real, "fd"), {"run": run}, "is a run itself"),
         ((plain, real, "fd"), {"features": "no.safetensors"}, "no such file"),
         ((run, real), {"out": plain}, "cannot be written"),
-        ((run, real), {"out": plain / "000.png" / "x.json"}, "give another --out"),
+        ((run, real), {"out": plain / "000.png" / "x.json"}, "cannot be written"),
         ((run, real), {"device": "gpu"}, "device='gpu'"),
         ((run, real), {"executor": "dask"}, "executor=dask: local or ray"),
         ((run, real), {"processes": -1}, "processes=-1: 0"),
@@ -401,8 +401,8 @@ def test_samples_are_dropped_once_they_are_seen() -> None:
             del images
 
     networks = {("a", ""): lambda x: x.mean((2, 3)), ("b", ""): lambda x: x[:, :1, 0, 0]}
-    look = Look(SimpleNamespace(batches=batches), None, networks, CPU)
-    places, (a, b), skipped = look(Task(False, list(networks), slice(None)))
+    look = Look(SimpleNamespace(batches=batches), networks, CPU)
+    (places, a, b), skipped = look(Task(None, list(networks), slice(None)))
     assert (
         places.tolist() == list(range(10)) and a.shape == (10, 3) and b.shape == (10, 1) and skipped == {"x.png": "bad"}
     )

@@ -195,13 +195,11 @@ def test_inception_score_of_known_predictions() -> None:
 @pytest.mark.parametrize(
     "compute, least", [(metrics.frechet_distance, 2), (metrics.kernel_distance, 2), (metrics.manifold, 6)]
 )
-def test_too_few_unlike_or_broken_features_are_refused(compute, least: int) -> None:
+def test_too_few_or_broken_features_are_refused(compute, least: int) -> None:
     with pytest.raises(InputError, match=f"samples: {least - 1} images are too few"):
         compute(features(least - 1), features(20))
     with pytest.raises(InputError, match="reference: 0 images"):
         compute(features(20), features(0))
-    with pytest.raises(InputError, match="features of 16 numbers, the reference of 8"):
-        compute(features(20, 16), features(20, 8))
     with pytest.raises(InputError, match="not finite"):
         compute(features(20).index_fill(0, torch.tensor([3]), torch.nan), features(20))
 
@@ -363,5 +361,3 @@ def test_consistency_counts_hits_ceiling_and_chance() -> None:
 def test_ids_that_the_annotator_lacks_are_refused() -> None:
     with pytest.raises(InputError, match="cluster 9 was asked for; the annotator has clusters 0 to 3"):
         check_ids(torch.tensor([1, 9]), 4, "x")
-    with pytest.raises(InputError, match="multi-hot"):
-        check_ids(torch.zeros(2, 4), 4, "x")

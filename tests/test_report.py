@@ -15,7 +15,7 @@ from PIL import Image
 from ldm_sg.errors import InputError
 from ldm_sg.report import charts, grids, html
 from ldm_sg.report.annotation import OPEN, wall
-from ldm_sg.report.run import metrics_table, read_curves, split_key, write_report
+from ldm_sg.report.run import read_curves, write_report
 
 
 def flat(*values: int, side: int = 8) -> torch.Tensor:
@@ -164,44 +164,6 @@ def test_charts_draw_what_there_is() -> None:
 # ---- the report
 
 
-@pytest.mark.parametrize(
-    "key, parts",
-    [
-        ("fd", ("fd", "")),
-        ("fd_w2", ("fd", "w2")),
-        ("fd_w2.5", ("fd", "w2.5")),
-        ("fd_untrained", ("fd", "untrained")),
-        ("fd_w1.2.3", ("fd_w1.2.3", "")),
-        ("consistency_top3_chance", ("consistency_top3", "chance")),
-        ("consistency_top3", ("consistency_top3", "")),
-        ("seconds", ("seconds", "")),
-    ],
-)
-def test_metric_names(key: str, parts: tuple[str, str]) -> None:
-    assert split_key(key) == parts
-
-
-def test_metrics_table_orders_variants_and_keeps_the_rest() -> None:
-    text = Page(
-        metrics_table(
-            {
-                "fd_w10": 3,
-                "fd_w2": 1234.5678,
-                "fd_untrained": 9,
-                "consistency_real": 0.5,
-                "odd": 7,
-                "bad": "x",
-                "nan": float("nan"),
-            }
-        )
-    ).text
-    assert [text.index(word) for word in ("untrained", "w = 2", "w = 10", "real")] == sorted(
-        text.index(word) for word in ("untrained", "w = 2", "w = 10", "real")
-    )
-    assert "1,235" in text and "50.0%" in text and "odd" in text and "bad" not in text and "nan" not in text
-    assert metrics_table({}) == ""
-
-
 def test_curves_survive_damaged_files(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_bytes(
@@ -235,9 +197,6 @@ def full(tmp_path: Path) -> Path:
     (run / "config.yaml").write_text(yaml.safe_dump({"annotation": str(annotation), "steps": 40, "batch_size": 8}))
     (run / "metrics.csv").write_text(
         "step,train_loss,val_loss_guided,val_loss_null,images_per_s,lr\n10,0.5,,,100,0.1\n20,0.4,,,110,0.1\n20,,0.3,0.35,,\n"
-    )
-    (run / "metrics.json").write_text(
-        json.dumps({"fd_untrained": 90.0, "fd_w2": 4.5, "consistency_w2": 0.5, "seconds": 1})
     )
     evaluation = {
         "metrics": {
@@ -281,7 +240,7 @@ def test_full_report_is_one_file_that_loads_nothing(full: Path) -> None:
     assert all(value.startswith(("data:", "#")) for value in page.loads), page.loads
     assert "url(http" not in text and "@import" not in text and "<link" not in text and "<script" not in text
     for word in (
-        "my run <1>", "ldm-sg demo --out 'a&b'", "90", "4.5", "50.0%", "w = 2, 25 dpmpp_2m", "100 / 200", "0.700", "g (its guide)", "inception (resize clean)", "221", "reach 62.5%", "chance 4.0%",
+        "my run <1>", "ldm-sg demo --out 'a&b'", "4.5", "40.0%", "w = 2, 25 dpmpp_2m", "100 / 200", "0.700", "g (its guide)", "inception (resize clean)", "221", "reach 62.5%", "chance 4.0%",
         "20 of 40", "8 × 8 × 8", "1 min 01 s", "held out, guided", "0.610", "1 / 5", "step 9", "batch_size: 8",
         "Entropy says", "5 images", "1 image", "nobody named them",
     ):  # fmt: skip
@@ -350,7 +309,7 @@ def test_the_command_and_timings_can_lie_in_the_run(full: Path) -> None:
 def test_wrong_runs_are_refused(full: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         write_report(tmp_path / "none")
-    for name, content in (("metrics.json", "{"), ("metrics.json", "[1]"), ("config.yaml", "a: [")):
+    for name, content in (("evaluations/a.json", "{"), ("evaluations/a.json", "[1]"), ("config.yaml", "a: [")):
         before = (full / name).read_text()
         (full / name).write_text(content)
         with pytest.raises(InputError, match=name):

@@ -66,9 +66,9 @@ def test_a_cut_off_shard_gives_its_good_images(tmp_path: Path) -> None:
         (lambda p: [(p / "shards").mkdir(parents=True), (p / "manifest.yaml").touch()], "annotation set holds latents"),
         (lambda p: [p.mkdir(), (p / "samples.jsonl").touch()], "is empty"),
         (lambda p: [p.mkdir(), (p / "samples.jsonl").write_text("{")], "line 1: not JSON"),
-        (lambda p: [p.mkdir(), (p / "samples.jsonl").write_text("[1]")], "line 1: expected a mapping"),
+        (lambda p: [p.mkdir(), (p / "samples.jsonl").write_text("[1]")], "line 1: a mapping of keys"),
         (lambda p: [p.mkdir(), (p / "samples.jsonl").write_text('{"file": "../x.png"}')], "in this folder"),
-        (lambda p: [p.mkdir(), (p / "samples.jsonl").write_bytes(b"\xff\xfe")], "not UTF-8"),
+        (lambda p: [p.mkdir(), (p / "samples.jsonl").write_bytes(b"\xff\xfe")], "line 1: not JSON in UTF-8"),
     ],
 )
 def test_sources_that_are_none_are_refused(make, wrong: str, tmp_path: Path) -> None:

@@ -18,14 +18,13 @@ def consistency(
     -> the share in the asked cluster and in its 3 nearest; the same of real images after the autoencoder, asked for
     their own cluster (no sample can be expected to do better); and chance."""
     nearest_real, nearest_rebuilt = f.nearest(real, NEAREST), f.nearest(rebuilt, NEAREST)
-    parts = {
-        "consistency": landing(asked, f.nearest(samples, NEAREST)),
-        "consistency_real": landing(nearest_real[:, 0], nearest_rebuilt),
-        "consistency_chance": chance(signals, nearest_real, f.k),
+    found = {
+        "": landing(asked, f.nearest(samples, NEAREST)),
+        "_real": landing(nearest_real[:, 0], nearest_rebuilt),
+        "_chance": chance(signals, nearest_real, f.k),
     }
-    return {name: both[0] for name, both in parts.items()} | {
-        name.replace("consistency", "consistency_top3"): both[1] for name, both in parts.items()
-    }
+    names = ("consistency", "consistency_top3")
+    return {f"{name}{of}": both[i] for i, name in enumerate(names) for of, both in found.items()}
 
 
 def landing(asked: Tensor, nearest: Tensor) -> tuple[float, float]:
@@ -43,11 +42,8 @@ def chance(signals: Tensor, nearest: Tensor, k: int) -> tuple[float, float]:
     return float(p.square().sum()), float(p[nearest].sum(1).mean())
 
 
-def check_ids(ids: Tensor, k: int, where: str) -> Tensor:
-    """`ids` [N], all of which the annotator has; InputError otherwise, and for multi-hot signals."""
-    if ids.dim() != 1:
-        raise InputError(f"{where}: cluster consistency is for one cluster id an image; these signals are multi-hot")
+def check_ids(ids: Tensor, k: int, where: str) -> None:
+    """InputError for `ids` [N] that the annotator does not have."""
     beyond = ids[(ids >= k) | (ids < 0)]
     if len(beyond):
         raise InputError(f"{where}: cluster {int(beyond[0])} was asked for; the annotator has clusters 0 to {k - 1}")
-    return ids

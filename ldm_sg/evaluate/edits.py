@@ -1,6 +1,6 @@
 """Do edits happen? One concept of each image is moved, and made larger or smaller; judges say where it was and where it is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,21 +123,18 @@ class Made:
 
 def figures(found: list[Made], way: str = "") -> dict[str, float]:
     """Of images edited in one `way` ("" or "_paste")."""
-    shifts, others, looks, ratios = [], [], [], []
+    names, shifts, others, looks, ratios, means = ("source", f"moved{way}", f"resized{way}"), [], [], [], [], []
     for made in found:
-        before, after, resized = (made.masks[name] for name in ("source", f"moved{way}", f"resized{way}"))
+        k, (before, after, resized) = made.asked.concept, (made.masks[name] for name in names)
+        features = torch.stack([made.features[name] for name in names[:2]])
         share, rest = moved(before, after, made.asked)
         shifts.append(share)
         others += rest
-        k, names = made.asked.concept, ("source", f"moved{way}")
-        masks, features = (torch.stack([of[name] for name in names]) for of in (made.masks, made.features))
-        looks.append(look_distance(masks, features, k))
+        looks.append(look_distance(torch.stack([before, after]), features, k))
         ratios.append(float(resized[k].mean() / before[k].mean().clamp(min=1e-6)))
+        means.append(features.mean((2, 3)))
     low, middle, high = np.quantile(shifts, (0.25, 0.5, 0.75))
     rank = spearmanr([made.asked.ratio for made in found], ratios).statistic if len(set(ratios)) > 1 else 0.0
-    whole = {
-        name: torch.stack([made.features[name].mean((1, 2)) for made in found]) for name in ("source", f"moved{way}")
-    }
     return {
         f"edit_shift{way}": middle,
         f"edit_shift_low{way}": low,
@@ -145,7 +142,7 @@ def figures(found: list[Made], way: str = "") -> dict[str, float]:
         f"edit_others{way}": float(np.median(others or [0.0])),
         f"edit_size_rank{way}": float(rank),
         f"edit_look{way}": float(np.median(looks)),
-        f"edit_fd{way}": metrics.frechet_distance(whole[f"moved{way}"], whole["source"]),
+        f"edit_fd{way}": metrics.frechet_distance(*torch.stack(means, 1).flip(0)),
     }
 
 
@@ -157,67 +154,52 @@ def paste(image: Tensor, mask: Tensor, edit: Edit) -> Tensor:
     return rest * (1 - there) + torch.stack(pasted)
 
 
-class Examiner:
-    """Draws or reads sources, one at a time (image i depends on (seed, i) only), edits them, and lets the judges see."""
-
-    def __init__(self, editor: Editor, judges: dict[str, Sight], seed: int) -> None:
-        self.editor, self.judges, self.seed = editor, judges, seed
-
-    def drawn(self, n: int) -> Iterator[Source]:
-        return (self.editor.drawn(1, self.seed, i) for i in range(n))
-
-    def photos(self, images: sources.ImageSet, n: int) -> Iterator[Source]:
-        return (self.editor.photo(image, self.seed + i) for i, image in enumerate(sources.pictures(images, n)))
-
-    def __call__(self, found: Iterator[Source], n: int, label: str) -> dict[str, dict[str, float]]:
-        """Figures by the name of the judge."""
-        seen: dict[str, list[Made]] = {name: [] for name in self.judges}
-        sure: list[float] = []
-        for i, source in enumerate(tqdm(found, label, n, unit="image", dynamic_ncols=True)):
-            [masks] = coverage(self.editor.annotator, to_float(source.images))
-            last = source.observed[-1]
-            candidates = able(masks) & last.there[0]
-            chosen = candidates & localised(masks, last.maps[0])
-            sure += [float(chosen.sum() / candidates.sum())] * bool(candidates.any())
-            if not chosen.any():
-                continue
-            asked = choose(masks, chosen, np.random.default_rng([self.seed, i]))
-            images = {"source": source.images}
-            for name, edit in asked.edits.items():
-                images[name] = self.editor.edit(source, [edit])
-                pasted = paste(to_float(source.images)[0], masks[asked.concept], edit)[None]
-                images[f"{name}_paste"] = self.editor.redrawn(source, pasted, REDRAWN)
-            pixels = to_float(torch.cat(list(images.values())))
-            for name, judge in self.judges.items():
-                given, features = judge(pixels, masks)
-                seen[name].append(Made(asked, dict(zip(images, given.cpu())), dict(zip(images, features.cpu()))))
-        if len(next(iter(seen.values()))) < 2:
-            raise InputError(
-                f"metric edit: fewer than 2 of {n} images ({label}) hold a concept of {SMALL:.0%} to {LARGE:.0%} of them"
-            )
-        counts = {"edit_images": float(len(next(iter(seen.values())))), "edit_localised": float(np.mean(sure))}
-        return {name: counts | figures(made) | figures(made, "_paste") for name, made in seen.items()}
+def examined(
+    found: Iterable[Source], editor: Editor, judges: dict[str, Sight], seed: int, of: str, n: int
+) -> dict[str, dict[str, float]]:
+    """Edits n sources, one at a time, and lets the judges see: figures by the name of the judge."""
+    seen: dict[str, list[Made]] = {name: [] for name in judges}
+    sure: list[float] = []
+    for i, source in enumerate(tqdm(found, f"edits of {of}", n, unit="image", dynamic_ncols=True)):
+        [masks] = coverage(editor.annotator, to_float(source.images))
+        last = source.observed[-1]
+        candidates = able(masks) & last.there[0]
+        chosen = candidates & localised(masks, last.maps[0])
+        sure += [float(chosen.sum() / candidates.sum())] * bool(candidates.any())
+        if not chosen.any():
+            continue
+        asked = choose(masks, chosen, np.random.default_rng([seed, i]))
+        images = {"source": source.images}
+        for name, edit in asked.edits.items():
+            images[name] = editor.edit(source, [edit])
+            pasted = paste(to_float(source.images)[0], masks[asked.concept], edit)[None]
+            images[f"{name}_paste"] = editor.redrawn(source, pasted, REDRAWN)
+        pixels = to_float(torch.cat(list(images.values())))
+        for name, judge in judges.items():
+            given, features = judge(pixels, masks)
+            seen[name].append(Made(asked, dict(zip(images, given.cpu())), dict(zip(images, features.cpu()))))
+    edited = len(next(iter(seen.values())))
+    if edited < 2:
+        raise InputError(f"metric edit: fewer than 2 of {n} {of} hold a concept of {SMALL:.0%} to {LARGE:.0%} of them")
+    counts = {"edit_images": float(edited), "edit_localised": float(np.mean(sure))}
+    return {name: counts | figures(made) | figures(made, "_paste") for name, made in seen.items()}
 
 
 def examine(
     options: Options, subject: Subject, real: sources.ImageSet, device: torch.device
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """Figures of images that the run draws and, as `_real`, of photos, by its own g and f and by the other networks of `features`:
-    by the judge's name, with each judge's manifest. InputError where the run cannot edit."""
-    pipe = subject.pipe
-    if pipe is None or subject.asked is None:
-        raise InputError(f"{subject.where}: the metric edit draws and edits images itself: give a run")
+    """Figures of images that the run draws (image i depends on (seed, i) only) and, as `_real`, of photos, by its own g and f and
+    by the other networks of `features`: by the judge's name, with each judge's manifest. InputError where the run cannot edit."""
+    assert subject.pipe is not None
     named = {name: text for name, text in parse_features(options.features).items() if text != OWN}
     networks = {name: load_network(text, options.resize, device) for name, text in named.items()}
-    editor = Editor(pipe, subject.sampling["w"], subject.sampling["steps"])
-    own = editor.annotator
-    sights = {own.extractor.name: by_annotator(own), **{name: by_prototypes(each) for name, each in networks.items()}}
-    examiner = Examiner(editor, sights, options.seed)
-    n = min(options.n, MOST)
-    found = examiner(examiner.drawn(n), n, "edits of samples")
-    for name, values in examiner(examiner.photos(real, n), min(n, real.total or n), "edits of photos").items():
+    editor = Editor(subject.pipe, subject.sampling["w"], subject.sampling["steps"])
+    own, seed, n = editor.annotator, options.seed, min(options.n, MOST)
+    judges = {own.extractor.name: by_annotator(own)} | {name: by_prototypes(each) for name, each in networks.items()}
+    drawn = (editor.drawn(1, seed, i) for i in range(n))
+    photos = (editor.photo(image, seed + i) for i, image in enumerate(sources.pictures(real, n)))
+    found = examined(drawn, editor, judges, seed, "samples", n)
+    for name, values in examined(photos, editor, judges, seed, "photos", min(n, real.total or n)).items():
         found[name] |= {f"{key}_real": value for key, value in values.items()}
-    return found, {
-        own.extractor.name: own.extractor.manifest,
-        **{name: each.manifest for name, each in networks.items()},
-    }
+    manifests = {own.extractor.name: own.extractor.manifest}
+    return found, manifests | {name: each.manifest for name, each in networks.items()}

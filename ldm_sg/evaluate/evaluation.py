@@ -10,11 +10,11 @@ from typing import Any
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import edits, figures, memory, sources, statistics
 from ldm_sg.evaluate.collect import Look, Passes
-from ldm_sg.evaluate.judges import guide, open_judges, parse_features
+from ldm_sg.evaluate.judges import guide, networks_of, open_judges, parse_features
 from ldm_sg.evaluate.options import DRAWING, Options
 from ldm_sg.evaluate.reference import Reference
 from ldm_sg.evaluate.subjects import Subject, open_subject
-from ldm_sg.hardware import pick_device
+from ldm_sg.hardware import pick_device, use_bf16
 
 
 def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
@@ -26,10 +26,9 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
     started, device, skipped = time.perf_counter(), pick_device(options.device), dict[str, str]()
     options.check()
     wanted = figures.parse_metrics(options.metrics) if options.metrics is not None else None
-    known = statistics.read(options.reference) if statistics.is_file(options.reference) else None
+    known = statistics.read(options.reference)
     real = sources.ImageSet(options.reference, (), False) if known else sources.open_images(options.reference)
     subject = open_subject(options, list(parse_features(options.features)))
-    precision = options.precision or DRAWING["precision"]
     made_by = guide(subject.pipe)
     wanted = wanted or (["fd"] if known else _default(subject, made_by))
     figures.check_enough(wanted, subject.total, subject.where)
@@ -43,24 +42,22 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
         figures.prepare(Path(options.statistics))
     file = figures.prepare(Path(options.out) if options.out is not None else figures.free(subject.out, asked))
     judges = open_judges(wanted, options, subject, device)
-
     if known:
         statistics.check_fits(options.reference, *known, judges[0].manifest)
-    look = Look(subject, real, {(judge.space, judge.sees): judge.network for judge in judges}, device)
-    options = _resolved(options, subject)
-    passes = Passes(look, partial(_look, options, wanted, real), options, skipped)
-    reference = Reference(real, subject, passes, device, precision, labels=labels, statistics=known and known[0])
+    look = Look(subject, networks_of(judges), device)
+    passes = Passes(look, partial(_worker, _resolved(options, subject), wanted), options, skipped)
+    bf16 = use_bf16(options.precision or DRAWING["precision"], device)
+    reference = Reference(real, passes, bf16, labels=labels, statistics=known and known[0])
     if held_out and "memory" in wanted:
-        other = Passes(replace(look, real=held_out), partial(_look, options, wanted, held_out), options, skipped)
-        reference.held_out = Reference(held_out, subject, other, device, precision)
+        reference.held_out = Reference(held_out, passes, bf16)
     values, edited = edits.examine(options, subject, real, device) if "edit" in wanted else ({}, {})
-    places, seen = passes(False, list(look.networks)) if judges else (range(min(options.n, edits.MOST)), {})
+    places, seen = passes(None, list(look.networks)) if judges else (range(min(options.n, edits.MOST)), {})
     for judge in judges:
-        found = judge.measure(seen[judge.space, judge.sees], places, reference)
-        values[judge.space] = values.get(judge.space, {}) | found
+        found = judge.measure(seen[judge.key], places, reference)
+        values[judge.key[0]] = values.get(judge.key[0], {}) | found
     if options.statistics:
         statistics.write(Path(options.statistics), reference.moments, judges[0].manifest, reference.used)
-    manifests = edited | {judge.space: judge.manifest for judge in judges}
+    manifests = edited | {judge.key[0]: judge.manifest for judge in judges}
     result = {
         "source": options.source,
         "reference": options.reference,
@@ -80,7 +77,8 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
     for images in (real, subject.images):
         skipped |= dict.fromkeys(images.strays if images else (), "not one of the images of its folder")
     smallest = subject.size if known else sources.first_size(real)
-    result["notes"] = subject.notes + figures.remarks(result, smallest, skipped)
+    unguided = "trained without guidance (guidance.drop=1): w is 0, whatever was asked"
+    result["notes"] = [unguided] * (not subject.guided) + list(figures.remarks(result, smallest, skipped))
     return result, file, memory.gallery(subject, real, reference.details)
 
 
@@ -108,12 +106,11 @@ def _resolved(options: Options, subject: Subject) -> Options:
     return replace(options, w=subject.sampling["w"], checkpoint=None if step is None else str(step))
 
 
-def _look(options: Options, wanted: list[str], real: sources.ImageSet, on: str) -> Look:
+def _worker(options: Options, wanted: list[str], on: str) -> Look:
     """What a worker looks with."""
     options, device = replace(options, device=on), pick_device(on)
     subject = open_subject(options, [])
-    judges = open_judges(wanted, options, subject, device)
-    return Look(subject, real, {(judge.space, judge.sees): judge.network for judge in judges}, device)
+    return Look(subject, networks_of(open_judges(wanted, options, subject, device)), device)
 
 
 def _default(subject: Subject, made_by: str | None) -> list[str]:

@@ -1,9 +1,9 @@
 """Features -> the figures asked for; how a result reads and is written."""
 
 import itertools
-import json
-import os
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from ldm_sg.errors import InputError, choices
 from ldm_sg.evaluate import metrics
 from ldm_sg.evaluate.inception import Inception
 from ldm_sg.evaluate.metrics import NEEDS, Moments
-from ldm_sg.folder import write_json
+from ldm_sg.folder import disk_errors, read_mapping
 
 GUIDANCE = ("consistency", "layout", "edit", "nmi")  # judged by the run's own g and f
+FOLLOWED = ("consistency", "fd_clusters", "layout", "edit")  # of samples that were asked for something
 BY_CLUSTER = ("consistency", "fd_clusters", "nmi")  # which ask f for cluster ids
 OF_STATISTICS = ("fd", "sfid", "is")  # that need no real images, only their mean and covariance
 RESIZED = {"tf": ", resized as torch-fidelity does", "clean": ", resized as clean-fid does"}
@@ -41,31 +42,25 @@ def check_enough(wanted: list[str], images: int | None, where: str) -> None:
             raise InputError(f"{where}: {images} images are too few for {name}, which needs at least {NEEDS[name]}")
 
 
-def classifies(network: Any) -> bool:
-    return isinstance(network, Inception) and network.classifies
-
-
-# Which networks a metric is for, and what it says where there is none.
-ABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "is": (
-        classifies,
-        "reads a classifier's scores (no network here has such a last layer, or it is empty): --features inception",
-    ),
-    "sfid": (lambda network: isinstance(network, Inception), "reads maps inside Inception: --features inception"),
-    "cmmd": (
-        lambda network: str(network.manifest.get("model")).startswith("open_clip:"),
-        "compares embeddings of an open_clip tower: --features open_clip:MODEL/TAG",
-    ),
+NEEDED = {  # what a metric reads that not every network has
+    "is": "reads a classifier's scores: --features inception with weights whose last layer is not empty",
+    "sfid": "reads maps inside Inception: --features inception",
+    "cmmd": "compares embeddings of an open_clip tower: --features open_clip:MODEL/TAG",
 }
+
+
+def _has(network: Any) -> set[str]:
+    if isinstance(network, Inception):
+        return {"sfid", "is"} if network.classifies else {"sfid"}
+    return {"cmmd"} if str(network.manifest.get("model")).startswith("open_clip:") else set()
 
 
 def of_networks(wanted: list[str], networks: Mapping[str, Any]) -> dict[str, list[str]]:
     """What each network can judge of the metrics wanted. InputError for one that none of them can."""
-    fits = {name: ABLE[name][0] for name in wanted if name in ABLE}
-    for name, able in fits.items():
-        if not any(map(able, networks.values())):
-            raise InputError(f"metric `{name}` {ABLE[name][1]}; or leave `{name}` out")
-    return {space: [name for name in wanted if fits.get(name, bool)(network)] for space, network in networks.items()}
+    has = {space: _has(network) for space, network in networks.items()}
+    for name in NEEDED.keys() & {*wanted}.difference(*has.values()):
+        raise InputError(f"metric `{name}` {NEEDED[name]}; or leave `{name}` out")
+    return {space: [name for name in wanted if name not in NEEDED or name in own] for space, own in has.items()}
 
 
 def moments(wanted: list[str], features: Tensor, dim: int) -> dict[str, Moments]:
@@ -116,40 +111,33 @@ def agreement(ids: Tensor, labels: Tensor) -> dict[str, float]:
     return {"nmi": nmi(table), "ami": ami(table), "ari": ari(table), "nmi_images": len(a)}
 
 
-def remarks(result: dict[str, Any], smallest: int, skipped: dict[str, str]) -> list[str]:
+def remarks(result: dict[str, Any], smallest: int, skipped: dict[str, str]) -> Iterator[str]:
     """What a reader of the figures must know: counts that fell short or differ, images left out or enlarged, estimates that
     are biased, judges that are not impartial. smallest: pixels of the first reference image; skipped: image -> reason."""
     asked, samples, real = result["asked"], result["samples"], result["reference_images"]
     fewer, size = min(samples, real or samples), result["preprocessing"]["size"]
-    notes = [f"{samples:,} samples, not the {asked['n']:,} asked for"] * (samples < asked["n"])
+    if samples < asked["n"]:
+        yield f"{samples:,} samples, not the {asked['n']:,} asked for"
     if smallest < size:
-        notes.append(
-            f"reference images of {smallest} px are enlarged to {size} px: give --size {smallest}, or larger ones"
-        )
+        yield f"reference images of {smallest} px are enlarged to {size} px: give --size {smallest}, or larger ones"
     if "prdc" in asked["metrics"] and samples != real:
         kind = "reference images" if real > samples else "samples"
-        notes.append(f"prdc compares equal numbers: {fewer:,} of the {max(samples, real):,} {kind}, chosen at random")
+        yield f"prdc compares equal numbers: {fewer:,} of the {max(samples, real):,} {kind}, chosen at random"
     for space, found in result["metrics"].items():
-        judge = result["judges"][space]
+        judge, left_out = result["judges"][space], found.get("fd_clusters_left_out")
         if "fd" in found and fewer <= judge["dim"]:
-            notes.append(
+            yield (
                 f"fd of {fewer:,} images in {judge['dim']:,} dimensions ({space}) is far above its limit: their covariance is known in "
                 f"{fewer - 1:,} directions only. It takes more than {judge['dim']:,} images, better ten times as many; compare it only "
                 "at equal counts"
             )
-        if found.get("fd_clusters_left_out"):
-            notes.append(
-                f"fd_clusters ({space}) leaves out {found['fd_clusters_left_out']} clusters of fewer than {LEAST} samples or real "
-                "images; each fd depends on its counts, which stand beside it"
-            )
+        if left_out:
+            yield f"fd_clusters ({space}) leaves out {left_out} clusters of fewer than {LEAST} samples or real images"
         if judge["guide"] and found.keys() & {"fd", "kid", "precision", "fd_clusters"}:
-            notes.append(
-                f"{space} made this run's signals, which favours the run: compare in another space (--features)"
-            )
+            yield f"{space} made this run's signals, which favours the run: compare in another space (--features)"
     if skipped:
         name, reason = next(iter(skipped.items()))
-        notes.append(f"{len(skipped):,} images or files are left out; the first: {name}: {reason}")
-    return notes
+        yield f"{len(skipped):,} images or files are left out; the first: {name}: {reason}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -171,12 +159,11 @@ def table(result: dict[str, Any]) -> str:
 
 def prepare(file: Path) -> Path:
     """The folder of `file` exists and can be written, before hours of work; InputError otherwise."""
-    try:
+    if file.is_dir():
+        raise InputError(f"{file}: a folder, which cannot be written: give --out FILE.json")
+    with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise InputError(f"--out {str(file)!r}: {err.strerror}: give another --out FILE.json") from err
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise InputError(f"--out {str(file)!r} cannot be written there: give another --out FILE.json")
+        tempfile.TemporaryFile(dir=file.parent).close()
     return file
 
 
@@ -187,15 +174,6 @@ def free(file: Path, asked: dict[str, Any]) -> Path:
 
 
 def _is_of(file: Path, asked: dict[str, Any]) -> bool:
-    try:
-        return json.loads(file.read_text())["asked"] == asked
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def write(file: Path, result: dict[str, Any]) -> None:
-    """JSON that appears under its name when whole."""
-    try:
-        write_json(file, result)
-    except InputError as err:  # a disk that filled up meanwhile
-        raise InputError(f"--out {err}; the figures stand above") from err
+    with suppress(InputError):
+        return read_mapping(file, {"asked": dict})["asked"] == asked
+    return False

@@ -16,7 +16,6 @@ from ldm_sg.folder import file_sha256
 from ldm_sg.hub import downloadable
 from ldm_sg.weights import check_finite, read_weights
 
-MARK = "Mixed_7c.branch_pool.conv.weight"  # a key that only this network has
 SIDE = (299, 299)
 CHANNELS = 7  # of TensorFlow's mixed_6/conv [192, 17, 17], of which sFID is (Nash et al., 2021; ADM's evaluator)
 
@@ -90,24 +89,17 @@ def load_inception(file: str | Path | None = None, resize: str = "tf") -> Incept
     Raises InputError for a file that is not there, is not such weights or would run code, and without network."""
     if file is None:
         return Inception(*_download(), resize)
-    path = Path(file)
-    if not path.is_file():
-        raise InputError(f"Inception weights {str(file)!r}: no such file")
-    state = read_weights(path)
-    if MARK not in state:
-        raise InputError(f"{path}: not the weights of torch-fidelity's InceptionV3: {MARK} is missing")
+    state = read_weights(path := Path(file))
     check_finite(state, path)
     try:
         return Inception(state, file_sha256(path), resize)
     except RuntimeError as err:  # load_state_dict's: keys or shapes that do not fit
-        raise InputError(
-            f"{path}: not the weights of torch-fidelity's InceptionV3: {str(err).splitlines()[-1].strip()}"
-        ) from err
+        why = str(err).splitlines()[-1].strip()[:200]
+        raise InputError(f"{path}: not the weights of torch-fidelity's InceptionV3: {why}") from err
 
 
 def _download() -> tuple[dict[str, Tensor], str]:
     name = URL_INCEPTION_V3.rsplit("/", 1)[1]
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / name
     try:
         if not downloadable(URL_INCEPTION_V3):
             raise OSError("no network")
@@ -115,8 +107,6 @@ def _download() -> tuple[dict[str, Tensor], str]:
             URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True
         )
     except (OSError, RuntimeError) as err:  # or a file that does not match its hash
-        raise InputError(
-            f"the Inception weights could not be downloaded ({one_line(err)[:200]}): fetch {name} from torch-fidelity's "
-            "releases elsewhere and name the file: --features inception:FILE"
-        ) from err
-    return state, file_sha256(kept)
+        why = f"the Inception weights could not be downloaded ({one_line(err)[:200]})"
+        raise InputError(f"{why}: fetch {name} from torch-fidelity's releases: --features inception:FILE") from err
+    return state, file_sha256(Path(torch.hub.get_dir()) / "checkpoints" / name)

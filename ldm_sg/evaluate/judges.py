@@ -15,7 +15,7 @@ from ldm_sg.configfile import load
 from ldm_sg.data.signals import Signals
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import figures, layout, memory
-from ldm_sg.evaluate.collect import Network
+from ldm_sg.evaluate.collect import Key, Network
 from ldm_sg.evaluate.consistency import check_ids, consistency
 from ldm_sg.evaluate.inception import Inception, load_inception
 from ldm_sg.evaluate.options import Options
@@ -24,6 +24,7 @@ from ldm_sg.evaluate.subjects import Subject
 from ldm_sg.pipeline import SelfGuidedPipeline
 
 OWN = "own"  # the run's g, in a list of judges
+OTHERWISE = "name a feature network (--features inception, for example) and leave out what g and f judge"
 WEIGHTS, SETTINGS = (".safetensors", ".pth", ".pt"), (".yaml", ".yml")
 
 
@@ -32,22 +33,22 @@ class Judge:
     """Each image passes `network` once; `measure(what it gave of the samples [N, X], their positions [N] in the subject,
     real images)` is then this judge's figures."""
 
-    space: str  # the name of the network that the figures are judged in
-    sees: str  # what of it: judges that see the same in one space share a pass
+    key: Key  # the name of the network, and what of it: judges of one key share a pass
     manifest: dict[str, Any]  # of the network
     network: Network
     measure: Callable[[Tensor, Tensor, Reference], dict[str, float]]
 
 
+def networks_of(judges: list[Judge]) -> dict[Key, Network]:
+    return {judge.key: judge.network for judge in judges}
+
+
 Seer = Inception | FeatureExtractor | memory.Pixels
-Groups = tuple[
-    Tensor, str, LoadedAnnotator
-]  # the clusters that samples were asked for [n], and who tells those of images
+Own = tuple[str, LoadedAnnotator]  # the run's g and f, and what the g is called
 
 
-def distances(space: str, network: Seer, wanted: list[str], seed: int, groups: Groups | None) -> Judge:
+def distances(space: str, network: Seer, wanted: list[str], seed: int, own: Own | None) -> Judge:
     """Samples against real images by their features."""
-
     key, manifest, dim = (space, "features"), network.manifest, network.manifest["dim"]
 
     def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
@@ -56,13 +57,14 @@ def distances(space: str, network: Seer, wanted: list[str], seed: int, groups: G
             return figures.compute(wanted, samples, None, reference.statistics, network, seed)
         real_places, real = reference.features(key, manifest)
         figures.check_enough(wanted, len(real), reference.images.where)
-        reference.moments = figures.moments(wanted, real, dim)
-        found = figures.compute(wanted, samples, real, reference.moments, network, seed)
+        moments = figures.moments(wanted, real, dim)
+        reference.moments = moments or reference.moments  # pixels have none
+        found = figures.compute(wanted, samples, real, moments, network, seed)
         details = reference.details.setdefault(space, {})
         samples, real = samples[:, :dim], real[:, :dim]
-        if "fd_clusters" in wanted and groups:
-            ids = reference.clusters(*groups[1:])[1]
-            values, details["clusters"] = figures.by_cluster(groups[0][places], samples, ids, real)
+        if "fd_clusters" in wanted and own:
+            asked, ids = reference.subject.ids()[places], reference.clusters(*own)[1]
+            values, details["clusters"] = figures.by_cluster(asked, samples, ids, real)
             found |= values
         if "memory" in wanted and reference.held_out:
             unseen = reference.held_out.features(key, manifest)[1][:, :dim]
@@ -71,27 +73,25 @@ def distances(space: str, network: Seer, wanted: list[str], seed: int, groups: G
             found |= values
         return found
 
-    return Judge(space, "features", network.manifest, network, measure)
+    return Judge(key, manifest, network, measure)
 
 
-def by_cluster(
-    space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, ids: Tensor | None, wanted: list[str]
-) -> Judge:
-    """Whether each sample lands in the cluster of `ids` [n] that it was asked for, and whether clusters are classes."""
+def by_cluster(space: str, own: LoadedAnnotator, wanted: list[str]) -> Judge:
+    """Whether each sample lands in the cluster that it was asked for, and whether clusters are classes."""
 
     def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
         found: dict[str, float] = {}
         if "consistency" in wanted:
-            ceiling = reference.ceiling(own, own.features, "features")
-            assert ids is not None and pipe.signals.k is not None
-            found |= consistency(ids[places], samples, pipe.signals.k.cpu(), *ceiling, own.f)
+            subject, ceiling = reference.subject, reference.ceiling(own, own.features, "features")
+            assert subject.pipe is not None and subject.pipe.signals.k is not None
+            found |= consistency(subject.ids()[places], samples, subject.pipe.signals.k.cpu(), *ceiling, own.f)
         if "nmi" in wanted:
             real_places, real_ids = reference.clusters(space, own)
             assert reference.labels is not None
             found |= figures.agreement(real_ids, reference.labels[real_places])
         return found
 
-    return Judge(space, "features", own.extractor.manifest, own.features, measure)
+    return Judge((space, "features"), own.extractor.manifest, own.features, measure)
 
 
 def by_layout(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, asked: Signals) -> Judge:
@@ -105,7 +105,7 @@ def by_layout(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, asked:
         ceiling = reference.ceiling(own, network, "layout")
         return layout.faithfulness(layout.layout(asked[places], grid), samples, *ceiling, pipe.spec.spatial)
 
-    return Judge(space, "layout", own.extractor.manifest, network, measure)
+    return Judge((space, "layout"), own.extractor.manifest, network, measure)
 
 
 def parse_features(text: str | None) -> dict[str, str]:
@@ -147,29 +147,26 @@ def open_judges(wanted: list[str], options: Options, subject: Subject, device: t
     if resize and Inception.name not in named:
         raise InputError(f"resize={resize!r} is for the judge inception: add it to features")
     _check_guidance(wanted, subject)
-    clusters = {*wanted}.intersection(figures.BY_CLUSTER)
-    own = (
-        _open_own(wanted, subject, device)
-        if clusters or "layout" in wanted or (compared and OWN in named.values())
-        else None
-    )
-    networks = {name: load_network(text, resize, device) for name, text in named.items() if compared and text != OWN}
+    clusters, own_compares = {*figures.BY_CLUSTER} & {*wanted}, bool(compared) and OWN in named.values()
+    own = _open_own(wanted, subject, device) if clusters or "layout" in wanted or own_compares else None
+    networks: dict[str, Seer] = {
+        name: load_network(text, resize, device) for name, text in named.items() if compared and text != OWN
+    }
     space = _space(own.extractor, networks) if own else ""
-    if own and compared and OWN in named.values():
+    if own and own_compares:
         if space in networks:
             raise InputError(f"features={options.features!r}: {space} is the run's own g: name each network once")
         networks[space] = own.extractor
-    able, ids = figures.of_networks(compared, networks), subject.ids() if clusters - {"nmi"} else None
-    groups = (ids, space, own) if own and ids is not None else None
-    judges = []
-    for name, network in networks.items():
+    able = figures.of_networks(compared, networks)
+    for network in networks.values():
         if isinstance(network, Inception) and "sfid" in wanted:
             network.see_maps()
-        judges.append(distances(name, network, able[name], options.seed, groups))
     if "memory" in wanted:
-        judges.append(distances(memory.Pixels.name, memory.Pixels(), ["memory"], options.seed, None))
-    if own and pipe and clusters:
-        judges.append(by_cluster(space, own, pipe, ids, wanted))
+        networks[memory.Pixels.name], able[memory.Pixels.name] = memory.Pixels(), ["memory"]
+    mine = (space, own) if own else None
+    judges = [distances(name, network, able[name], options.seed, mine) for name, network in networks.items()]
+    if own and clusters:
+        judges.append(by_cluster(space, own, wanted))
     if own and pipe and subject.asked and "layout" in wanted:
         judges.append(by_layout(space, own, pipe, subject.asked))
     return judges
@@ -177,45 +174,37 @@ def open_judges(wanted: list[str], options: Options, subject: Subject, device: t
 
 def _check_guidance(wanted: list[str], subject: Subject) -> None:
     """InputError where samples were asked for nothing, or nothing says what it was."""
-    asked = {"consistency", "fd_clusters", "layout", "edit"}.intersection(wanted)
     for name in wanted:
-        if name in asked and not subject.guided:
+        if name in figures.FOLLOWED and not subject.guided:
             raise InputError(
-                f"metric {name}: {subject.where} was trained without guidance (guidance.drop=1), so its samples follow no "
-                "signal: leave it out"
+                f"metric {name}: {subject.where} was trained without guidance (guidance.drop=1): leave it out"
             )
-    if asked & {"consistency", "fd_clusters"}:
-        subject.ids()
-    if "layout" in wanted:
-        if subject.asked is None:
-            raise InputError(f"{subject.where}: the metric layout draws its samples itself: give a run")
-        if subject.asked.spec.spatial is None:
-            raise InputError(
-                f"{subject.where}: the metric layout is for runs guided by boxes or masks; this one has neither"
-            )
+        if name in ("layout", "edit") and subject.asked is None:
+            raise InputError(f"{subject.where}: the metric {name} draws its samples itself: give a run")
+        if name in ("consistency", "fd_clusters"):
+            subject.ids()
+    if "layout" in wanted and subject.asked and subject.asked.spec.spatial is None:
+        raise InputError(f"{subject.where}: the metric layout is for runs guided by boxes or masks")
 
 
 def _open_own(wanted: list[str], subject: Subject, device: torch.device) -> LoadedAnnotator:
     """The run's own g and f."""
     if subject.pipe is None:
-        raise InputError(
-            f"{subject.where} belongs to no run, so there is no g of its own: name a feature network (--features "
-            "inception, for example) and leave consistency out, or judge the images from inside their run's folder"
-        )
+        raise InputError(f"{subject.where} belongs to no run (--run RUN) that has a g of its own; {OTHERWISE}")
     folder = subject.pipe.annotator_folder
     try:
         own = load_annotator(folder, device)
     except InputError as err:
-        raise InputError(f"{err}; name a feature network (--features) and leave consistency out") from err
-    for name in figures.BY_CLUSTER:
-        if name in wanted and not own.f.spec.one_id:
-            raise InputError(f"{folder}: its annotator gives no cluster ids, so {name} cannot be judged by it")
-        if name in wanted and name != "nmi":
-            check_ids(subject.ids(), own.f.k, subject.where)
+        raise InputError(f"{err}; {OTHERWISE}") from err
+    clusters = [name for name in figures.BY_CLUSTER if name in wanted]
+    if clusters and not own.f.spec.one_id:
+        raise InputError(f"{folder}: its annotator gives no cluster ids, so {clusters[0]} cannot be judged by it")
+    if {*clusters} - {"nmi"}:
+        check_ids(subject.ids(), own.f.k, subject.where)
     return own
 
 
-def _space(own: FeatureExtractor, networks: dict[str, Inception | FeatureExtractor]) -> str:
+def _space(own: FeatureExtractor, networks: dict[str, Seer]) -> str:
     """The name of the run's own g: that of a judge which is the same network, else its own where that is free."""
     same = ("sha256", "layer", "pool", "size")
     for name, network in networks.items():

@@ -1,5 +1,6 @@
 """Distances between two sets of features [N, D]. Pure functions: what the features are of is the caller's business."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -79,8 +80,7 @@ def cmmd(samples: Tensor, reference: Tensor, sigma: float = 10, scale: float = 1
     x, y = F.normalize(samples.float(), dim=1), F.normalize(reference.float(), dim=1)
 
     def mean(a: Tensor, b: Tensor) -> float:  # of the kernel less 1, which is small: the ones cancel
-        parts = a.split(max(1, BLOCK // len(b)))
-        kernel = (torch.expm1(_squared(part, b) / (-2 * sigma**2)).sum(dtype=torch.float64) for part in parts)
+        kernel = (torch.expm1(d / (-2 * sigma**2)).sum(dtype=torch.float64) for _, d in _squared(a, b))
         return float(sum(kernel)) / (len(a) * len(b))
 
     return scale * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
@@ -101,16 +101,15 @@ def manifold(samples: Tensor, reference: Tensor, k: int = NEIGHBOURS, seed: int 
     centre = reference.mean(0, dtype=torch.float64)  # distances from products lose fewer digits around the origin
     fake, real = (torch.cat([(rows - centre).float() for rows in x.split(ROWS)]) for x in (samples, reference))
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)  # [M], [N], squared
-    rows = max(1, BLOCK // len(real))
     precise, density = 0.0, 0.0
     recalled, covered = torch.zeros(len(real), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)
-    for start in range(0, len(fake), rows):
-        distance = _squared(fake[start : start + rows], real).cpu()  # [rows, M]
+    for rows, distance in _squared(fake, real):
+        distance = distance.cpu()
         inside = distance <= real_radius
         precise += float(inside.any(1).sum())
         density += float(inside.sum())
         covered |= inside.any(0)
-        recalled |= (distance <= fake_radius[start : start + rows, None]).any(0)
+        recalled |= (distance <= fake_radius[rows, None]).any(0)
     return {
         "precision": precise / len(fake),
         "recall": float(recalled.float().mean()),
@@ -131,20 +130,19 @@ def inception_score(logits: Tensor, splits: int = SPLITS, seed: int = 0) -> dict
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Squared distance [N] of each row to its k-th nearest other row."""
-    rows = max(1, BLOCK // len(features))
     radii = []
-    for start in range(0, len(features), rows):
-        distance = _squared(features[start : start + rows], features)  # [rows, N]
-        own = torch.arange(len(distance))
-        distance[own, start + own] = torch.inf
+    for rows, distance in _squared(features, features):
+        distance[torch.arange(len(rows)), rows] = torch.inf  # to itself
         radii.append(distance.kthvalue(k, dim=1).values.cpu())
     return torch.cat(radii)
 
 
-def _squared(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances [N, M] of rows [N, D] and [M, D]."""
-    products = torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2)
-    return products.add_(a.square().sum(1)[:, None]).clamp_(min=0)
+def _squared(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Squared distances [rows, M] of rows of [N, D], some at once, to those of [M, D], and which rows these are."""
+    for rows in torch.arange(len(a)).split(max(1, BLOCK // len(b))):
+        part = a[rows[0] : rows[-1] + 1]
+        products = torch.addmm(b.square().sum(1)[None], part, b.T, alpha=-2)
+        yield rows, products.add_(part.square().sum(1)[:, None]).clamp_(min=0)
 
 
 def _check(a: Tensor, b: Tensor, at_least: int, what: str = "this metric") -> None:
@@ -153,7 +151,3 @@ def _check(a: Tensor, b: Tensor, at_least: int, what: str = "this metric") -> No
             raise InputError(f"{name}: {len(features)} images are too few: {what} needs at least {at_least}")
         if not features.isfinite().all():
             raise InputError(f"{name}: the features are not finite (broken weights, or images that are not finite)")
-    if a.shape[1] != b.shape[1]:
-        raise InputError(
-            f"samples have features of {a.shape[1]} numbers, the reference of {b.shape[1]}: use one network"
-        )

@@ -15,8 +15,6 @@ from ldm_sg.data.images import to_float, to_uint8
 from ldm_sg.evaluate import sources
 from ldm_sg.evaluate.collect import Key, Network, Passes
 from ldm_sg.evaluate.metrics import Moments
-from ldm_sg.evaluate.subjects import Subject
-from ldm_sg.hardware import use_bf16
 
 CEILING = 1_000  # of them pass through the autoencoder, for the best that a sample can reach
 IDENTITY = (
@@ -36,10 +34,8 @@ class Reference:
     """What networks give is remembered on disk for these files, their preprocessing and the network's weights."""
 
     images: sources.ImageSet
-    subject: Subject
-    passes: Passes
-    device: torch.device
-    precision: str  # of the autoencoder
+    passes: Passes  # of the subject, as whose images these are seen
+    bf16: bool  # in the autoencoder
     held_out: "Reference | None" = None  # images that training did not see
     labels: Tensor | None = None  # classes [N] by position, -1 = not known
     statistics: Mapping[str, Moments] | None = None  # from a file, in place of images
@@ -47,22 +43,19 @@ class Reference:
     moments: Mapping[str, Moments] = field(default_factory=dict)  # of the features asked for last
     details: dict[str, dict[str, Any]] = field(default_factory=dict)  # by space, what stands beside the figures
 
+    def __post_init__(self) -> None:
+        self.subject, self.device = self.passes.look.subject, self.passes.look.device
+
     def features(self, of: Key, manifest: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Positions [M] and features [M, D] of up to sources.MOST images, seen as the subject's are by the network `of`, whose `manifest`
-        this is."""
-        identity = {key: manifest.get(key) for key in IDENTITY}
-        settings = {
-            "size": self.subject.size,
-            "within": self.subject.within,
-            "limit": sources.MOST,
-            "network": identity,
-        }
+        """Positions [M] and features [M, D] of up to sources.MOST images by the network `of`, whose `manifest` this is."""
 
         def compute() -> dict[str, Tensor]:
-            places, found = self.passes(True, [of])
+            places, found = self.passes(self.images, [of])
             return {"places": places, "features": found[of]}
 
-        found = self._remembered(compute, view=2, **settings)
+        network = {key: manifest.get(key) for key in IDENTITY}
+        sizes = {"size": self.subject.size, "within": self.subject.within, "limit": sources.MOST, "view": 2}
+        found = self._remembered(compute, network=network, **sizes)
         return found["places"], found["features"]
 
     def clusters(self, space: str, own: LoadedAnnotator) -> tuple[Tensor, Tensor]:
@@ -73,7 +66,7 @@ class Reference:
     def ceiling(self, own: LoadedAnnotator, judge: Network, what: str) -> tuple[Tensor, Tensor]:
         """What `judge`, which is `what` of the run's own g and f, says of real images, seen as annotate saw them, and of their
         reconstructions by the run's autoencoder, [M, X] each: of CEILING images, or as many as there are samples."""
-        pipe, bf16 = self.subject.pipe, use_bf16(self.precision, self.device)
+        pipe = self.subject.pipe
         assert pipe is not None
         limit = min(CEILING, self.subject.total)
 
@@ -83,10 +76,9 @@ class Reference:
             with tqdm(desc="real, rebuilt", total=min(self.images.total or limit, limit), unit="image") as bar:
                 while batch := list(itertools.islice(photos, self.subject.at_once)):
                     squares, seen = own.see(batch, pipe.image_size, pipe.source_size)
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                        pixels = to_uint8(
-                            pipe.autoencoder.decode(encode(pipe.autoencoder, squares, flips=False)["latent"])
-                        )
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                        latents = encode(pipe.autoencoder, squares, flips=False)["latent"]
+                        pixels = to_uint8(pipe.autoencoder.decode(latents))
                     before.append(judge(seen).float().cpu())
                     after.append(judge(to_float(pixels)).float().cpu())
                     bar.update(len(batch))
@@ -94,11 +86,11 @@ class Reference:
 
         identity = {"what": what, "annotator": own.digest, "autoencoder": pipe.autoencoder.manifest.get("sha256")}
         sizes = {"size": pipe.image_size, "within": pipe.source_size, "limit": limit, "view": 3}
-        found = self._remembered(compute, bf16=bf16, **identity, **sizes)
+        found = self._remembered(compute, bf16=self.bf16, **identity, **sizes)
         return found["before"], found["after"]
 
     def _remembered(self, compute: Callable[[], Mapping[str, Tensor]], **identity: Any) -> Mapping[str, Tensor]:
         """`compute()`, or what it gave before for the same files and `identity`: rows of images."""
-        found = sources.cached(sources.fingerprint(self.images, device=self.device.type, **identity), compute)
+        found = sources.remembered(self.images, compute, device=self.device.type, **identity)
         self.used = max(self.used, len(next(iter(found.values()))))
         return found

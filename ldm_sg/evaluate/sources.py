@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,12 +21,12 @@ from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, read_bytes, to_tensor
 from ldm_sg.data.pool import in_order
-from ldm_sg.data.shards import count_images, expand, holds_shards, is_remote, read_shard
+from ldm_sg.data.shards import count_images, expand, holds_shards, is_remote, leads_elsewhere, read_shard
 from ldm_sg.errors import InputError
-from ldm_sg.folder import cache_home, whole
+from ldm_sg.folder import cache_home, check, whole
 
 PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 RECORDS = "samples.jsonl"
 RUN_MARKS = ("checkpoints", "pipeline", "model_index.json")  # a run's own sample grids are no samples
 MOST = 50_000  # real images, spread over the whole set
@@ -59,14 +60,12 @@ class ImageSet:
     def ids(self) -> Tensor:
         """The cluster id each image was asked for [N]. Raises InputError where the set does not say."""
         if not self.records:
-            raise InputError(
-                f"{self.where}: cluster consistency needs the cluster each image was asked for: give a run, or a folder "
-                f"made by `ldm-sg sample` ({RECORDS} in it)"
-            )
+            said = f"no {RECORDS}, which says the cluster that each image was asked for"
+            raise InputError(f"{self.where}: {said}: give a run, or what `ldm-sg sample` made")
         asked = [record.get("k") for record in self.records]
-        wrong = next((i for i, k in enumerate(asked) if not isinstance(k, int) or isinstance(k, bool) or k < 0), None)
-        if wrong is not None:
-            raise InputError(f"{self.where}/{RECORDS}, line {wrong + 1}: k = {asked[wrong]!r} is not one cluster id")
+        for line, k in enumerate(asked, 1):
+            if type(k) is not int or k < 0:
+                raise InputError(f"{self.where}/{RECORDS}, line {line}: k = {k!r} is not one cluster id")
         return torch.tensor(asked)
 
     def sampling(self) -> dict[str, Any]:
@@ -87,34 +86,40 @@ def open_images(where: str) -> ImageSet:
     if not folder.is_dir():
         return ImageSet(where, tuple(expand(where)), in_shards=True)
     if any((folder / name).exists() for name in RUN_MARKS):
-        raise InputError(
-            f"{where}: a run or a pipeline folder, not images (and it has no complete pipeline to sample from)"
-        )
+        raise InputError(f"{where}: a run or pipeline, not images (and no complete pipeline to sample from)")
     if (folder / "manifest.yaml").is_file() and (folder / "shards").is_dir():
         raise InputError(f"{where}: an annotation set holds latents, not images: name the source shards it was made of")
-    if (folder / RECORDS).is_file():
-        records = _records(folder)
-        paths = [str(folder / record["file"]) for record in records]
-        return ImageSet(where, tuple(paths), False, records, _others(folder, paths))
-    files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    files = [file for file in files if not _own(Path(file))]
-    if files:
-        return ImageSet(where, tuple(files), in_shards=False, strays=_others(folder, files))
+    records = _records(folder / RECORDS) if (folder / RECORDS).is_file() else ()
+    files = sorted(str(path) for path in folder.rglob("*") if path.is_file() and not _own(path.name))
+    paths = [str(folder / record["file"]) for record in records]
+    paths = paths or [file for file in files if Path(file).suffix.lower() in SUFFIXES]
+    if paths:
+        return ImageSet(where, tuple(paths), False, records, tuple(sorted({*files} - {*paths})))
     if holds_shards(where):
         return ImageSet(where, tuple(expand(where)), in_shards=True)
-    raise InputError(
-        f"{where}: no images in this folder ({', '.join(sorted(SUFFIXES))}, or .tar or .parquet shards of them)"
-    )
+    raise InputError(f"{where}: no images in this folder ({', '.join(SUFFIXES)}), or shards of them (.tar, .parquet)")
 
 
-def _own(path: Path) -> bool:
+def _own(name: str) -> bool:
     """What `sample` and `evaluate` leave beside images."""
-    return path.name in (RECORDS, "grid.png") or path.name.startswith("evaluation")
+    return name in (RECORDS, "grid.png") or name.startswith("evaluation")
 
 
-def _others(folder: Path, used: Sequence[str]) -> tuple[str, ...]:
-    found = {str(path) for path in folder.rglob("*") if path.is_file() and not _own(path)}
-    return tuple(sorted(found.difference(used)))
+def _records(path: Path) -> tuple[dict[str, Any], ...]:
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                records.append(json.loads(line))
+            except ValueError as err:
+                raise InputError(f"{where}: not JSON in UTF-8: {err}") from err
+            check(records[-1], {"file": str}, where)
+            if leads_elsewhere(records[-1]["file"]):
+                raise InputError(f"{where}: {records[-1]['file']!r} is not in this folder")
+    if not records:
+        raise InputError(f"{path} is empty: no samples here")
+    return tuple(records)
 
 
 def labels(images: ImageSet) -> Tensor:
@@ -126,9 +131,7 @@ def labels(images: ImageSet) -> Tensor:
         own = [-1 if sample.cls is None else sample.cls for sample in read_shard(shard, lambda *_: None)]
         found += own + [-1] * (count - len(own))
     if len({*found} - {-1}) < 2:
-        raise InputError(
-            f"{images.where}: nmi needs images of at least two classes: KEY.cls in shards, or a folder a class"
-        )
+        raise InputError(f"{images.where}: nmi needs at least two classes: KEY.cls in shards, or a folder a class")
     return torch.tensor(found)
 
 
@@ -137,30 +140,6 @@ def at(images: ImageSet, places: Collection[int], size: int, within: int | None 
     chosen = _chosen(images, sys.maxsize, lambda *_: None)
     found = ((place, crop_resize(_open(data), size, within)) for place, (_, data) in chosen if place in places)
     return {place: to_tensor(image) for place, image in itertools.islice(found, len(places))}
-
-
-def _records(folder: Path) -> tuple[dict[str, Any], ...]:
-    records = []
-    try:
-        lines = (folder / RECORDS).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise InputError(f"{folder / RECORDS} cannot be read, or is not UTF-8: {err}") from err
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as err:
-            raise InputError(f"{folder / RECORDS}, line {number}: not JSON: {err}") from err
-        file = record.get("file") if isinstance(record, dict) else None
-        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
-            raise InputError(
-                f"{folder / RECORDS}, line {number}: expected a mapping with the image's `file` in this folder"
-            )
-        records.append(record)
-    if not records:
-        raise InputError(f"{folder / RECORDS} is empty: no samples here")
-    return tuple(records)
 
 
 def spread(total: int, limit: int) -> Sequence[int]:
@@ -188,10 +167,10 @@ def batches(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         loaded = in_order(pool, load, _chosen(images, limit, on_skip, part), 2 * batch_size)
         while group := list(itertools.islice(loaded, batch_size)):
-            for _, name, found in group:
-                if isinstance(found, str):
-                    on_skip(name, found)
             good = {position: found for position, _, found in group if isinstance(found, Tensor)}
+            for position, name, found in group:
+                if position not in good:
+                    on_skip(name, found)
             if good:
                 yield torch.tensor(list(good)), torch.stack(list(good.values()))
 
@@ -206,23 +185,24 @@ def pictures(images: ImageSet, limit: int) -> Iterator[Image.Image]:
 def _chosen(
     images: ImageSet, limit: int, on_skip: OnSkip, part: slice = slice(None)
 ) -> Iterator[tuple[int, tuple[str, Path | bytes]]]:
-    """(position, (name, file or encoded image)) of at most `limit` images. Shards with none of them are not read; the others are
-    up to the first image beyond, so that what is damaged at their end is reported."""
+    """(position, (name, file or encoded image)) of at most `limit` images. Shards with none of them are not read, but those that
+    seem empty are; the last one up to the first image beyond, so that what is damaged at its end is reported."""
     if images.total is None:
         every = (entry for shard in images.paths for entry in _encoded(shard, on_skip))
         yield from itertools.islice(enumerate(every), limit)
         return
     wanted, first = spread(images.total, limit)[part], 0
-    keep = wanted if isinstance(wanted, range) else set(wanted)
-    start, last = (wanted[0], wanted[-1]) if wanted else (0, -1)
+    if not images.in_shards:
+        yield from ((i, (images.paths[i], Path(images.paths[i]))) for i in wanted)
+        return
+    keep, last = wanted if isinstance(wanted, range) else {*wanted}, max(wanted, default=-1)
     for path, count in zip(images.paths, images.counts or ()):
-        if first <= last + (not count) and first + max(1, count) > start:
-            entries = _encoded(path, on_skip) if images.in_shards else iter([(path, Path(path))])
-            for position, entry in enumerate(entries, first):
-                if position > last:
-                    break
-                if position in keep:
-                    yield position, entry
+        holds = bisect_left(wanted, first) < bisect_left(wanted, first + count)
+        for position, entry in enumerate(_encoded(path, on_skip), first) if holds or not count else ():
+            if position > last:
+                break
+            if position in keep:
+                yield position, entry
         first += count
 
 
@@ -232,19 +212,14 @@ def _open(source: Path | bytes) -> Image.Image:
 
 def _encoded(shard: str, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
     """(name, encoded image) of every image, in order."""
-
-    def skip(shard: str, key: str, reason: str) -> None:
-        on_skip(f"{shard}: {key}" if key else shard, reason)
-
-    for sample in read_shard(shard, skip):
+    for sample in read_shard(shard, lambda shard, key, reason: on_skip(f"{shard}: {key}".removesuffix(": "), reason)):
         yield f"{shard}: {sample.key}", sample.image
 
 
 def first_size(images: ImageSet) -> int:
     """Side in pixels of the first readable image's centre square."""
-    for _, (_, data) in _chosen(images, sys.maxsize, lambda *_: None):
-        with contextlib.suppress(BadImage):
-            return min(_open(data).size)
+    for image in pictures(images, sys.maxsize):
+        return min(image.size)
     raise InputError(f"{images.where}: no readable image")
 
 
@@ -257,9 +232,9 @@ def fingerprint(images: ImageSet, **settings: Any) -> str | None:
     return hashlib.sha256(json.dumps([stats, PREPROCESSING, settings], sort_keys=True).encode()).hexdigest()
 
 
-def cached(name: str | None, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """`compute()`, or what it gave before under `name` (None: not cached)."""
-    if name is None:
+def remembered(images: ImageSet, compute: Callable[[], Mapping[str, Tensor]], **settings: Any) -> Mapping[str, Tensor]:
+    """`compute()`, or what it gave before of these images under these settings."""
+    if (name := fingerprint(images, **settings)) is None:
         return compute()
     path = cache_home() / "features" / f"{name}.safetensors"
     if path.is_file():

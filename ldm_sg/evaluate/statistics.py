@@ -16,12 +16,11 @@ KEYS = {"fd": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # the second two ar
 MADE = ("resize", "sha256")  # of the judge, in ours, and how many `images`
 
 
-def is_file(where: str) -> bool:
-    return where.endswith(".npz")
-
-
-def read(where: str) -> tuple[dict[str, Moments], dict[str, Any]]:
-    """What the file has of `fd` and `sfid`, and what it says of how it was made. InputError where it is no such file."""
+def read(where: str) -> tuple[dict[str, Moments], dict[str, Any]] | None:
+    """What an .npz has of `fd` and `sfid`, and what it says of how it was made; None for images. InputError where it is no
+    such file."""
+    if not where.endswith(".npz"):
+        return None
     try:
         with np.load(Path(where).expanduser(), allow_pickle=False) as file:
             found = {
@@ -29,9 +28,8 @@ def read(where: str) -> tuple[dict[str, Moments], dict[str, Any]]:
             }
             made = {key: file[key].item() for key in (*MADE, "images") if key in file}
     except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as err:
-        raise InputError(
-            f"{where}: not the statistics of clean-fid or ADM (mu and sigma): {one_line(err)[:200]}"
-        ) from err
+        why = one_line(err)[:200]
+        raise InputError(f"{where}: not the statistics of clean-fid or ADM (mu and sigma): {why}") from err
     return {name: _moments(where, *arrays) for name, arrays in found.items()}, made
 
 
@@ -49,10 +47,8 @@ def check_fits(where: str, moments: Mapping[str, Moments], made: dict[str, Any],
     there = made | {"dim": len(moments["fd"].mean)}
     for key in ("dim", *MADE):
         if there.get(key, judge.get(key)) != judge.get(key):
-            raise InputError(
-                f"{where}: made with {key} {there[key]}, and the judge has {judge.get(key)}: those of clean-fid and ADM are for "
-                "--features inception"
-            )
+            made_by = f"made with {key} {there[key]}, and the judge has {judge.get(key)}"
+            raise InputError(f"{where}: {made_by}: those of clean-fid and ADM are for --features inception")
 
 
 def write(path: Path, moments: Mapping[str, Moments], judge: dict[str, Any], images: int) -> None:

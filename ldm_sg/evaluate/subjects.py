@@ -30,7 +30,6 @@ class Subject:
     size: int
     at_once: int  # images that pass through networks together
     batches: Callable[[slice, sources.OnSkip], Iterator[tuple[Tensor, Tensor]]]  # -> positions [B], uint8 [B, 3, H, W]
-    ids: Callable[[], Tensor]  # the cluster each was asked for, by position; InputError where nothing says
     images: sources.ImageSet | None  # where they lie on disk
     asked: Signals | None  # the whole signals, where they were drawn from a run
     sampling: dict[str, Any]  # w, steps, scheduler, seed, as far as they are known
@@ -43,9 +42,13 @@ class Subject:
         """False for a run that saw nothing but the null: its samples follow no signal."""
         return self.pipe is None or self.pipe.config.drop != 1
 
-    @property
-    def notes(self) -> list[str]:
-        return [] if self.guided else ["trained without guidance (guidance.drop=1): w is 0, whatever was asked"]
+    def ids(self) -> Tensor:
+        """The cluster each was asked for [N], by position; InputError where nothing says."""
+        if self.images is not None:
+            return self.images.ids()
+        if self.asked is None or not self.asked.spec.one_id:
+            raise InputError(f"{self.where}: cluster consistency is for runs with one cluster id an image; try layout")
+        return self.asked.k
 
     def at(self, places: Collection[int]) -> dict[int, Tensor]:
         """The images at these positions, uint8 [3, H, W]; of a run, drawn again."""
@@ -71,24 +74,18 @@ def fitting(size: int, device: torch.device) -> int:
 
 def open_subject(options: Options, judges: list[str]) -> Subject:
     """`judges`: names for the file of the figures. InputError where the source is neither a run nor images."""
-    source = Path(options.source)
-    run = _run_of(source, options.run)
+    source, run = Path(options.source), options.run and Path(options.run)
+    drawn = pipeline_of(source) is not None
+    if drawn and run:
+        raise InputError(f"run={str(run)!r}: {source} is a run itself; `run` is for images on disk")
+    run = source if drawn else run or next(filter(pipeline_of, source.resolve().parents), None)
     pipe = open_pipeline(run, options.device, options.checkpoint) if run else None
-    if pipe and run == source:
-        return _from_run(pipe, run, options, judges)
+    if pipe and drawn:
+        return _from_run(pipe, source, options, judges)
     drawing = ("w", *DRAWING, "checkpoint", "prior")
     if any(getattr(options, name) is not None for name in drawing):
         raise InputError(f"{', '.join(drawing)} are for drawing from a run; {source} holds images")
     return _from_disk(sources.open_images(options.source), options, run, pipe)
-
-
-def _run_of(source: Path, named: str | Path | None) -> Path | None:
-    """The source itself where it is a run; for images on disk the run named, or the one whose folder holds them."""
-    if pipeline_of(source):
-        if named is not None:
-            raise InputError(f"run={str(named)!r}: {source} is a run itself; `run` is for images on disk")
-        return source
-    return Path(named) if named is not None else next(filter(pipeline_of, source.resolve().parents), None)
 
 
 def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: list[str]) -> Subject:
@@ -97,14 +94,13 @@ def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: 
     n, own = options.n, pipe.image_size
     if options.size not in (None, own):
         raise InputError(f"size={options.size}: the samples of {folder} have {own} pixels, and so the reference")
-    given = {name: getattr(options, name) for name in DRAWING if getattr(options, name) is not None}
+    given = {name: value for name in DRAWING if (value := getattr(options, name)) is not None}
     w = pipe.usual_w if options.w is None else pipe.strength(options.w)
     settings = DRAWING | given | {"w": w, "seed": options.seed}
     solving = SampleOptions(**settings | {"interval": settings["interval"] or []}).solving()
     at_once = fitting(own, pipe.device)
     prior, clusters = _prior(pipe, folder, options, n + -n % at_once)
     padded = pipe.draw(n + -n % at_once, options.seed, clusters=clusters)
-    drawn = padded[torch.arange(n)]
 
     def batches(part: slice, _: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(n)[part][::at_once]:
@@ -112,26 +108,22 @@ def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: 
             images = squares(pipe.generate(padded[places], w=w, first_index=start, **solving))
             yield places[: n - start], images[: n - start]
 
-    def ids() -> Tensor:
-        if drawn.k is None or drawn.k.ndim != 1:
-            raise InputError(f"{folder}: cluster consistency is for runs with one cluster id an image; try layout")
-        return drawn.k
-
     name = "w{w:g}_{scheduler}{steps}_seed{seed}".format(**settings)
     made = settings | {"signals": f"drawn from {prior}"}
     if pipe.checkpoint is not None:
         name, made = f"step{pipe.checkpoint}_{name}", made | {"checkpoint": pipe.checkpoint}
-    inside = (folder / "model_index.json").is_file()  # a pipeline folder, which training replaces, of a run
-    home, prefix = (folder.parent, f"{folder.name}_") if inside else (folder, "")
-    file = home / "evaluations" / f"{prefix}{name}_n{n}_{'_'.join(judges)[:80]}.json"
-    return Subject(str(folder), n, own, at_once, batches, ids, None, drawn, made, file, folder, pipe)
+    home = folder
+    if (folder / "model_index.json").is_file():  # a pipeline folder, which training replaces, of a run
+        home, name = folder.parent, f"{folder.name}_{name}"
+    file = home / "evaluations" / f"{name}_n{n}_{'_'.join(judges)[:80]}.json"
+    return Subject(str(folder), n, own, at_once, batches, None, padded[torch.arange(n)], made, file, folder, pipe)
 
 
 def _prior(pipe: SelfGuidedPipeline, folder: Path, options: Options, n: int) -> tuple[str, list[int] | None]:
     """What labels are drawn from, in words, and those of n samples; None: whole signals of training images are drawn."""
     if options.prior in (None, "empirical"):
         return "the training distribution", None
-    if pipe.signals.k is None or pipe.signals.k.ndim != 1:
+    if not pipe.spec.one_id:
         raise InputError(f"prior={options.prior}: {folder} has no cluster ids to draw from")
     if options.prior == "uniform":
         known = pipe.signals.k.unique().cpu()
@@ -154,7 +146,7 @@ def _ids(pipe: SelfGuidedPipeline, options: Options) -> Tensor:
     def compute() -> dict[str, Tensor]:
         return {"k": torch.cat([own.of_image(photo, **seen).k for photo in sources.pictures(images, sources.MOST)])}
 
-    return sources.cached(sources.fingerprint(images, annotator=own.digest, what="k", **seen), compute)["k"]
+    return sources.remembered(images, compute, annotator=own.digest, what="k", **seen)["k"]
 
 
 def _from_disk(
@@ -167,9 +159,6 @@ def _from_disk(
     def batches(part: slice, on_skip: sources.OnSkip) -> Iterator[tuple[Tensor, Tensor]]:
         return sources.batches(images, size, at_once, n, on_skip, part=part)
 
-    folder = Path(images.where)
+    folder, count = Path(images.where), n if total is None else min(n, total)
     out = (folder if folder.is_dir() else Path()) / "evaluation.json"
-    count = n if total is None else min(n, total)
-    return Subject(
-        images.where, count, size, at_once, batches, images.ids, images, None, images.sampling(), out, run, pipe
-    )
+    return Subject(images.where, count, size, at_once, batches, images, None, images.sampling(), out, run, pipe)

@@ -16,7 +16,7 @@ from ldm_sg.autoencoder.manifest import blurred
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.photos import images_at
 from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import write_text
+from ldm_sg.folder import flat, write_text
 from ldm_sg.report import charts, grids, html
 from ldm_sg.report.signals import over, with_boxes
 from ldm_sg.weights import read_finite
@@ -48,7 +48,7 @@ def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Pat
     if shards is not None:
         for entry, url in zip(latents.manifest["shards"], shards):
             entry["url"] = url
-    if one_id(latents):
+    if latents.spec.one_id:
         kept = extremes(latents, chosen_clusters(latents.signals.counts(), ROWS))
         places = [i for groups in kept.values() for group in groups for i in group]
         images = images_at(latents, places, min(THUMB, latents.manifest["size"]))
@@ -61,17 +61,12 @@ def write_report(folder: str | Path, shards: Sequence[str] | None = None) -> Pat
     return folder / "report.html"
 
 
-def one_id(latents: LatentSet) -> bool:
-    """Whether each image has one id."""
-    return latents.signals.k is not None and latents.signals.k.ndim == 1
-
-
 def sections(latents: LatentSet) -> list[str]:
     """What the set's signals are, of the pictures that `write_report` drew."""
     folder, sizes = latents.folder, charts.sizes(latents.signals.counts().tolist())
     drawn = {name: html.picture(folder / name, alt=name) for name in SPATIAL}
     return [
-        wall(folder, latents.manifest, "RUN") if one_id(latents) else "",
+        wall(folder, latents.manifest, "RUN") if latents.spec.one_id else "",
         *(html.section("What the signals look like", SPATIAL[name], picture) for name, picture in drawn.items()),
         html.section("Sizes", "Images with each label.", html.chart(sizes)),
     ]
@@ -105,7 +100,8 @@ def about(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a set's files tell of each cluster, where images have one id each: `size`; `purity`, the share of its most frequent
     class, `label`, among its images that have one (else None); `like`, the clusters of the nearest centroids; `names`."""
     counts = (manifest.get("annotator") or {}).get("counts") or []
-    found = [{"size": size, "purity": None, "label": None, "like": [], "names": []} for size in counts]
+    names = (read_names(folder, manifest.get("hash")) or {"names": []})["names"] + [[]] * len(counts)
+    found = [{"size": n, "purity": None, "label": None, "like": [], "names": own} for n, own in zip(counts, names)]
     for own, of, classes in zip(found, *_tally(folder)):
         if of.any():
             own["purity"], own["label"] = float(of.max() / of.sum()), int(classes[of.argmax()])
@@ -114,8 +110,6 @@ def about(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
         apart = torch.cdist(centroids[filled], centroids[filled]).fill_diagonal_(torch.inf)
         for k, order in zip(filled, apart.argsort(dim=1, stable=True)[:, : min(LIKE, len(filled) - 1)].tolist()):
             found[k]["like"] = [filled[i] for i in order]
-    for own, names in zip(found, (read_names(folder, manifest.get("hash")) or {"names": []})["names"]):
-        own["names"] = names
     return found
 
 
@@ -153,21 +147,21 @@ def extremes(latents: LatentSet, clusters: list[int]) -> dict[int, list[list[int
     for k in clusters:
         own = np.flatnonzero(ids == k)
         own = (own if apart is None else own[np.argsort(apart[own], kind="stable")]).tolist()
-        kept[k] = [group for group in (own[:NEAR], own[max(NEAR, len(own) - FAR) :]) if group]
-    return {k: groups for k, groups in kept.items() if groups}
+        if own:
+            kept[k] = [group for group in (own[:NEAR], own[max(NEAR, len(own) - FAR) :]) if group]
+    return kept
 
 
 def _draw_spatial(folder: Path, latents: LatentSet) -> None:
     """boxes.png or masks.png: the first images with their boxes or masks."""
     images, places = first_images(latents, EXAMPLES)
-    signals = latents.signals[places]
+    signals, columns, name = latents.signals[places], min(8, len(images)), MASKS
     if signals.box is not None:
-        picture = grids.grid(with_boxes(images, signals.box), 8, scale=grids.best_scale(images))
-    else:
-        drawn = over(images, signals.masks(), signals.spec.num_labels)
-        rows = [row for pair in zip(images.split(8), drawn.split(8), strict=True) for row in pair]
-        picture = grids.grid(torch.cat(rows), len(rows[0]), scale=grids.best_scale(images))
-    grids.save(picture, folder / (MASKS if signals.box is None else BOXES))
+        drawn, name = with_boxes(images, signals.box), BOXES
+    else:  # a row of images, and below it one of their masks
+        masked = over(images, signals.masks(), signals.spec.num_labels)
+        drawn = torch.cat([row for pair in zip(images.split(columns), masked.split(columns)) for row in pair])
+    grids.save(grids.grid(drawn, columns, scale=grids.best_scale(images)), folder / name)
 
 
 def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
@@ -177,12 +171,9 @@ def first_images(latents: LatentSet, n: int) -> tuple[Tensor, Tensor]:
 
 
 def chosen_clusters(sizes: np.ndarray, limit: int) -> list[int]:
-    """All clusters that are not empty, by id; where there are more than `limit`, that many from the largest to the
-    smallest in even steps."""
-    filled = np.flatnonzero(sizes)
-    return (
-        filled if len(filled) <= limit else evenly(filled[np.argsort(-sizes[filled], kind="stable")], limit)
-    ).tolist()
+    """At most `limit` clusters that are not empty, from the largest to the smallest in even steps."""
+    order = np.argsort(-sizes, kind="stable")
+    return evenly(order[: np.count_nonzero(sizes)], limit).tolist()
 
 
 def evenly(of: np.ndarray, n: int) -> np.ndarray:
@@ -190,25 +181,47 @@ def evenly(of: np.ndarray, n: int) -> np.ndarray:
     return of[np.linspace(0, len(of) - 1, min(n, len(of))).round().astype(int)]
 
 
-FIGURES = {  # of the annotator, in manifest.yaml -> what a reader sees
-    "k": ("labels", "{:,}"),
-    "empty": ("empty", "{:,}"),
-    "entropy": ("entropy", "{:.2f} of {max_entropy:.2f} nats"),
-    "nmi": ("NMI with the classes", "{:.3f}"),
-    "ami": ("AMI with the classes", "{:.3f}"),
-    "ari": ("ARI with the classes", "{:.3f}"),
-    "corloc": ("CorLoc", "{:.1%} of {corloc_images:,}"),
-    "not_found": ("no box found", "{:,}"),
-    "miou": ("mIoU", "{:.1%}"),
-    "accuracy": ("pixel accuracy", "{:.1%}"),
+CARDS = {  # key in manifest.yaml -> what a reader sees
+    "num_images": ("images", "{:,}"),
+    "num_skipped": ("left out", "{:,}"),
+    "size": ("size", "{} px"),
+    "view.buckets": ("sizes", "{}"),
+    "annotator.kind": ("annotator", "{}"),
+    "guidance.num_labels": ("labels", "{:,}"),
+    "guidance.spatial": ("guided by", "{}"),
+    "annotator.counts": ("smallest / largest", "{}"),
+    "annotator.empty": ("empty", "{:,}"),
+    "annotator.entropy": ("entropy", "{:.2f} of {max_entropy:.2f} nats"),
+    "annotator.nmi": ("NMI with the classes", "{:.3f}"),
+    "annotator.ami": ("AMI with the classes", "{:.3f}"),
+    "annotator.ari": ("ARI with the classes", "{:.3f}"),
+    "annotator.corloc": ("CorLoc", "{:.1%} of {corloc_images:,}"),
+    "annotator.not_found": ("no box found", "{:,}"),
+    "annotator.miou": ("mIoU", "{:.1%}"),
+    "annotator.accuracy": ("pixel accuracy", "{:.1%}"),
+    "autoencoder.name": ("autoencoder", "{}"),
+    "autoencoder.round_trip": ("round trip", "{:.1f} dB"),
+    "latent_shape": ("latent", "{}"),
+    "flips": ("mirrored", "too"),
+    "features.name": ("g", "{}"),
+    "features.dim": ("features", "{:,}"),
 }
 
 
-def figures(annotator: Mapping[str, Any]) -> dict[str, str]:
-    """What the manifest's `annotator` says in numbers, as a reader wants it."""
-    known = {"max_entropy": math.log(max(1, len(annotator.get("counts") or []))), **annotator}
-    there = [key for key in FIGURES if isinstance(known.get(key), int | float)]
-    return {FIGURES[key][0]: FIGURES[key][1].format(known[key], **known) for key in there}
+def cards(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What a set's manifest says, as far as it does, as a reader wants it."""
+    said, annotator = flat(manifest), manifest.get("annotator") or {}
+    counts, buckets = annotator.get("counts") or [], said.get("view.buckets") or []
+    said |= {
+        "view.buckets": ", ".join(map(str, buckets)),
+        "annotator.counts": f"{min(counts):,} / {max(counts):,}" if counts else "",
+        "latent_shape": " × ".join(map(str, said.get("latent_shape") or [])),
+    }
+    if buckets:
+        said |= {"size": None, "latent_shape": None}
+    known = {"max_entropy": math.log(max(1, len(counts))), **annotator}
+    there = {key: value for key, value in said.items() if value not in (None, "") and value is not False}
+    return {title: form.format(there[key], **known) for key, (title, form) in CARDS.items() if key in there}
 
 
 def recipe(manifest: Mapping[str, Any]) -> str:
@@ -221,28 +234,13 @@ def recipe(manifest: Mapping[str, Any]) -> str:
 
 def document(folder: Path, manifest: Mapping[str, Any], sections: list[str]) -> str:
     """The page, self-contained."""
-    f, g, first = manifest["annotator"], manifest["features"], manifest["autoencoder"]
-    shapes = {tuple(shard.get("latent_shape", manifest["latent_shape"])) for shard in manifest["shards"]}
-    latents = ", ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
-    cards = {
-        "images": f"{manifest['num_images']:,}",
-        "left out": f"{manifest['num_skipped']:,}",
-        "annotator": f["kind"],
-        **figures(f),
-        "latents": latents + (", mirrored too" if manifest["flips"] else ""),
-        "autoencoder": first["name"] + (f", {first['round_trip']:.1f} dB" if first.get("round_trip") else ""),
-    }
-    if g:
-        cards["g"] = f"{g['name']}, {g['dim']} features"
-    by = "from ground truth" if f["kind"] == "oracle" else "without labels"
-    return html.page(
-        f"Annotation set {folder.name}",
-        f"Guidance signals of {manifest['num_images']:,} images, made {by}.",
-        [
-            html.facts(cards),
-            html.paragraph(blurred(first)),
-            html.paragraph(WORDS),
-            *sections,
-            html.section("How it was made", "", recipe(manifest)),
-        ],
-    )
+    by = "from ground truth" if manifest["annotator"]["kind"] == "oracle" else "without labels"
+    parts = [
+        html.facts(cards(manifest)),
+        html.paragraph(blurred(manifest["autoencoder"])),
+        html.paragraph(WORDS),
+        *sections,
+        html.section("How it was made", "", recipe(manifest)),
+    ]
+    lead = f"Guidance signals of {manifest['num_images']:,} images, made {by}."
+    return html.page(f"Annotation set {folder.name}", lead, parts)

@@ -4,41 +4,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm_sg.configfile import ASSETS
 from ldm_sg.report.run import evaluations, run_facts
 
-HEAD = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [latent-diffusion, self-guided-diffusion, label-free]
-license: other
----
-
-# {name}
-
-A latent diffusion model that learnt without labels: it is guided by {signal} that a self-supervised network found in its
-training images.
-
-![Samples, their signals drawn as often as in training](grid.png)
-
-## How to load it
-
-With torch and diffusers alone; `pipeline.py` and the `*.py` beside the parts are their code:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{source}", trust_remote_code=True)
-images = pipe({call}num_inference_steps=25, guidance_scale={w:g}).images
-```
-
-With ldm_sg, without running code of this folder: `SelfGuidedPipeline.from_pretrained("{source}")`, or `ldm-sg sample` of the
-folder.
-"""
+HEAD = (ASSETS / "card.md").read_text(encoding="utf-8")
 ONNX = """
 ## ONNX
 
 `onnx/unet.onnx` takes latents `x`, times `t` and the signals, of which `keep` = false means the null; `onnx/decoder.onnx` takes
 normalised `latents` and gives `images` in [-1, 1].
+"""
+FIGURES = """## Figures
+
+Each in the space of the network that judges; `its guide` is the network that made the signals.
+
 """
 
 
@@ -46,20 +25,16 @@ def card(source: str, run: Path, parts: Mapping[str, Any], signal: str, labels: 
     """`source`: what a user gives to load it. `parts`: name -> manifest of the first stage and of g (None: no g made the
     signals)."""
     call = "cluster=[0] * 8, " if labels else "num_images_per_prompt=8, "
-    text = HEAD.format(name=Path(source).name, source=source, call=call, w=w, signal=signal)
-    text += ONNX if onnx else ""
-    text += "\n## How it was made\n\n" + _table(
-        ["", ""], [[name, str(value)] for name, value in run_facts(run).items() if value]
-    )
     head, rows = evaluations(run)
-    if rows:
-        text += "\n## Figures\n\nEach in the space of the network that judges; `its guide` is the network that made the signals.\n\n"
-        text += _table(head, rows)
-    return (
-        text
-        + "\n## Parts and their licences\n\n"
-        + _table(["part", "what", "licence"], [_part(*item) for item in parts.items()])
-    )
+    texts = [
+        HEAD.format(name=Path(source).name, source=source, call=call, w=w, signal=signal) + ONNX * onnx,
+        "## How it was made\n",
+        markdown(["", ""], [[name, value] for name, value in run_facts(run).items() if value]),
+        FIGURES + markdown(head, rows) if rows else "",
+        "## Parts and their licences\n",
+        markdown(["part", "what", "licence"], [_part(*item) for item in parts.items()]),
+    ]
+    return "\n".join(text for text in texts if text)
 
 
 def _part(name: str, manifest: Mapping[str, Any] | None) -> list[str]:
@@ -69,6 +44,7 @@ def _part(name: str, manifest: Mapping[str, Any] | None) -> list[str]:
     return [name, what, str(manifest.get("licence") or "as at its source")]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     cells = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in cells)

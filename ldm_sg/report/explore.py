@@ -19,7 +19,7 @@ from ldm_sg.data.photos import photos_at
 from ldm_sg.errors import InputError
 from ldm_sg.folder import whole
 from ldm_sg.report import html
-from ldm_sg.report.annotation import about, distances, evenly, one_id
+from ldm_sg.report.annotation import about, distances, evenly
 
 MAPPED, SIDE = 4_000, 48  # images on a page's map, and their pixels
 ROWS, LARGE = 100_000, 128  # of a table
@@ -67,7 +67,7 @@ def gather(latents: LatentSet, most: int, side: int, layout: Layout) -> tuple[di
     xy = layout(points)
     x, y = ((xy - xy.min(0)) / max(float(np.ptp(xy, axis=0).max()), 1e-12)).round(5).T.tolist()
     columns: dict[str, list[Any]] = {"key": [sample.key for sample in samples], "image": list(images), "x": x, "y": y}
-    if one_id(latents) and (clusters := about(latents.folder, latents.manifest)):
+    if latents.spec.one_id and (clusters := about(latents.folder, latents.manifest)):
         columns["k"] = latents.signals.k[places].tolist()
         own = [clusters[k] for k in columns["k"]]
         columns["name"] = [" ".join(cluster["names"][:1]) or None for cluster in own]

@@ -10,7 +10,8 @@ from typing import Any
 
 from ldm_sg.folder import write_text
 from ldm_sg.report import charts, html
-from ldm_sg.report.run import METRICS, SHORT, show
+from ldm_sg.report.card import markdown
+from ldm_sg.report.run import METRICS, show
 
 GUIDE = "judged by the network that made the cell's signals, which favours it"
 
@@ -47,13 +48,11 @@ def write_suite_report(out: Path, suite: Mapping[str, Any], rows: Sequence[Row],
     writer.writerows(lines)
     write_text(out / "results.csv", text.getvalue())
     head, body = table(rows, list(suite["columns"]))
-    marks = [" | ".join(line) for line in [head, ["---"] * len(head), *body]]
     notes = [f"{row.cell} seed {row.seed} failed: {row.error}" for row in rows if row.error]
     notes += [f"\\*: {GUIDE}"] * any(row.guide for row in rows)
     title = suite["title"] or suite["name"]
     seeds = f"Mean ± standard deviation over seeds {', '.join(map(str, suite['seeds']))}."
-    text_of = "\n\n".join([f"# {title}", seeds, "\n".join(f"| {mark} |" for mark in marks), *notes])
-    write_text(out / "table.md", text_of + "\n")
+    write_text(out / "table.md", "\n\n".join([f"# {title}", seeds, markdown(head, body).strip(), *notes, ""]))
     drawn = plots(rows, suite["plot"])
     for name, svg in drawn.items():
         write_text(out / "plots" / f"{name}.svg", svg)
@@ -72,9 +71,9 @@ def write_suite_report(out: Path, suite: Mapping[str, Any], rows: Sequence[Row],
 def table(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """A head, and a row for each cell and what was swept in it; the paper's figures, where any, come last."""
     swept = list(dict.fromkeys(key for row in rows for key in row.swept))
-    judged = {(row.judge, name): None for row in rows for name in METRICS if name in row.figures}
+    judged = dict.fromkeys((row.judge, name) for row in rows for name in METRICS if name in row.figures)
     papers = any(row.paper for row in rows)
-    head = ["cell", *columns, *swept, "seeds", *(f"{SHORT.get(name, METRICS[name])} {judge}" for judge, name in judged)]
+    head = ["cell", *columns, *swept, "seeds", *(f"{METRICS[name][0]} {judge}" for judge, name in judged)]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.cell, str(row.swept) if not row.error else "failed"), []).append(row)
@@ -93,26 +92,22 @@ def plots(rows: Sequence[Row], x: str | None) -> dict[str, str]:
     """Name -> SVG of the first distance of each judge over `x`: a line a cell where x is swept, else the cells' own lines, one for
     each combination of what is swept."""
     found = {}
-    good = [row for row in rows if row.figures and x]
-    for judge in dict.fromkeys(row.judge for row in good):
-        metric = next(
-            (name for name in METRICS if any(name in row.figures for row in good if row.judge == judge)), None
-        )
-        groups: dict[tuple[str, float | None], list[float]] = {}
-        for row in (row for row in good if row.judge == judge and metric in row.figures):
+    for judge in dict.fromkeys(row.judge for row in rows if row.figures and x):
+        own = [row for row in rows if row.judge == judge and row.figures]
+        metric = next((name for name in METRICS if any(name in row.figures for row in own)), None)
+        points: dict[str, dict[float | None, list[float]]] = {}
+        for row in (row for row in own if metric in row.figures):
             inner = x in row.swept or (x == "images" and "checkpoint" in row.swept)
-            others = [
-                f"{key} = {value}" for key, value in row.swept.items() if not inner or key not in (x, "checkpoint")
-            ]
+            shared = (x, "checkpoint") if inner else ()
+            others = [f"{key} = {value}" for key, value in row.swept.items() if key not in shared]
             at = row.swept.get(x, row.facts.get(x)) if inner or row.line else None
             name = ", ".join([row.cell if inner or not row.line else row.line, *others])
-            groups.setdefault((name, None if at is None else float(at)), []).append(row.figures[metric])
-        lines: dict[str, list[tuple[float | None, float, float]]] = {}
-        for (name, at), values in groups.items():
-            lines.setdefault(name, []).append((at, *spread(values)))
+            places = points.setdefault(name, {})
+            places.setdefault(None if at is None else float(at), []).append(row.figures[metric])
         if metric:
-            found[f"{metric}-{judge}-{x}"] = charts.compared(lines, str(x), f"{SHORT.get(metric, metric)} in {judge}")
-    return {name: svg for name, svg in found.items() if svg}
+            lines = {name: [(at, *spread(of)) for at, of in places.items()] for name, places in points.items()}
+            found[f"{metric}-{judge}-{x}"] = charts.compared(lines, str(x), f"{METRICS[metric][0]} in {judge}")
+    return found
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from typing import Any
 from ldm_sg.evaluate import figures
 from ldm_sg.evaluate.evaluation import assess
 from ldm_sg.evaluate.options import Options
+from ldm_sg.folder import write_json
 from ldm_sg.report import grids
 from ldm_sg.report.run import write_report
 
@@ -15,7 +16,7 @@ def evaluate(source: str | Path, reference: str | Path, metrics: str | None = No
     evaluation.json in the folder of images), with metric memory a picture beside it, and returns what it wrote."""
     result, file, closest = assess(Options(str(source), str(reference), metrics, **options))
     print(figures.table(result))
-    figures.write(file, result)
+    write_json(file, result)
     print(f"-> {file}")
     if closest:
         captions, rows = zip(*closest)

@@ -31,7 +31,7 @@ def inspect(annotations: str | Path, **options: Any) -> Path:
     words = names.read_vocabulary(asked.vocabulary or ASSETS / "nouns.txt") if asked.describe else []
     latents = LatentSet(folder)
     if asked.clip:
-        if not annotation.one_id(latents):
+        if not latents.spec.one_id:
             raise InputError(f"--describe: images of {folder} have no single cluster each that could be named")
         with locked(folder):
             model, every = names.Clip(asked.clip, pick_device(asked.device)), list(range(latents.spec.num_labels))
