@@ -63,7 +63,7 @@ def main() -> None:
         start, checkpoint = points[: args.k], Path(folder) / "checkpoint"
         lap(0)
         sides[:] = 0
-        _, inertia = lloyd(files, len(start), lambda: start, args.passes, checkpoint, "bench", run=beside, tolerance=0)
+        _, inertia = lloyd(files, lambda: start, args.passes, checkpoint, "bench", run=beside, tolerance=0)
         lap(0)
     found = {"n": args.n, "dim": args.dim, "k": args.k, "threads": args.threads, "passes": len(inertia)}
     for what, seconds in zip(("clock", "processor"), sides.T / len(inertia)):

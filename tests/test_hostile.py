@@ -23,7 +23,7 @@ from test_annotate import annotate, annotate_shards, config, make_shards
 
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.kinds import KINDS, load_f, save_annotator
-from ldm_sg.annotate.stego_head import Head
+from ldm_sg.annotate.stego import Head
 from ldm_sg.annotate.stream import Passing, ahead
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data import images, shards, tars
@@ -348,8 +348,8 @@ def damaged_f(kind: str, folder: Path) -> Path:
     if kind in ("centroids", "neighbours"):
         made.k, made.dim = 0, 6
     if kind == "segments":
-        made.segmenter.centroids, made.segmenter.head = torch.rand(4, 3), Head(6, 3)
-        made.segmenter.prototypes = torch.rand(4, 6)
+        made.centroids, made.head = torch.rand(4, 3), Head(6, 3)
+        made.means = torch.rand(4, 6)
     save_annotator(folder, made, None)
     settings = yaml.safe_load((folder / "annotator.yaml").read_text())
     (folder / "annotator.yaml").write_text(yaml.safe_dump(settings | {"features": {"dim": 6}}))

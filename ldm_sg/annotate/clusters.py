@@ -75,10 +75,9 @@ class Clusters(Annotator):
 
         centroids, inertia = lloyd(
             [stage.features for stage, count in zip(study.stages, study.counts) if count],
-            self.k,
             lambda: kmeans(normalise(sample()), self.k, "images of annotator.sample", **self._settings),
             cfg.niter,
-            Path(study.config.out) / "work" / CENTROIDS,
+            Path(study.config.out) / "work" / "kmeans.pt",
             json.dumps({"k": self.k, "sample": cfg.sample, "images": images, **self._settings}),
             device,
             run,

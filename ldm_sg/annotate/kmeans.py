@@ -12,17 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm_sg.annotate.stage import not_finite
+from ldm_sg.annotate.stage import not_finite, read_checkpoint, write_checkpoint
 from ldm_sg.data.latents import read_features
-from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import write_bytes
 
 BLOCK = 8192  # rows that are read at once
 SCORES = 2**19  # of rows with centroids that are computed at once on a CPU: what a core's own cache holds
@@ -103,46 +99,26 @@ def means(total: Sums) -> Tensor:
 
 
 def lloyd(
-    files: Sequence[Path], k: int, start: Callable[[], Tensor], passes: int, checkpoint: Path, of: str,
+    files: Sequence[Path], start: Callable[[], Tensor], passes: int, checkpoint: Path, of: str,
     device: torch.device | str = "cpu", run: Map = map, tolerance: float = TOLERANCE,
 ) -> tuple[Tensor, list[float]]:  # fmt: skip
-    """At most `passes` over the files, from the `k` centroids of `start` -> centroids float32 [K, D] and the mean squared distance
+    """At most `passes` over the files, from the K centroids of `start` -> centroids float32 [K, D] and the mean squared distance
     that each pass found before it moved them. After each of them CHECKPOINT is written; one that is there and is of the same
     fit, as `of` says, is gone on from."""
-    found = _read(checkpoint, of, (k, read_features(files[0]).shape[1]), passes)
-    centroids, inertia = found or (start(), [])
-    if found is None:
-        _write(checkpoint, of, centroids, inertia)
+    if there := read_checkpoint(checkpoint, of):
+        centroids, inertia = there["centroids"], there["inertia"]
+    else:
+        centroids, inertia = start(), list[float]()
+        write_checkpoint(checkpoint, of, {"centroids": centroids, "inertia": inertia})
     while len(inertia) < passes and not _settled(inertia, tolerance):
         step = functools.partial(sums_of, centroids=centroids, device=device)
         bar: dict[str, Any] = {"desc": f"k-means, pass {len(inertia) + 1}", "unit": " files", "mininterval": 1}
         total = functools.reduce(operator.iadd, tqdm(run(step, files), total=len(files), **bar))
         centroids = means(total)
         inertia.append(total.inertia / int(total.counts.sum()))
-        _write(checkpoint, of, centroids, inertia)
+        write_checkpoint(checkpoint, of, {"centroids": centroids, "inertia": inertia})
     return centroids, inertia
 
 
 def _settled(inertia: list[float], tolerance: float) -> bool:
     return len(inertia) > 1 and abs(inertia[-2] - inertia[-1]) <= tolerance * inertia[-1]
-
-
-def _write(path: Path, of: str, centroids: Tensor, inertia: list[float]) -> None:
-    tensors = {"centroids": centroids.contiguous(), "inertia": torch.tensor(inertia, dtype=torch.float64)}
-    write_bytes(path, save(tensors, {"of": of}))
-
-
-def _read(path: Path, of: str, shape: tuple[int, int], passes: int) -> tuple[Tensor, list[float]] | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("of") != of:
-                return None
-            centroids, inertia = file.get_tensor("centroids"), file.get_tensor("inertia")
-        right = (centroids.dtype, tuple(centroids.shape), inertia.dtype) == (torch.float32, shape, torch.float64)
-        if not right or inertia.ndim != 1 or len(inertia) > passes or not centroids.sum().add(inertia.sum()).isfinite():
-            raise ValueError(f"not centroids {shape} after at most {passes} passes")
-    except (SafetensorError, ValueError) as err:
-        raise InputError(f"{path} is damaged: {one_line(err)}; remove it to begin k-means again") from err
-    return centroids, inertia.tolist()

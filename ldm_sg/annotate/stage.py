@@ -8,18 +8,20 @@ second run does only what is missing. In the folder of the annotation set, of sh
 
 import io
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ldm_sg.data.latents import read_features
 from ldm_sg.data.signals import Columns, concatenated, npy, to_arrays, to_columns
 from ldm_sg.data.tars import is_remote
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import disk_errors, file_sha256, read_mapping, temporary, write_bytes, write_text
 
 
@@ -154,6 +156,26 @@ def check_unchanged(url: str, known: dict[str, Any]) -> None:
             f"source shard {url!r} has changed since it was annotated (then {known['bytes']:,} bytes, now {stat.st_size:,}): bring "
             "the old one back, or annotate into another out="
         )
+
+
+def read_checkpoint(path: Path, of: str) -> dict[str, Any] | None:
+    """What `write_checkpoint` left of the same fit, as `of` says; None where there is nothing, or what is of another one."""
+    if not path.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if name := archive.testzip():
+                raise ValueError(f"{name} has another checksum")  # torch does not look at them
+        there = torch.load(path, "cpu", weights_only=True)
+        return there if there["of"] == of else None
+    except Exception as err:  # zip and pickle errors, missing keys
+        raise InputError(f"{path} is damaged: {one_line(err)[:200]}; remove it to begin this fit again") from err
+
+
+def write_checkpoint(path: Path, of: str, state: dict[str, Any]) -> None:
+    """Tensors and plain values, from which a fit that is killed goes on."""
+    torch.save(state | {"of": of}, buffer := io.BytesIO())
+    write_bytes(path, buffer.getvalue())
 
 
 def not_finite(file: Path, row: int) -> InputError:
