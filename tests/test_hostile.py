@@ -24,7 +24,7 @@ from test_annotate import annotate, annotate_shards, config, make_shards
 from ldm_sg.annotate.clusters import Clusters
 from ldm_sg.annotate.kinds import KINDS, load_f, save_annotator
 from ldm_sg.annotate.stego import Head
-from ldm_sg.annotate.stream import Passing, ahead
+from ldm_sg.annotate.stream import ahead
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data import images, shards, tars
 from ldm_sg.data.latents import LatentSet, read_manifest, write_manifest
@@ -166,7 +166,7 @@ def test_annotate_fails_on_damage_after_the_other_shards_unless_allowed(tmp_path
     )
     cfg = config(tmp_path, base + "/{000000..000002}.tar", max_skipped=0.3)
     with pytest.raises(
-        InputError, match=r"1 of 3 shards are damaged, the others are done; .*/000000\.tar: damaged tar, 5 .*4 of its 9"
+        InputError, match=r"1 of 3 shards failed, the others are done; .*/000000\.tar: damaged tar, 5 .*4 of its 9"
     ):
         annotate_shards(cfg)
     assert len(list((tmp_path / "set" / "work").glob("*.json"))) == 2 and not list(tmp_path.rglob("*.tmp-*"))
@@ -195,7 +195,7 @@ def test_who_stops_does_not_wait_for_a_server_that_hangs():
     answered, read_on = threading.Event(), threading.Event()
 
     def hangs():
-        yield Passing(0, None, [])
+        yield 0
         answered.wait()
         read_on.set()
 

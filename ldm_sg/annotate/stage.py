@@ -9,8 +9,9 @@ second run does only what is missing. In the folder of the annotation set, of sh
 import io
 import json
 import zipfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,12 +65,7 @@ class Stage:
 
     def read_meta(self) -> ShardMeta:
         kinds = {"url": str, "keys": [str], "cls": [int], "skipped": [[str]], "latent_shape": (list, type(None))}
-        meta = read_mapping(self.meta, kinds)
-        return ShardMeta(**{f.name: meta[f.name] for f in fields(ShardMeta) if f.name in meta})
-
-    def read_features(self, rows: int | None = None) -> np.ndarray:
-        """float16 [n, D], memory-mapped; InputError where n is not `rows`."""
-        return read_features(self.features, rows)
+        return ShardMeta(**read_mapping(self.meta, kinds | {"source": dict}))
 
     def read_observed(self) -> Observed:
         """What f observed of the shard's images."""
@@ -77,7 +73,7 @@ class Stage:
             columns = to_columns({n: arrays[n] for n in arrays.files if "/" not in n})
             totals = {n.removeprefix("total/"): arrays[n] for n in arrays.files if n.startswith("total/")}
         rows = len(self.read_meta().keys) if self.features.is_file() else 0
-        return Observed(columns, totals, self.read_features(rows) if rows else None)
+        return Observed(columns, totals, read_features(self.features, rows) if rows else None)
 
     def read_latents(self, which: str, meta: ShardMeta) -> np.ndarray:
         """float16 [n, C, h, w], memory-mapped."""
@@ -109,8 +105,7 @@ class StageWriter:
             self.features.append(observed.features.half().cpu().numpy())
         self.meta.latent_shape = list(latents["latent"].shape[1:])
         self.columns.append(observed.columns)
-        for name, total in observed.totals.items():
-            self.totals[name] = self.totals.get(name, 0) + total
+        self.totals = added([self.totals, observed.totals])
         for which, values in latents.items():
             with disk_errors(self.paths[which]):
                 self.files[which].write(values.half().cpu().contiguous().numpy().data)
@@ -184,8 +179,12 @@ def not_finite(file: Path, row: int) -> InputError:
     )
 
 
-def stages(out: Path, count: int) -> Iterator[Stage]:
-    return (Stage(out, index) for index in range(count))
+def added(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What each name stands for, added up."""
+    sums = Counter[str]()
+    for part in parts:
+        sums.update(part)  # type: ignore[arg-type] # it adds arrays as well
+    return dict(sums)  # type: ignore[arg-type]
 
 
 def subset(count: int, limit: int, seed: int) -> np.ndarray:
@@ -205,7 +204,7 @@ def sample_features(all_stages: list[Stage], counts: list[int], limit: int, seed
         first, last = np.searchsorted(chosen, [start, end])
         if first == last:
             continue
-        features = stage.read_features(end - start)
+        features = read_features(stage.features, end - start)
         if out is None:
             out = np.empty((len(chosen), features.shape[1]), np.float32)
         out[first:last] = features[chosen[first:last] - start]
