@@ -198,7 +198,7 @@ def test_confusion_counts_pixels_and_leaves_void_out() -> None:
     truth = np.array([[1, 1, VOID], [0, 0, 1]], np.uint8)
     assert confusion(predicted, truth, 3, 2).tolist() == [[0, 2], [0, 1], [2, 0]]
     assert confusion(predicted, np.full_like(truth, VOID), 3, 2).sum() == 0
-    with pytest.raises(InputError, match="not 2 and 2"):
+    with pytest.raises(ValueError, match="invalid entry"):
         confusion(predicted, truth, 2, 2)
 
 

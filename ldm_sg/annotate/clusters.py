@@ -4,8 +4,10 @@ Features are L2-normalised, and both the fit and the assignment read the same no
 code assigns un-normalised ones, which moves about 5% of the ids."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import faiss
 import numpy as np
 import torch
 from safetensors.torch import save
-from scipy.stats import hypergeom
+from scipy.stats import entropy, hypergeom
 from torch import Tensor
 
 from ldm_sg import executor
@@ -40,8 +42,6 @@ class Clusters(Annotator):
     kind = "clusters"
 
     def __init__(self, cfg: AnnotatorConfig):
-        if cfg.k < 1:
-            raise InputError(f"annotator.k={cfg.k}: k-means needs at least one cluster")
         super().__init__(cfg)
         self._take(torch.empty(0, 1))
 
@@ -67,10 +67,10 @@ class Clusters(Annotator):
             self.fit_features(sample())
             return
         settings, device = study.config, pick_device(study.config.device)
+        if images < WORTH_WORKERS:
+            settings = replace(settings, executor="local", processes=1)
 
         def run(step: Callable[..., Sums], files: Sequence[Path]) -> Iterable[Sums]:
-            if images < WORTH_WORKERS:
-                return map(step, files)
             return executor.in_order(partial(_on, step), files, settings, device)
 
         centroids, inertia = lloyd(
@@ -178,30 +178,16 @@ def on_gpu() -> bool:
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
-def entropy(sizes: np.ndarray) -> float:
-    """Entropy of cluster sizes [K] in nats: 0 (all in one) .. log K (all equal)."""
-    p = sizes[sizes > 0] / sizes.sum()
-    return float(-(p * np.log(p)).sum())
-
-
 def contingency(a: np.ndarray, b: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Ids a [N] in 0 .. A-1 and b [N] in 0 .. B-1 -> how often they meet, int64 `shape` = [A, B]."""
-    table = np.zeros(shape, dtype=np.int64)
-    np.add.at(table, (a, b), 1)
-    return table
-
-
-# torchmetrics' figures of a table in float64: its public functions want the labels of every image, and its ARI overflows
-# int64 from about 70,000 images on. Imported late: torchmetrics takes seconds, in each worker.
+    return np.bincount(np.ravel_multi_index((a, b), shape), minlength=math.prod(shape)).reshape(shape)
 
 
 def nmi(table: np.ndarray) -> float:
     """Normalised mutual information of the two labellings of a contingency table, with the arithmetic mean of their
     entropies below (scikit-learn's default)."""
-    from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_score_compute
-
-    mean = (entropy(table.sum(1)) + entropy(table.sum(0))) / 2
-    return max(0.0, float(_mutual_info_score_compute(torch.from_numpy(table).double())) / mean) if mean > 0 else 1.0
+    h = [float(entropy(sizes)) for sizes in (table.sum(1), table.sum(0), table.ravel())]
+    return max(0.0, (h[0] + h[1] - h[2]) / (h[0] + h[1]) * 2) if h[0] + h[1] > 0 else 1.0
 
 
 def ami(table: np.ndarray) -> float:
@@ -218,7 +204,9 @@ def ami(table: np.ndarray) -> float:
 
 
 def ari(table: np.ndarray) -> float:
-    """Adjusted Rand index (Hubert and Arabie, 1985): 1 = the same partition, about 0 = as by chance."""
+    """Adjusted Rand index (Hubert and Arabie, 1985): 1 = the same partition, about 0 = as by chance. torchmetrics' figure of a
+    table in float64: its public function wants the labels of every image, and overflows int64 from about 70,000 on. Imported
+    late: it takes seconds, in each worker."""
     from torchmetrics.functional.clustering.adjusted_rand_score import _adjusted_rand_score_compute
 
     return float(_adjusted_rand_score_compute(torch.from_numpy(table).double()))

@@ -4,9 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from scipy.stats import entropy
 
 from ldm_sg.annotate.annotator import Annotator, Study
-from ldm_sg.annotate.clusters import ami, ari, entropy, nmi
+from ldm_sg.annotate.clusters import ami, ari, nmi
 from ldm_sg.annotate.tally import TOTAL, Summary, Sums
 from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.config import AnnotatorConfig
@@ -31,7 +32,7 @@ def describe(
     f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(totals)
     known = table[:, :-1]
     if table.any():
-        f |= {"entropy": round(entropy(counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}
+        f |= {"entropy": round(float(entropy(counts)), 4), "max_entropy": round(float(np.log(len(known))), 4)}
     if known.any():
         f |= {"classes": known.shape[1]} | {
             name: round(compute(known), 4) for name, compute in (("nmi", nmi), ("ami", ami), ("ari", ari))
