@@ -76,9 +76,7 @@ class Boxes(Clusters):
         for places, images in seen.by_shape(g.patch):
             features, keys = self._read(g, images)
             if len(self.mean) != keys.shape[1]:
-                raise InputError(
-                    f"{MEAN}: a key of {len(self.mean)} channels, where g has {keys.shape[1]}: annotate again"
-                )
+                raise InputError(f"{MEAN}: {len(self.mean)} channels, where g has {keys.shape[1]}: annotate again")
             mean = on_grid(self.mean.to(keys.device)[None], keys.shape[2:])
             some, found_there = lost(keys - mean, self.cfg.k_patches)
             grid: float | Tensor = g.grid

@@ -143,9 +143,7 @@ def _on(step: Callable[..., Sums], device: str) -> Callable[[Path], Sums]:
 
 def check_enough(points: np.ndarray, k: int, what: str) -> None:
     if k > len(points):
-        raise InputError(
-            f"annotator.k={k}: only {len(points):,} {what} to cluster; choose k of at most {len(points):,}"
-        )
+        raise InputError(f"annotator.k={k}: only {len(points):,} {what} to cluster; choose at most {len(points):,}")
 
 
 def kmeans(points: np.ndarray, k: int, what: str, **settings: Any) -> Tensor:

@@ -192,9 +192,7 @@ def _fused_attention(tower: nn.Module, layer: int) -> nn.Module | None:
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         return None
     if not -len(blocks) <= layer < len(blocks):
-        raise InputError(
-            f"annotator.keys_layer={layer}: the ViT has the blocks 0 to {len(blocks) - 1}, or -1 for the last"
-        )
+        raise InputError(f"annotator.keys_layer={layer}: the ViT has the blocks 0 to {len(blocks) - 1}; -1 is the last")
     attention = getattr(blocks[layer], "attn", None)
     return attention if isinstance(getattr(attention, "qkv", None), nn.Linear) else None
 

@@ -35,7 +35,7 @@ class ShardMeta:
     cls: list[int]  # -1 = unknown
     skipped: list[tuple[str, str, str]]  # (shard, key, reason)
     latent_shape: list[int] | None  # [C, h, w]; None when the shard had no image
-    source: dict[str, Any] = field(default_factory=dict)  # bytes, modified and sha256 of a local one
+    source: dict[str, Any]  # bytes, modified and sha256 of a local one
 
 
 @dataclass
@@ -84,17 +84,14 @@ class Stage:
 class StageWriter:
     """Takes a shard's batches as they come; `finish` gives the files their names, and without it none of them stays."""
 
-    def __init__(self, stage: Stage, url: str, flips: bool):
-        self.stage, self.meta = stage, ShardMeta(url, [], [], [], None)
+    def __init__(self, stage: Stage, url: str):
+        self.stage, self.meta = stage, ShardMeta(url, [], [], [], None, {})
         self.features: list[np.ndarray] = []
         self.columns: list[Columns] = []
         self.totals: dict[str, np.ndarray] = {}
-        self.paths = {which: stage.latents[which] for which in (["latent", "flip"] if flips else ["latent"])}
+        self.files: dict[Path, IO[bytes]] = {}
 
     def __enter__(self) -> "StageWriter":
-        for folder in {self.stage.features.parent, self.stage.meta.parent}:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.files: dict[str, IO[bytes]] = {w: temporary(path).open("wb") for w, path in self.paths.items()}
         return self
 
     def add(self, keys: list[str], cls: list[int], latents: dict[str, Tensor], observed: Observed) -> None:
@@ -107,15 +104,19 @@ class StageWriter:
         self.columns.append(observed.columns)
         self.totals = added([self.totals, observed.totals])
         for which, values in latents.items():
-            with disk_errors(self.paths[which]):
-                self.files[which].write(values.half().cpu().contiguous().numpy().data)
-                self.files[which].flush()
+            path = self.stage.latents[which]
+            with disk_errors(path):
+                if path not in self.files:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self.files[path] = temporary(path).open("wb")
+                self.files[path].write(values.half().cpu().contiguous().numpy().data)
+                self.files[path].flush()
 
     def finish(self, skipped: list[tuple[str, str, str]]) -> None:
         self.meta.skipped = skipped
-        for which, file in self.files.items():
+        for path, file in self.files.items():
             file.close()
-            temporary(self.paths[which]).replace(self.paths[which])
+            temporary(path).replace(path)
         if self.features:
             write_bytes(self.stage.features, npy(np.concatenate(self.features)))
         totals = {f"total/{name}": total for name, total in self.totals.items()}
@@ -125,9 +126,9 @@ class StageWriter:
         write_text(self.stage.meta, json.dumps(asdict(self.meta)))
 
     def __exit__(self, *error: object) -> None:
-        for which, file in self.files.items():
+        for path, file in self.files.items():
             file.close()
-            temporary(self.paths[which]).unlink(missing_ok=True)
+            temporary(path).unlink(missing_ok=True)
 
 
 def fingerprint(url: str) -> dict[str, Any]:

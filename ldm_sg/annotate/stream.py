@@ -46,10 +46,9 @@ def first_shape(url: str) -> tuple[int, int] | None:
 def first_size(shards: list[str], buckets: bool = False) -> int:
     """Short side of the first image of the first shard that has one, with buckets of the largest: the most frequent shape's."""
     by_bytes = sorted(shards, key=lambda url: 0 if is_remote(url) else -Path(url).stat().st_size) if buckets else shards
-    for shape in map(first_shape, by_bytes):
-        if shape:
-            return min(shape)
-    raise InputError(f"no image in {shards[0]!r}" + (f" or the {len(shards) - 1} others" if len(shards) > 1 else ""))
+    if shape := next(filter(None, map(first_shape, by_bytes)), None):
+        return min(shape)
+    raise InputError(f"no image in {shards[0]!r}" + f" or the {len(shards) - 1} others" * (len(shards) > 1))
 
 
 def prepare_autoencoder(cfg: AnnotateConfig, shards: list[str], size: int, device: torch.device) -> Autoencoder:
@@ -168,7 +167,7 @@ def extract(study: Study, autoencoder: Autoencoder, annotator: Annotator, todo: 
     alone = multiprocessing.parent_process() is None  # of several workers the parent has a bar
     with closing(source), tqdm(desc="annotate", total=total, unit=" images", mininterval=1, disable=not alone) as bar:
         for done, index in enumerate(todo):
-            with StageWriter(study.stages[index], shards[index], cfg.flips) as writer:
+            with StageWriter(study.stages[index], shards[index]) as writer:
                 while not isinstance(batch := next(source), End):
                     images = to_float(batch.images.to(autoencoder.mean.device))
                     observed = annotator.observe(extractor, Views.of(images, batch.shown), batch)
