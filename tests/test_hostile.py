@@ -13,7 +13,6 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -337,14 +336,11 @@ def damaged_f(kind: str, folder: Path) -> Path:
     """An annotator/ of 4 clusters or classes in 6 dimensions."""
     made = KINDS[kind](AnnotatorConfig(kind=kind, k=4))
     if isinstance(made, Clusters):
-        made._take(torch.rand(4, 6))
+        made.centroids = torch.rand(4, 6)
     if kind == "boxes":
         made.mean = torch.rand(6, 2, 2)
-    if kind == "centroids":
-        made.clusters = Clusters(made.cfg)
-        made.clusters._take(torch.rand(4, 6))
     if kind == "neighbours":
-        made.bank = np.random.default_rng(0).random((5, 6), np.float32)
+        made.bank = torch.rand(5, 6)
     if kind in ("centroids", "neighbours"):
         made.k, made.dim = 0, 6
     if kind == "segments":

@@ -2,12 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,9 +18,7 @@ from ldm_sg.annotate.views import Views
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Columns
 from ldm_sg.errors import InputError
-from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
-from ldm_sg.weights import read_finite
 
 MEAN = "mean_key.safetensors"
 CENTRED = 512  # images whose keys the mean is taken over
@@ -111,13 +107,8 @@ class Boxes(Clusters):
             found["corloc_images"] = int(totals["with_boxes"])
         return found
 
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        write_bytes(folder / MEAN, save({"key": self.mean.contiguous()}))
-
-    def restore(self, folder: Path) -> None:
-        super().restore(folder)
-        self.mean = read_finite(folder / MEAN, {"key": (0, 0, 0)})["key"]
+    def kept(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        return super().kept() | {"mean": (MEAN, "key", (0, 0, 0))}
 
     @property
     def spec(self) -> GuidanceSpec:

@@ -15,7 +15,6 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from safetensors.torch import save
 from scipy.stats import entropy, hypergeom
 from torch import Tensor
 
@@ -26,12 +25,9 @@ from ldm_sg.annotate.stage import Observed, sample_features
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.signals import Columns
 from ldm_sg.errors import InputError
-from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.hardware import pick_device
-from ldm_sg.weights import read_finite
 
-CENTROIDS = "centroids.safetensors"
 WORTH_WORKERS = 2_000_000  # images: a pass over fewer takes less than starting processes for it
 FAISS_COMFORTABLE = 39  # images a cluster under which faiss itself warns that the centroids are poorly determined
 
@@ -43,12 +39,7 @@ class Clusters(Annotator):
 
     def __init__(self, cfg: AnnotatorConfig):
         super().__init__(cfg)
-        self._take(torch.empty(0, 1))
-
-    def _take(self, centroids: Tensor) -> None:
-        self.centroids = centroids  # [K, D], empty until fitted
-        self.index = faiss.IndexFlatL2(centroids.shape[1])
-        self.index.add(centroids.numpy())
+        self.centroids = torch.empty(0, 1)  # [K, D], once fitted
 
     def fit(self, study: Study) -> None:
         """In memory where annotator.sample allows it; else in passes over all files, from the centroids that a sample in memory
@@ -73,7 +64,7 @@ class Clusters(Annotator):
         def run(step: Callable[..., Sums], files: Sequence[Path]) -> Iterable[Sums]:
             return executor.in_order(partial(_on, step), files, settings, device)
 
-        centroids, inertia = lloyd(
+        self.centroids, inertia = lloyd(
             [stage.features for stage, count in zip(study.stages, study.counts) if count],
             lambda: kmeans(normalise(sample()), self.k, "images of annotator.sample", **self._settings),
             cfg.niter,
@@ -82,7 +73,6 @@ class Clusters(Annotator):
             device,
             run,
         )
-        self._take(centroids)
         self._fitted("stream", images, len(inertia), inertia[-1])
 
     def fit_features(self, features: np.ndarray | Tensor) -> "Clusters":
@@ -97,11 +87,13 @@ class Clusters(Annotator):
             )
         if self.known is not None:
             added = kmeans_beside(self.known.numpy(), points, self.k, self.cfg.niter, self.cfg.seed)
-            self._take(torch.cat([self.known, torch.from_numpy(added)]))
+            self.centroids = torch.cat([self.known, torch.from_numpy(added)])
             self.k = len(self.centroids)
         else:
-            self._take(kmeans(points, self.k, "images", **self._settings))
-        self._fitted("memory", len(points), self.cfg.niter, float(self.index.search(points, 1)[0].mean()))
+            self.centroids = kmeans(points, self.k, "images", **self._settings)
+        self._fitted(
+            "memory", len(points), self.cfg.niter, float(faiss.knn(points, self.centroids.numpy(), 1)[0].mean())
+        )
         return self
 
     @property
@@ -120,7 +112,7 @@ class Clusters(Annotator):
 
     def nearest(self, features: np.ndarray | Tensor, n: int) -> Tensor:
         """Features [B, D] -> ids [B, n] long of the n nearest centroids, nearest first."""
-        return torch.from_numpy(self.index.search(normalise(features), min(n, self.k))[1])
+        return torch.from_numpy(faiss.knn(normalise(features), self.centroids.numpy(), min(n, len(self.centroids)))[1])
 
     @property
     def spec(self) -> GuidanceSpec:
@@ -129,12 +121,8 @@ class Clusters(Annotator):
     def prototypes(self) -> Tensor:
         return self.centroids
 
-    def save(self, folder: Path) -> None:
-        """FOLDER/centroids.safetensors."""
-        write_bytes(folder / CENTROIDS, save({"centroids": self.centroids.contiguous()}))
-
-    def restore(self, folder: Path) -> None:
-        self._take(read_finite(folder / CENTROIDS, {"centroids": (self.k, self.dim)})["centroids"])
+    def kept(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        return {"centroids": ("centroids.safetensors", "centroids", (self.k, self.dim))}
 
 
 def _on(step: Callable[..., Sums], device: str) -> Callable[[Path], Sums]:
