@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm_sg.annotate.kmeans import Sums, lloyd, normalise, tile
+from ldm_sg.annotate.kmeans import lloyd, normalise, tile
+from ldm_sg.annotate.stage import Sums
 
 
 def write_features(folder: Path, n: int, dim: int, each: int) -> list[Path]:

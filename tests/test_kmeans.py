@@ -24,7 +24,7 @@ from ldm_sg.annotate.clusters import kmeans
 from ldm_sg.annotate.kinds import load_f
 from ldm_sg.annotate.kmeans import lloyd, means, normalise, sums_of
 from ldm_sg.annotate.run import annotate_shards
-from ldm_sg.annotate.stage import Stage, sample_features
+from ldm_sg.annotate.stage import Stage, added, sample_features
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.configfile import ROOT
 from ldm_sg.data.latents import LatentSet
@@ -69,18 +69,21 @@ def test_sums_are_those_of_a_plain_loop(features):
     centroids = points[5 : 5 + K] * 0.7  # not of unit length, as means are not
     near = ((points[1:1700, None].astype(np.float64) - centroids) ** 2).sum(-1)
     ids, total = near.argmin(1), sums_of(files[1], torch.from_numpy(centroids))
-    assert (total.counts == np.bincount(ids, minlength=K)).all() and total.points.dtype == np.float64
-    assert total.inertia == pytest.approx(near.min(1).sum(), rel=1e-5)
-    assert np.allclose(total.points, [points[1:1700][ids == k].sum(0) for k in range(K)], atol=1e-3)
+    assert (total["counts"] == np.bincount(ids, minlength=K)).all() and total["points"].dtype == np.float64
+    assert total["inertia"] == pytest.approx(near.min(1).sum(), rel=1e-5)
+    assert np.allclose(total["points"], [points[1:1700][ids == k].sum(0) for k in range(K)], atol=1e-3)
 
 
 def test_an_empty_cluster_takes_half_of_the_largest(features):
     files, points = features
     start = points[:K].copy()
     start[[3, 7]] = -50  # nearest to nothing
-    first = functools.reduce(lambda a, b: a.__iadd__(b), (sums_of(file, torch.from_numpy(start)) for file in files))
-    assert (np.flatnonzero(first.counts == 0) == [3, 7]).all()
-    halves, mean = means(first)[[3, first.counts.argmax()]], first.points[first.counts.argmax()] / first.counts.max()
+    first = added(sums_of(file, torch.from_numpy(start)) for file in files)
+    assert (np.flatnonzero(first["counts"] == 0) == [3, 7]).all()
+    halves, mean = (
+        means(first)[[3, first["counts"].argmax()]],
+        first["points"][first["counts"].argmax()] / first["counts"].max(),
+    )
     assert (halves[0] != halves[1]).all() and np.allclose(halves, [mean, mean], atol=2e-3)
     centroids, inertia = fit(files, start, 8)
     assert min(np.bincount(faiss.knn(points, centroids.numpy(), 1)[1][:, 0], minlength=K)) > 0

@@ -106,8 +106,6 @@ class Annotator(ABC):
 
     def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
         """The signals of new images."""
-        if not self.reads_g:
-            raise InputError(f"annotator.kind={self.kind} has nothing to say of a new image")
         count = len(seen.squares)
         columns = self.say(self.observe(g, seen), count, np.random.default_rng(self.cfg.seed))
         return Signals.from_columns(self.spec, columns, count)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ldm_sg import executor
 from ldm_sg.annotate.annotator import Annotator, Study
-from ldm_sg.annotate.kmeans import Sums, lloyd, normalise
-from ldm_sg.annotate.stage import Observed, sample_features
+from ldm_sg.annotate.kmeans import lloyd, normalise
+from ldm_sg.annotate.stage import Observed, Sums, sample_features
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.signals import Columns
 from ldm_sg.errors import InputError

@@ -8,7 +8,8 @@ from scipy.stats import entropy
 
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.clusters import ami, ari, nmi
-from ldm_sg.annotate.tally import TOTAL, Summary, Sums
+from ldm_sg.annotate.stage import Sums
+from ldm_sg.annotate.tally import TOTAL, Summary
 from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.latents import set_hash

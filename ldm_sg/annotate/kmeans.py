@@ -4,9 +4,7 @@ computes them nor a kill between two passes changes a bit of the result."""
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm_sg.annotate.stage import not_finite, read_checkpoint, write_checkpoint
+from ldm_sg.annotate.stage import Sums, added, not_finite, read_checkpoint, write_checkpoint
 from ldm_sg.data.latents import read_features
 
 BLOCK = 8192  # rows that are read at once
@@ -25,22 +23,7 @@ SCORES = 2**19  # of rows with centroids that are computed at once on a CPU: wha
 TOLERANCE = 1e-4  # a pass that changes the inertia by a smaller share of it is the last one
 SPLIT = 1 / 1024  # share by which the halves of a cluster that is split move apart, as in faiss
 
-Map = Callable[[Callable[[Path], "Sums"], Sequence[Path]], Iterable["Sums"]]  # like builtin map, in order
-
-
-@dataclass
-class Sums:
-    """What a pass adds up over n rows."""
-
-    points: np.ndarray  # float64 [K, D], of the rows nearest to each centroid
-    counts: np.ndarray  # int64 [K]
-    inertia: float  # sum of the rows' squared distances to their centroids
-
-    def __iadd__(self, other: "Sums") -> "Sums":
-        self.points += other.points
-        self.counts += other.counts
-        self.inertia += other.inertia
-        return self
+Map = Callable[[Callable[[Path], Sums], Sequence[Path]], Iterable[Sums]]  # like builtin map, in order
 
 
 def normalise(features: np.ndarray | Tensor) -> np.ndarray:
@@ -50,11 +33,13 @@ def normalise(features: np.ndarray | Tensor) -> np.ndarray:
 
 
 def sums_of(file: Path, centroids: Tensor, device: torch.device | str = "cpu") -> Sums:
-    """The map step: one .npy file of features [n, D], normalised here, and all centroids [K, D]. Holds one block of rows, their
-    scores and K x D sums, whatever n; the product runs on `device`. InputError naming file and row for one that is not finite."""
+    """The map step: one .npy file of features [n, D], normalised here, and all centroids [K, D] -> of the rows nearest to each
+    centroid their sum, `points` float64 [K, D], and number, `counts` int64 [K]; `inertia`, the sum of all rows' squared distances
+    to theirs. Holds one block of rows, their scores and K x D sums, whatever n; the product runs on `device`. InputError naming
+    file and row for one that is not finite."""
     k, there, rows = len(centroids), centroids.to(device), read_features(file)
     bias, (n, dim) = -there.square().sum(1) / 2, rows.shape
-    total = Sums(np.zeros((k, dim)), np.zeros(k, np.int64), 0.0)
+    sums, counts, inertia = np.zeros((k, dim)), np.zeros(k, np.int64), 0.0
     scores = torch.empty(tile(k) if there.device.type == "cpu" else BLOCK, k, device=device)
     for start in range(0, n, BLOCK):  # read, not mapped: pages of a long file would stay in memory
         part = np.fromfile(file, rows.dtype, BLOCK * dim, offset=rows.offset + start * rows.strides[0])
@@ -65,10 +50,12 @@ def sums_of(file: Path, centroids: Tensor, device: torch.device | str = "cpu") -
         tiles = torch.from_numpy(points).to(device).split(len(scores))
         ids = np.concatenate([_nearest(x, there, bias, scores[: len(x)]) for x in tiles])
         one_hot = csr_array((np.ones(len(ids)), ids, np.arange(len(ids) + 1)), shape=(len(ids), k))
-        total += Sums(one_hot.T @ points, np.bincount(ids, minlength=k), square)
+        sums += one_hot.T @ points
+        counts += np.bincount(ids, minlength=k)
+        inertia += square
     c = centroids.double().cpu().numpy()  # sum |x - c|^2 = sum |x|^2 + sum (c - 2x).c
-    total.inertia = max(0.0, total.inertia + float(np.vdot(total.counts[:, None] * c - 2 * total.points, c)))
-    return total
+    inertia = max(0.0, inertia + float(np.vdot(counts[:, None] * c - 2 * sums, c)))
+    return {"points": sums, "counts": counts, "inertia": np.float64(inertia)}
 
 
 def tile(k: int) -> int:
@@ -86,8 +73,8 @@ def _nearest(x: Tensor, centroids: Tensor, bias: Tensor, scores: Tensor) -> np.n
 def means(total: Sums) -> Tensor:
     """The centroids [K, D] after a pass. A cluster without a row takes half of the largest one: both are its mean, a little
     apart."""
-    counts = total.counts.copy()
-    centroids = (total.points / counts.clip(1)[:, None]).astype(np.float32)
+    counts = total["counts"].copy()
+    centroids = (total["points"] / counts.clip(1)[:, None]).astype(np.float32)
     apart = np.where(np.arange(centroids.shape[1]) % 2, -SPLIT, SPLIT).astype(np.float32)
     for empty in np.flatnonzero(counts == 0):
         largest = counts.argmax()
@@ -113,9 +100,9 @@ def lloyd(
     while len(inertia) < passes and not _settled(inertia, tolerance):
         step = functools.partial(sums_of, centroids=centroids, device=device)
         bar: dict[str, Any] = {"desc": f"k-means, pass {len(inertia) + 1}", "unit": " files", "mininterval": 1}
-        total = functools.reduce(operator.iadd, tqdm(run(step, files), total=len(files), **bar))
+        total = added(tqdm(run(step, files), total=len(files), **bar))
         centroids = means(total)
-        inertia.append(total.inertia / int(total.counts.sum()))
+        inertia.append(float(total["inertia"] / total["counts"].sum()))
         write_checkpoint(checkpoint, of, {"centroids": centroids, "inertia": inertia})
     return centroids, inertia
 

@@ -24,9 +24,9 @@ from ldm_sg.annotate.clusters import contingency
 from ldm_sg.annotate.describe import describe
 from ldm_sg.annotate.features import load_extractor
 from ldm_sg.annotate.kinds import check_same_g, load_f, make_annotator, save_annotator
-from ldm_sg.annotate.stage import ShardMeta, Stage, added, check_unchanged
+from ldm_sg.annotate.stage import ShardMeta, Stage, Sums, added, check_unchanged
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
-from ldm_sg.annotate.tally import BEFORE, TOTAL, Before, Summary, Sums, put_aside, write_tally
+from ldm_sg.annotate.tally import BEFORE, TOTAL, Before, Summary, put_aside, write_tally
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.latents import finish as finish_set
@@ -182,11 +182,13 @@ def by_workers(opened: Opened, mine: list[int], device: torch.device) -> dict[in
     processes = len(executor.devices(cfg, device))
     own = replace(cfg, processes=processes, features=replace(cfg.features, size=g.size if g else None))
     make = partial(worker, replace(opened.study, config=own, extractor=None), opened.annotator)
-    for attempt in range(TRIES if mine else 0):
+    for attempt in range(TRIES):
+        if not lost:
+            break
         todo, lost = sorted(lost), {}
         each = 1 if attempt else min(MOST_SHARDS, max(1, len(todo) // (4 * processes)))
         chunks = [todo[i : i + each] for i in range(0, len(todo), each)]
-        with tqdm(desc="annotate", total=len(todo), unit=" shards", disable=not todo) as bar:
+        with tqdm(desc="annotate", total=len(todo), unit=" shards") as bar:
             now = partial(_progress, bar, [opened.stages[i] for i in todo])
             for chunk, found in executor.run(make, chunks, cfg, device, now):
                 if isinstance(found, executor.Lost):

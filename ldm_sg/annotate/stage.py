@@ -25,6 +25,8 @@ from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import disk_errors, file_sha256, read_mapping, temporary, write_bytes, write_text
 
+Sums = dict[str, np.ndarray]  # what is added up over images or shards
+
 
 @dataclass
 class ShardMeta:
@@ -44,7 +46,7 @@ class Observed:
     `columns`: name -> [n, ...], kept for each image; `totals`: name -> array, added up over all images."""
 
     columns: Columns = field(default_factory=dict)
-    totals: dict[str, np.ndarray] = field(default_factory=dict)
+    totals: Sums = field(default_factory=dict)
     features: Tensor | np.ndarray | None = None
 
 
@@ -88,7 +90,7 @@ class StageWriter:
         self.stage, self.meta = stage, ShardMeta(url, [], [], [], None, {})
         self.features: list[np.ndarray] = []
         self.columns: list[Columns] = []
-        self.totals: dict[str, np.ndarray] = {}
+        self.totals: Sums = {}
         self.files: dict[Path, IO[bytes]] = {}
 
     def __enter__(self) -> "StageWriter":
@@ -180,8 +182,8 @@ def not_finite(file: Path, row: int) -> InputError:
     )
 
 
-def added(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What each name stands for, added up."""
+def added(parts: Iterable[Sums]) -> Sums:
+    """Name by name, and in this order."""
     sums = Counter[str]()
     for part in parts:
         sums.update(part)  # type: ignore[arg-type] # it adds arrays as well

@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from ldm_sg.annotate.stage import Sums
 from ldm_sg.errors import InputError
 from ldm_sg.folder import read_mapping, write_bytes, write_json
 
-TALLY = "tally.npz"  # the sums of a set, for more shards of it, and its classes
+# The sums of a set, for more shards of it, and its `classes`: how often each of K labels occurs, `counts` [K]; where images have
+# one each, how often it meets each of C classes and, last, none, `table` [K, C + 1]; and after TOTAL the names of what f observed.
+TALLY = "tally.npz"
 BEFORE = "before.json"  # in OUT/work: the finished set that shards are added to
 
-TOTAL = "total/"  # before the names of what f observed
-
-# What is added up over the shards: how often each of K labels occurs, `counts` [K]; where images have one each, how often it
-# meets each of C classes and, last, none, `table` [K, C + 1]; and what f observed.
-Sums = dict[str, np.ndarray]
+TOTAL = "total/"
 
 
 @dataclass
