@@ -29,7 +29,6 @@ from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.hardware import pick_device
 
 WORTH_WORKERS = 2_000_000  # images: a pass over fewer takes less than starting processes for it
-FAISS_COMFORTABLE = 39  # images a cluster under which faiss itself warns that the centroids are poorly determined
 
 
 class Clusters(Annotator):
@@ -79,12 +78,6 @@ class Clusters(Annotator):
         """Lloyd's algorithm on normalised `features` [N, D], all of them held in memory (the caller bounds N); of several
         restarts the one with the smallest sum of squared distances."""
         points = normalise(features)
-        if self.k <= len(points) < FAISS_COMFORTABLE * self.k:
-            print(
-                f"note: {len(points) / self.k:.1f} images a cluster (k={self.k}); "
-                f"under {FAISS_COMFORTABLE} the centroids are rough",
-                file=sys.stderr,
-            )
         if self.known is not None:
             added = kmeans_beside(self.known.numpy(), points, self.k, self.cfg.niter, self.cfg.seed)
             self.centroids = torch.cat([self.known, torch.from_numpy(added)])
@@ -137,8 +130,8 @@ def check_enough(points: np.ndarray, k: int, what: str) -> None:
 def kmeans(points: np.ndarray, k: int, what: str, **settings: Any) -> Tensor:
     """Points [N, D], which are `what`, -> faiss's centroids [K, D]. InputError where there are fewer points."""
     check_enough(points, k, what)
-    bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}  # the caller bounds the sample
-    fit = faiss.Kmeans(points.shape[1], k, gpu=on_gpu(), **bounds, **settings)
+    most = len(points)  # the caller bounds the sample
+    fit = faiss.Kmeans(points.shape[1], k, gpu=on_gpu(), max_points_per_centroid=most, **settings)
     fit.train(points)
     return torch.from_numpy(np.array(fit.centroids, np.float32).reshape(k, -1))
 
