@@ -15,9 +15,8 @@ from ldm_sg.folder import read_mapping, write_bytes, write_json
 # The sums of a set, for more shards of it, and its `classes`: how often each of K labels occurs, `counts` [K]; where images have
 # one each, how often it meets each of C classes and, last, none, `table` [K, C + 1]; and after TOTAL the names of what f observed.
 TALLY = "tally.npz"
-BEFORE = "before.json"  # in OUT/work: the finished set that shards are added to
-
 TOTAL = "total/"
+BEFORE = "before.json"  # in OUT/work: the finished set that shards are added to
 
 
 @dataclass
