@@ -25,7 +25,7 @@ if parent_process() is None:  # decoding processes import this file again, and n
     from ldm_sg.annotate.annotator import Study
     from ldm_sg.annotate.features import FeatureExtractor, load_extractor
     from ldm_sg.annotate.kinds import make_annotator
-    from ldm_sg.annotate.stage import stages
+    from ldm_sg.annotate.stage import Stage
     from ldm_sg.annotate.stream import encode, extract, prepare_autoencoder
     from ldm_sg.config import AnnotateConfig, FeaturesConfig
     from ldm_sg.configfile import ASSETS
@@ -84,7 +84,7 @@ def measure(name: str, cfg: AnnotateConfig, g: FeatureExtractor, shards: list[st
         for folder in ("work", "features"):
             shutil.rmtree(out / folder, ignore_errors=True)
         start = time.perf_counter()
-        study = Study(cfg, shards, list(stages(out, 2)), size, g, [])
+        study = Study(cfg, shards, [Stage(out, i) for i in range(2)], size, g, [])
         extract(study, autoencoder, make_annotator(cfg.annotator), list(range(2)))
         times["annotate"].append(time.perf_counter() - start)
     alone, whole = (n / min(times[which]) for which in ("bare", "annotate"))

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm_sg.annotate.kmeans import Sums, lloyd, normalise, tile
+from ldm_sg.annotate.kmeans import lloyd, normalise, tile
+from ldm_sg.annotate.stage import Sums
 
 
 def write_features(folder: Path, n: int, dim: int, each: int) -> list[Path]:
@@ -63,7 +64,7 @@ def main() -> None:
         start, checkpoint = points[: args.k], Path(folder) / "checkpoint"
         lap(0)
         sides[:] = 0
-        _, inertia = lloyd(files, len(start), lambda: start, args.passes, checkpoint, "bench", run=beside, tolerance=0)
+        _, inertia = lloyd(files, lambda: start, args.passes, checkpoint, "bench", run=beside, tolerance=0)
         lap(0)
     found = {"n": args.n, "dim": args.dim, "k": args.k, "threads": args.threads, "passes": len(inertia)}
     for what, seconds in zip(("clock", "processor"), sides.T / len(inertia)):

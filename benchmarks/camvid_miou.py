@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ldm_sg.annotate.features import FeatureExtractor, load_extractor
 from ldm_sg.annotate.matching import confusion, match
-from ldm_sg.annotate.stego import Segmenter
-from ldm_sg.config import SEGMENT_METHODS, FeaturesConfig, SegmentsConfig
+from ldm_sg.annotate.segments import Segments
+from ldm_sg.config import SEGMENT_METHODS, AnnotatorConfig, FeaturesConfig, SegmentsConfig
 from ldm_sg.configfile import load
 from ldm_sg.data.images import crop_resize, crop_resize_index, to_float, to_tensor
 from ldm_sg.guidance.spatial import VOID
@@ -58,7 +58,7 @@ def extract(g: FeatureExtractor, images: Tensor, mirrored: bool = False) -> tupl
     return np.concatenate(image_level), np.concatenate(patches)
 
 
-def segment(segmenter: Segmenter, patches: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
+def segment(segmenter: Segments, patches: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
     """Index masks uint8 [N, 192, 192]."""
     masks = []
     for start in range(0, len(patches), 16):
@@ -98,8 +98,8 @@ def main(heads: Path) -> None:
     shown = {}
     for seed, k, method in itertools.product(range(args.seeds), map(int, args.k.split(",")), reversed(SEGMENT_METHODS)):
         start = time.perf_counter()
-        segmenter = Segmenter(k, replace(cfg, method=method), seed)
-        segmenter.fit(patches, image_level, heads / str(seed), device)  # a seed's head is the same for all k
+        segmenter = Segments(AnnotatorConfig("segments", k, seed=seed, segments=replace(cfg, method=method)))
+        segmenter.learn(patches, image_level, heads / str(seed), device)  # a seed's head is the same for all k
         settings = {"method": method, "k": k, "seed": seed, "seconds": round(time.perf_counter() - start)}
         for flips in (False, True):
             masks = segment(segmenter, ours, mirrored if flips else None)

@@ -71,7 +71,7 @@ def write_annotation_set(folder: Path, images: torch.Tensor, k: list[int], label
     latents = autoencoder.encode(images).numpy().astype(np.float16)
     (folder / "shards").mkdir(parents=True)
     f = Clusters(AnnotatorConfig(k=labels))
-    f._take(torch.eye(labels))
+    f.centroids = torch.eye(labels)
     save_annotator(folder / "annotator", f, None)
     autoencoder.save(folder / "autoencoder")
     entries = []

@@ -173,11 +173,15 @@ def test_what_fails_three_times_is_listed_and_the_rest_goes_on(
         return ((task, Lost("its worker was killed by signal 9") if 3 in task else well(task)) for task in tasks)
 
     monkeypatch.setattr(executor, "run", unlucky)
-    with pytest.raises(InputError, match=r"1 of 6 shards failed 3 times, the others are done; the first: .*000003.tar"):
+    with pytest.raises(
+        InputError, match=r"1 of 6 shards failed, the others are done; the first: .*000003.tar: failed 3"
+    ):
         annotate_shards(cfg)
     assert asked[1:] == [[[3]], [[3]]]
     lines = [json.loads(line) for line in (tmp_path / "set" / "failed.jsonl").read_text().splitlines()]
-    assert [(line["index"], line["reason"]) for line in lines] == [(3, "its worker was killed by signal 9")]
+    assert [(line["index"], line["reason"]) for line in lines] == [
+        (3, "failed 3 times: its worker was killed by signal 9")
+    ]
     monkeypatch.setattr(executor, "run", real)
     out = annotate_shards(cfg)
     assert contents(out) == alone and not (out / "failed.jsonl").exists()

@@ -122,7 +122,7 @@ def test_g_by_name_is_what_came_first(monkeypatch: pytest.MonkeyPatch, capsys) -
 
 
 def test_code_of_others_is_never_trusted() -> None:
-    """No call passes trust_remote_code, nor reads a pickle that may run code: the one that is read otherwise gets no class at all."""
+    """No call passes trust_remote_code, nor reads a pickle that may run code."""
     calls = [
         (path, node)
         for path in (ROOT / "ldm_sg").rglob("*.py")
@@ -136,8 +136,8 @@ def test_code_of_others_is_never_trusted() -> None:
         for path, call in calls
         if ast.unparse(call.func) in ("torch.load", "pickle.load", "pickle.loads", "torch.hub.load_state_dict_from_url")
     ]
-    odd = [(name, asked.get("pickle_module")) for name, asked in loads if asked.get("weights_only") != "True"]
-    assert len(loads) > 3 and odd == [("stego_official.py", "inert")], loads
+    odd = [name for name, asked in loads if asked.get("weights_only") != "True"]
+    assert len(loads) > 3 and not odd, loads
 
 
 def test_a_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,9 @@ def test_cells_side_by_side_share_what_they_have_in_common(tmp_path: Path) -> No
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"1 of 3 runs failed.*gone seed 3: .*not-there"):
         running.reproduce(str(file), out=out, jobs=2, device="cpu")
-    assert [path.name for path in (out / "runs").iterdir()] == ["plain-3"] and len(list((out / "suites" / "small" / "done").iterdir())) == 2
+    assert [path.name for path in (out / "runs").iterdir()] == ["plain-3"] and len(
+        list((out / "suites" / "small" / "done").iterdir())
+    ) == 2
     found = {row["cell"]: row["fd"] for row in results(out)}
     assert found["plain"] and found["apg"] and found["plain"] != found["apg"]
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from ldm_sg.annotate.baselines import corrupted
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.kinds import KINDS, load_annotator
+from ldm_sg.annotate.segments import Segments
 from ldm_sg.annotate.stage import StageWriter
-from ldm_sg.annotate.stego import Segmenter
 from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig, FeaturesConfig, SegmentsConfig
 from ldm_sg.data.images import to_float
@@ -354,7 +354,7 @@ def test_segments_and_their_match_with_true_masks(method: str, tmp_path: Path, m
         patch.setattr(StageWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             annotate(cfg)
-    monkeypatch.setattr(Segmenter, "fit", lambda *_: pytest.fail("fitted again"))
+    monkeypatch.setattr(Segments, "learn", lambda *_: pytest.fail("fitted again"))
     latents = LatentSet(annotate(cfg))
     masks, manifest = latents.signals.masks(), yaml.safe_load((latents.folder / "manifest.yaml").read_text())
     assert masks.shape == (12, SIZE, SIZE) and masks.max() < 4 and latents.spec.spatial_channels == 4

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from safetensors.torch import save
 from torch import Tensor
 
 from ldm_sg.annotate.features import FeatureExtractor
@@ -17,7 +18,9 @@ from ldm_sg.data.images import to_float
 from ldm_sg.data.shards import ImageBatch, image_batches
 from ldm_sg.data.signals import Columns, Signals
 from ldm_sg.errors import InputError
+from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.weights import read_finite
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,6 @@ class Annotator(ABC):
 
     def annotate(self, g: FeatureExtractor, seen: Views) -> Signals:
         """The signals of new images."""
-        if not self.reads_g:
-            raise InputError(f"annotator.kind={self.kind} has nothing to say of a new image")
         count = len(seen.squares)
         columns = self.say(self.observe(g, seen), count, np.random.default_rng(self.cfg.seed))
         return Signals.from_columns(self.spec, columns, count)
@@ -113,8 +114,16 @@ class Annotator(ABC):
         """The small part of what was learnt: attributes that annotator.yaml keeps beside the config."""
         return {"k": self.k, "fitted": self.fitted}
 
+    def kept(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        """The large part: attributes that are tensors, and of each its file, its name there, and its shape (0 = any)."""
+        return {}
+
     def save(self, folder: Path) -> None:
-        """The large part, as files in FOLDER."""
+        """What is `kept`, as files in FOLDER."""
+        for attribute, (file, name, _) in self.kept().items():
+            write_bytes(folder / file, save({name: getattr(self, attribute).contiguous()}))
 
     def restore(self, folder: Path) -> None:
         """What `save` wrote."""
+        for attribute, (file, name, shape) in self.kept().items():
+            setattr(self, attribute, read_finite(folder / file, {name: shape})[name])

@@ -1,21 +1,17 @@
 """What the paper's signals are compared with: random ids, and conditioning on features themselves."""
 
-from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-from safetensors.numpy import save
+import torch
+from torch import Tensor
 
 from ldm_sg.annotate.annotator import Annotator, Study
 from ldm_sg.annotate.clusters import Clusters, normalise
 from ldm_sg.annotate.stage import Observed, sample_features
 from ldm_sg.data.signals import Columns
-from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
-from ldm_sg.weights import read_finite
-
-BANK = "bank.safetensors"
 
 
 def corrupted(ids: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -62,27 +58,20 @@ class Features(Annotator):
         return super().state() | {"dim": self.dim}
 
 
-class Centroids(Features):
+class Centroids(Features, Clusters):
     """The signal is the L2-normalised centroid of the image's cluster."""
 
     kind = "centroids"
 
     def fit(self, study: Study) -> None:
-        self.clusters = Clusters(self.cfg)
-        self.clusters.fit(study)
-        self.fitted = self.clusters.fitted
-        super().fit(study)
+        Clusters.fit(self, study)
+        Features.fit(self, study)
 
     def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
-        return {"feature": normalise(self.clusters.centroids[self.clusters.assign(seen.features)]).astype(np.float16)}
+        return {"feature": normalise(self.centroids[self.assign(seen.features)]).astype(np.float16)}
 
-    def save(self, folder: Path) -> None:
-        self.clusters.save(folder)
-
-    def restore(self, folder: Path) -> None:
-        self.clusters = Clusters(self.cfg)
-        self.clusters.dim = self.dim
-        self.clusters.restore(folder)
+    def prototypes(self) -> Tensor | None:
+        return None  # there are no labels
 
 
 class Neighbours(Features):
@@ -93,17 +82,14 @@ class Neighbours(Features):
 
     def fit(self, study: Study) -> None:
         super().fit(study)
-        self.bank = normalise(sample_features(study.stages, study.counts, self.cfg.sample, self.cfg.seed))
+        sample = sample_features(study.stages, study.counts, self.cfg.sample, self.cfg.seed)
+        self.bank = torch.from_numpy(normalise(sample)).half()
 
     def say(self, seen: Observed, count: int, generator: np.random.Generator) -> Columns:
-        index = faiss.IndexFlatIP(self.dim)
-        index.add(self.bank)
-        _, near = index.search(normalise(seen.features), min(self.cfg.neighbours, len(self.bank)))
+        most = min(self.cfg.neighbours, len(self.bank))
+        near = faiss.knn(normalise(seen.features), self.bank.numpy(), most, faiss.METRIC_INNER_PRODUCT)[1]
         drawn = near[np.arange(count), generator.integers(0, near.shape[1], count)]
-        return {"feature": self.bank[drawn].astype(np.float16)}
+        return {"feature": self.bank.numpy()[drawn].astype(np.float16)}
 
-    def save(self, folder: Path) -> None:
-        write_bytes(folder / BANK, save({"features": self.bank.astype(np.float16)}))
-
-    def restore(self, folder: Path) -> None:
-        self.bank = read_finite(folder / BANK, {"features": (0, self.dim)})["features"].numpy()
+    def kept(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        return {"bank": ("bank.safetensors", "features", (0, self.dim))}

@@ -2,12 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,9 +18,7 @@ from ldm_sg.annotate.views import Views
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Columns
 from ldm_sg.errors import InputError
-from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
-from ldm_sg.weights import read_finite
 
 MEAN = "mean_key.safetensors"
 CENTRED = 512  # images whose keys the mean is taken over
@@ -76,9 +72,7 @@ class Boxes(Clusters):
         for places, images in seen.by_shape(g.patch):
             features, keys = self._read(g, images)
             if len(self.mean) != keys.shape[1]:
-                raise InputError(
-                    f"{MEAN}: a key of {len(self.mean)} channels, where g has {keys.shape[1]}: annotate again"
-                )
+                raise InputError(f"{MEAN}: {len(self.mean)} channels, where g has {keys.shape[1]}: annotate again")
             mean = on_grid(self.mean.to(keys.device)[None], keys.shape[2:])
             some, found_there = lost(keys - mean, self.cfg.k_patches)
             grid: float | Tensor = g.grid
@@ -113,13 +107,8 @@ class Boxes(Clusters):
             found["corloc_images"] = int(totals["with_boxes"])
         return found
 
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        write_bytes(folder / MEAN, save({"key": self.mean.contiguous()}))
-
-    def restore(self, folder: Path) -> None:
-        super().restore(folder)
-        self.mean = read_finite(folder / MEAN, {"key": (0, 0, 0)})["key"]
+    def kept(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        return super().kept() | {"mean": (MEAN, "key", (0, 0, 0))}
 
     @property
     def spec(self) -> GuidanceSpec:

@@ -4,8 +4,10 @@ Features are L2-normalised, and both the fit and the assignment read the same no
 code assigns un-normalised ones, which moves about 5% of the ids."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,25 +15,20 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from safetensors.torch import save
-from scipy.stats import hypergeom
+from scipy.stats import entropy, hypergeom
 from torch import Tensor
 
 from ldm_sg import executor
 from ldm_sg.annotate.annotator import Annotator, Study
-from ldm_sg.annotate.kmeans import Sums, lloyd, normalise
-from ldm_sg.annotate.stage import Observed, sample_features
+from ldm_sg.annotate.kmeans import lloyd, normalise
+from ldm_sg.annotate.stage import Observed, Sums, sample_features
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.signals import Columns
 from ldm_sg.errors import InputError
-from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.hardware import pick_device
-from ldm_sg.weights import read_finite
 
-CENTROIDS = "centroids.safetensors"
 WORTH_WORKERS = 2_000_000  # images: a pass over fewer takes less than starting processes for it
-FAISS_COMFORTABLE = 39  # images a cluster under which faiss itself warns that the centroids are poorly determined
 
 
 class Clusters(Annotator):
@@ -40,15 +37,8 @@ class Clusters(Annotator):
     kind = "clusters"
 
     def __init__(self, cfg: AnnotatorConfig):
-        if cfg.k < 1:
-            raise InputError(f"annotator.k={cfg.k}: k-means needs at least one cluster")
         super().__init__(cfg)
-        self._take(torch.empty(0, 1))
-
-    def _take(self, centroids: Tensor) -> None:
-        self.centroids = centroids  # [K, D], empty until fitted
-        self.index = faiss.IndexFlatL2(centroids.shape[1])
-        self.index.add(centroids.numpy())
+        self.centroids = torch.empty(0, 1)  # [K, D], once fitted
 
     def fit(self, study: Study) -> None:
         """In memory where annotator.sample allows it; else in passes over all files, from the centroids that a sample in memory
@@ -67,42 +57,36 @@ class Clusters(Annotator):
             self.fit_features(sample())
             return
         settings, device = study.config, pick_device(study.config.device)
+        if images < WORTH_WORKERS:
+            settings = replace(settings, executor="local", processes=1)
 
         def run(step: Callable[..., Sums], files: Sequence[Path]) -> Iterable[Sums]:
-            if images < WORTH_WORKERS:
-                return map(step, files)
             return executor.in_order(partial(_on, step), files, settings, device)
 
-        centroids, inertia = lloyd(
+        self.centroids, inertia = lloyd(
             [stage.features for stage, count in zip(study.stages, study.counts) if count],
-            self.k,
             lambda: kmeans(normalise(sample()), self.k, "images of annotator.sample", **self._settings),
             cfg.niter,
-            Path(study.config.out) / "work" / CENTROIDS,
+            Path(study.config.out) / "work" / "kmeans.pt",
             json.dumps({"k": self.k, "sample": cfg.sample, "images": images, **self._settings}),
             device,
             run,
         )
-        self._take(centroids)
         self._fitted("stream", images, len(inertia), inertia[-1])
 
     def fit_features(self, features: np.ndarray | Tensor) -> "Clusters":
         """Lloyd's algorithm on normalised `features` [N, D], all of them held in memory (the caller bounds N); of several
         restarts the one with the smallest sum of squared distances."""
         points = normalise(features)
-        if self.k <= len(points) < FAISS_COMFORTABLE * self.k:
-            print(
-                f"note: {len(points) / self.k:.1f} images a cluster (k={self.k}); "
-                f"under {FAISS_COMFORTABLE} the centroids are rough",
-                file=sys.stderr,
-            )
         if self.known is not None:
             added = kmeans_beside(self.known.numpy(), points, self.k, self.cfg.niter, self.cfg.seed)
-            self._take(torch.cat([self.known, torch.from_numpy(added)]))
+            self.centroids = torch.cat([self.known, torch.from_numpy(added)])
             self.k = len(self.centroids)
         else:
-            self._take(kmeans(points, self.k, "images", **self._settings))
-        self._fitted("memory", len(points), self.cfg.niter, float(self.index.search(points, 1)[0].mean()))
+            self.centroids = kmeans(points, self.k, "images", **self._settings)
+        self._fitted(
+            "memory", len(points), self.cfg.niter, float(faiss.knn(points, self.centroids.numpy(), 1)[0].mean())
+        )
         return self
 
     @property
@@ -121,7 +105,7 @@ class Clusters(Annotator):
 
     def nearest(self, features: np.ndarray | Tensor, n: int) -> Tensor:
         """Features [B, D] -> ids [B, n] long of the n nearest centroids, nearest first."""
-        return torch.from_numpy(self.index.search(normalise(features), min(n, self.k))[1])
+        return torch.from_numpy(faiss.knn(normalise(features), self.centroids.numpy(), min(n, len(self.centroids)))[1])
 
     @property
     def spec(self) -> GuidanceSpec:
@@ -130,12 +114,8 @@ class Clusters(Annotator):
     def prototypes(self) -> Tensor:
         return self.centroids
 
-    def save(self, folder: Path) -> None:
-        """FOLDER/centroids.safetensors."""
-        write_bytes(folder / CENTROIDS, save({"centroids": self.centroids.contiguous()}))
-
-    def restore(self, folder: Path) -> None:
-        self._take(read_finite(folder / CENTROIDS, {"centroids": (self.k, self.dim)})["centroids"])
+    def kept(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        return {"centroids": ("centroids.safetensors", "centroids", (self.k, self.dim))}
 
 
 def _on(step: Callable[..., Sums], device: str) -> Callable[[Path], Sums]:
@@ -144,16 +124,14 @@ def _on(step: Callable[..., Sums], device: str) -> Callable[[Path], Sums]:
 
 def check_enough(points: np.ndarray, k: int, what: str) -> None:
     if k > len(points):
-        raise InputError(
-            f"annotator.k={k}: only {len(points):,} {what} to cluster; choose k of at most {len(points):,}"
-        )
+        raise InputError(f"annotator.k={k}: only {len(points):,} {what} to cluster; choose at most {len(points):,}")
 
 
 def kmeans(points: np.ndarray, k: int, what: str, **settings: Any) -> Tensor:
     """Points [N, D], which are `what`, -> faiss's centroids [K, D]. InputError where there are fewer points."""
     check_enough(points, k, what)
-    bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}  # the caller bounds the sample
-    fit = faiss.Kmeans(points.shape[1], k, gpu=on_gpu(), **bounds, **settings)
+    most = len(points)  # the caller bounds the sample
+    fit = faiss.Kmeans(points.shape[1], k, gpu=on_gpu(), max_points_per_centroid=most, **settings)
     fit.train(points)
     return torch.from_numpy(np.array(fit.centroids, np.float32).reshape(k, -1))
 
@@ -179,30 +157,16 @@ def on_gpu() -> bool:
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
-def entropy(sizes: np.ndarray) -> float:
-    """Entropy of cluster sizes [K] in nats: 0 (all in one) .. log K (all equal)."""
-    p = sizes[sizes > 0] / sizes.sum()
-    return float(-(p * np.log(p)).sum())
-
-
 def contingency(a: np.ndarray, b: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Ids a [N] in 0 .. A-1 and b [N] in 0 .. B-1 -> how often they meet, int64 `shape` = [A, B]."""
-    table = np.zeros(shape, dtype=np.int64)
-    np.add.at(table, (a, b), 1)
-    return table
-
-
-# torchmetrics' figures of a table in float64: its public functions want the labels of every image, and its ARI overflows
-# int64 from about 70,000 images on. Imported late: torchmetrics takes seconds, in each worker.
+    return np.bincount(np.ravel_multi_index((a, b), shape), minlength=math.prod(shape)).reshape(shape)
 
 
 def nmi(table: np.ndarray) -> float:
     """Normalised mutual information of the two labellings of a contingency table, with the arithmetic mean of their
     entropies below (scikit-learn's default)."""
-    from torchmetrics.functional.clustering.mutual_info_score import _mutual_info_score_compute
-
-    mean = (entropy(table.sum(1)) + entropy(table.sum(0))) / 2
-    return max(0.0, float(_mutual_info_score_compute(torch.from_numpy(table).double())) / mean) if mean > 0 else 1.0
+    h = [float(entropy(sizes)) for sizes in (table.sum(1), table.sum(0), table.ravel())]
+    return max(0.0, (h[0] + h[1] - h[2]) / (h[0] + h[1]) * 2) if h[0] + h[1] > 0 else 1.0
 
 
 def ami(table: np.ndarray) -> float:
@@ -219,7 +183,9 @@ def ami(table: np.ndarray) -> float:
 
 
 def ari(table: np.ndarray) -> float:
-    """Adjusted Rand index (Hubert and Arabie, 1985): 1 = the same partition, about 0 = as by chance."""
+    """Adjusted Rand index (Hubert and Arabie, 1985): 1 = the same partition, about 0 = as by chance. torchmetrics' figure of a
+    table in float64: its public function wants the labels of every image, and overflows int64 from about 70,000 on. Imported
+    late: it takes seconds, in each worker."""
     from torchmetrics.functional.clustering.adjusted_rand_score import _adjusted_rand_score_compute
 
     return float(_adjusted_rand_score_compute(torch.from_numpy(table).double()))

@@ -4,10 +4,12 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from scipy.stats import entropy
 
 from ldm_sg.annotate.annotator import Annotator, Study
-from ldm_sg.annotate.clusters import ami, ari, entropy, nmi
-from ldm_sg.annotate.tally import Labels, Summary
+from ldm_sg.annotate.clusters import ami, ari, nmi
+from ldm_sg.annotate.stage import Sums
+from ldm_sg.annotate.tally import TOTAL, Summary
 from ldm_sg.autoencoder import Autoencoder
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.latents import set_hash
@@ -21,16 +23,17 @@ def describe(
     annotator: Annotator,
     autoencoder: Autoencoder,
     summary: Summary,
-    labels: Labels,
-    totals: dict[str, np.ndarray],
+    sums: Sums,
     files: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """manifest.yaml: what made the set, how many of what, and the hash of its content."""
-    cfg, extractor, size, (counts, table) = study.config, study.extractor, study.size, labels
+    cfg, extractor, size, counts, table = study.config, study.extractor, study.size, sums["counts"], sums["table"]
+    totals = {name.removeprefix(TOTAL): total for name, total in sums.items() if name.startswith(TOTAL)}
+    files = [file | shard for file, shard in zip(files, summary.shards)]
     f = {"kind": annotator.kind, "k": annotator.k, **changes(cfg.annotator)} | annotator.figures(totals)
     known = table[:, :-1]
     if table.any():
-        f |= {"entropy": round(entropy(counts), 4), "max_entropy": round(float(np.log(len(known))), 4)}
+        f |= {"entropy": round(float(entropy(counts)), 4), "max_entropy": round(float(np.log(len(known))), 4)}
     if known.any():
         f |= {"classes": known.shape[1]} | {
             name: round(compute(known), 4) for name, compute in (("nmi", nmi), ("ami", ami), ("ari", ari))
@@ -38,10 +41,10 @@ def describe(
     if len(counts):
         f |= {"empty": int((counts == 0).sum()), "counts": counts.tolist()}
     seen: dict[str, Any] = {}  # images.show, in words
+    shapes, factor = [file.pop("latent_shape") for file in files], autoencoder.factor
     if cfg.buckets:
-        files = [entry | {"latent_shape": shape or summary.latent_shape} for entry, shape in zip(files, summary.shapes)]
-        factor = autoencoder.factor
-        seen["buckets"] = sorted({f"{shape[2] * factor}x{shape[1] * factor}" for shape in summary.shapes if shape})
+        files = [file | {"latent_shape": shape or summary.latent_shape} for file, shape in zip(files, shapes)]
+        seen["buckets"] = sorted({f"{shape[2] * factor}x{shape[1] * factor}" for shape in shapes if shape})
     first_stage = {
         key: autoencoder.manifest.get(key) for key in ("name", "kind", "channels", "factor", "sha256", "round_trip")
     }
@@ -56,7 +59,7 @@ def describe(
         "annotator": f,
         "autoencoder": first_stage,
         "size": size,
-        "source": list(dict.fromkeys(source["url"].rpartition("/")[0] for source in summary.sources))[:FEW],
+        "source": list(dict.fromkeys(shard["url"].rpartition("/")[0] for shard in summary.shards))[:FEW],
         "view": seen,
         "num_images": summary.images,
         "num_skipped": len(summary.skipped),

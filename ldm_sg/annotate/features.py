@@ -3,7 +3,6 @@
 With `names`, the only file that imports timm or open_clip. A g is a shipped extractor (a folder of ours), any timm model, or any
 open_clip image tower; it resizes and normalises by itself, runs frozen, and can be read at a chosen block."""
 
-import difflib
 import hashlib
 import inspect
 import os
@@ -189,15 +188,11 @@ def patch_size(tower: nn.Module) -> int | None:
 
 def _fused_attention(tower: nn.Module, layer: int) -> nn.Module | None:
     """The self-attention of a ViT's block, None where not one linear layer makes its queries, keys and values."""
-    if patch_size(tower) is None:
-        return None
-    blocks = getattr(tower, "blocks", None)
+    blocks = getattr(tower, "blocks", None) if patch_size(tower) else None
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         return None
     if not -len(blocks) <= layer < len(blocks):
-        raise InputError(
-            f"annotator.keys_layer={layer}: the ViT has the blocks 0 to {len(blocks) - 1}, or -1 for the last"
-        )
+        raise InputError(f"annotator.keys_layer={layer}: the ViT has the blocks 0 to {len(blocks) - 1}; -1 is the last")
     attention = getattr(blocks[layer], "attn", None)
     return attention if isinstance(getattr(attention, "qkv", None), nn.Linear) else None
 
@@ -266,18 +261,14 @@ def own_size(model: int, patch: int, source: int | None) -> int:
 
 def _timm(cfg: FeaturesConfig, source: int | None) -> tuple[nn.Module, dict[str, Any]]:
     base = cfg.model.split(".")[0]  # ARCHITECTURE.PRETRAINED_TAG
-    if not timm.is_model(base):
-        shipped = [path.parent.name for path in EXTRACTORS.glob("*/manifest.yaml")]
-        known = [*timm.list_models(), *shipped]
-        near = difflib.get_close_matches(cfg.model, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"ours: {', '.join(shipped)}; others: timm.list_models()"
-        raise InputError(f"features.model={cfg.model!r}: no such extractor; {hint}")
     try:
-        own = timm.get_pretrained_cfg(cfg.model)
+        own = timm.get_pretrained_cfg(cfg.model, allow_unregistered=False)
     except RuntimeError as err:
-        tags = timm.list_pretrained(f"{base}.*") or [base]
-        raise InputError(f"features.model={cfg.model!r}: {choices(cfg.model, tags)}") from err
-    own = own or timm.get_pretrained_cfg(base)
+        known = timm.list_pretrained(f"{base}.*") or [
+            *timm.list_models(),
+            *(path.parent.name for path in EXTRACTORS.glob("*/manifest.yaml")),
+        ]
+        raise InputError(f"features.model={cfg.model!r}: no such extractor; {choices(cfg.model, known)}") from err
     kwargs: dict[str, Any] = {"num_classes": 0}
     with torch.device("meta"):  # shapes only
         draft = timm.create_model(cfg.model, **kwargs)

@@ -41,9 +41,7 @@ def make_annotator(cfg: AnnotatorConfig) -> Annotator:
         return made
     old, _ = load_f(annotator_folder(source))
     if old.kind != cfg.kind or (cfg.reuse and cfg.extend):
-        raise InputError(
-            f"annotator.kind={cfg.kind}: {source} has one of kind {old.kind}; give either reuse= or extend="
-        )
+        raise InputError(f"annotator.kind={cfg.kind}: {source} has {old.kind}; give either reuse= or extend=")
     if cfg.reuse:
         return old
     made.known = old.prototypes()
@@ -114,9 +112,7 @@ def load_f(folder: Path) -> tuple[Annotator, dict[str, Any]]:
         wrong = name not in declared or type(value) is not type(declared[name])
         wrong = wrong or (isinstance(value, int) and value < 0)
         if wrong or (name == "dim" and annotator.dim not in (0, value)):
-            raise InputError(
-                f"{path}: state: {name}={value!r:.60}: not what annotator.kind={annotator.kind} keeps there"
-            )
+            raise InputError(f"{path}: state: {name}={value!r:.60}: not what {annotator.kind} keep there")
         setattr(annotator, name, value)
     try:
         annotator.restore(folder)

@@ -4,47 +4,26 @@ computes them nor a kill between two passes changes a bit of the result."""
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm_sg.annotate.stage import not_finite
+from ldm_sg.annotate.stage import Sums, added, not_finite, read_checkpoint, write_checkpoint
 from ldm_sg.data.latents import read_features
-from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import write_bytes
 
 BLOCK = 8192  # rows that are read at once
 SCORES = 2**19  # of rows with centroids that are computed at once on a CPU: what a core's own cache holds
 TOLERANCE = 1e-4  # a pass that changes the inertia by a smaller share of it is the last one
 SPLIT = 1 / 1024  # share by which the halves of a cluster that is split move apart, as in faiss
 
-Map = Callable[[Callable[[Path], "Sums"], Sequence[Path]], Iterable["Sums"]]  # like builtin map, in order
-
-
-@dataclass
-class Sums:
-    """What a pass adds up over n rows."""
-
-    points: np.ndarray  # float64 [K, D], of the rows nearest to each centroid
-    counts: np.ndarray  # int64 [K]
-    inertia: float  # sum of the rows' squared distances to their centroids
-
-    def __iadd__(self, other: "Sums") -> "Sums":
-        self.points += other.points
-        self.counts += other.counts
-        self.inertia += other.inertia
-        return self
+Map = Callable[[Callable[[Path], Sums], Sequence[Path]], Iterable[Sums]]  # like builtin map, in order
 
 
 def normalise(features: np.ndarray | Tensor) -> np.ndarray:
@@ -54,11 +33,13 @@ def normalise(features: np.ndarray | Tensor) -> np.ndarray:
 
 
 def sums_of(file: Path, centroids: Tensor, device: torch.device | str = "cpu") -> Sums:
-    """The map step: one .npy file of features [n, D], normalised here, and all centroids [K, D]. Holds one block of rows, their
-    scores and K x D sums, whatever n; the product runs on `device`. InputError naming file and row for one that is not finite."""
+    """The map step: one .npy file of features [n, D], normalised here, and all centroids [K, D] -> of the rows nearest to each
+    centroid their sum, `points` float64 [K, D], and number, `counts` int64 [K]; `inertia`, the sum of all rows' squared distances
+    to theirs. Holds one block of rows, their scores and K x D sums, whatever n; the product runs on `device`. InputError naming
+    file and row for one that is not finite."""
     k, there, rows = len(centroids), centroids.to(device), read_features(file)
     bias, (n, dim) = -there.square().sum(1) / 2, rows.shape
-    total = Sums(np.zeros((k, dim)), np.zeros(k, np.int64), 0.0)
+    sums, counts, inertia = np.zeros((k, dim)), np.zeros(k, np.int64), 0.0
     scores = torch.empty(tile(k) if there.device.type == "cpu" else BLOCK, k, device=device)
     for start in range(0, n, BLOCK):  # read, not mapped: pages of a long file would stay in memory
         part = np.fromfile(file, rows.dtype, BLOCK * dim, offset=rows.offset + start * rows.strides[0])
@@ -69,10 +50,12 @@ def sums_of(file: Path, centroids: Tensor, device: torch.device | str = "cpu") -
         tiles = torch.from_numpy(points).to(device).split(len(scores))
         ids = np.concatenate([_nearest(x, there, bias, scores[: len(x)]) for x in tiles])
         one_hot = csr_array((np.ones(len(ids)), ids, np.arange(len(ids) + 1)), shape=(len(ids), k))
-        total += Sums(one_hot.T @ points, np.bincount(ids, minlength=k), square)
+        sums += one_hot.T @ points
+        counts += np.bincount(ids, minlength=k)
+        inertia += square
     c = centroids.double().cpu().numpy()  # sum |x - c|^2 = sum |x|^2 + sum (c - 2x).c
-    total.inertia = max(0.0, total.inertia + float(np.vdot(total.counts[:, None] * c - 2 * total.points, c)))
-    return total
+    inertia = max(0.0, inertia + float(np.vdot(counts[:, None] * c - 2 * sums, c)))
+    return {"points": sums, "counts": counts, "inertia": np.float64(inertia)}
 
 
 def tile(k: int) -> int:
@@ -90,8 +73,8 @@ def _nearest(x: Tensor, centroids: Tensor, bias: Tensor, scores: Tensor) -> np.n
 def means(total: Sums) -> Tensor:
     """The centroids [K, D] after a pass. A cluster without a row takes half of the largest one: both are its mean, a little
     apart."""
-    counts = total.counts.copy()
-    centroids = (total.points / counts.clip(1)[:, None]).astype(np.float32)
+    counts = total["counts"].copy()
+    centroids = (total["points"] / counts.clip(1)[:, None]).astype(np.float32)
     apart = np.where(np.arange(centroids.shape[1]) % 2, -SPLIT, SPLIT).astype(np.float32)
     for empty in np.flatnonzero(counts == 0):
         largest = counts.argmax()
@@ -103,46 +86,26 @@ def means(total: Sums) -> Tensor:
 
 
 def lloyd(
-    files: Sequence[Path], k: int, start: Callable[[], Tensor], passes: int, checkpoint: Path, of: str,
+    files: Sequence[Path], start: Callable[[], Tensor], passes: int, checkpoint: Path, of: str,
     device: torch.device | str = "cpu", run: Map = map, tolerance: float = TOLERANCE,
 ) -> tuple[Tensor, list[float]]:  # fmt: skip
-    """At most `passes` over the files, from the `k` centroids of `start` -> centroids float32 [K, D] and the mean squared distance
+    """At most `passes` over the files, from the K centroids of `start` -> centroids float32 [K, D] and the mean squared distance
     that each pass found before it moved them. After each of them CHECKPOINT is written; one that is there and is of the same
     fit, as `of` says, is gone on from."""
-    found = _read(checkpoint, of, (k, read_features(files[0]).shape[1]), passes)
-    centroids, inertia = found or (start(), [])
-    if found is None:
-        _write(checkpoint, of, centroids, inertia)
+    if there := read_checkpoint(checkpoint, of):
+        centroids, inertia = there["centroids"], there["inertia"]
+    else:
+        centroids, inertia = start(), list[float]()
+        write_checkpoint(checkpoint, of, {"centroids": centroids, "inertia": inertia})
     while len(inertia) < passes and not _settled(inertia, tolerance):
         step = functools.partial(sums_of, centroids=centroids, device=device)
         bar: dict[str, Any] = {"desc": f"k-means, pass {len(inertia) + 1}", "unit": " files", "mininterval": 1}
-        total = functools.reduce(operator.iadd, tqdm(run(step, files), total=len(files), **bar))
+        total = added(tqdm(run(step, files), total=len(files), **bar))
         centroids = means(total)
-        inertia.append(total.inertia / int(total.counts.sum()))
-        _write(checkpoint, of, centroids, inertia)
+        inertia.append(float(total["inertia"] / total["counts"].sum()))
+        write_checkpoint(checkpoint, of, {"centroids": centroids, "inertia": inertia})
     return centroids, inertia
 
 
 def _settled(inertia: list[float], tolerance: float) -> bool:
     return len(inertia) > 1 and abs(inertia[-2] - inertia[-1]) <= tolerance * inertia[-1]
-
-
-def _write(path: Path, of: str, centroids: Tensor, inertia: list[float]) -> None:
-    tensors = {"centroids": centroids.contiguous(), "inertia": torch.tensor(inertia, dtype=torch.float64)}
-    write_bytes(path, save(tensors, {"of": of}))
-
-
-def _read(path: Path, of: str, shape: tuple[int, int], passes: int) -> tuple[Tensor, list[float]] | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("of") != of:
-                return None
-            centroids, inertia = file.get_tensor("centroids"), file.get_tensor("inertia")
-        right = (centroids.dtype, tuple(centroids.shape), inertia.dtype) == (torch.float32, shape, torch.float64)
-        if not right or inertia.ndim != 1 or len(inertia) > passes or not centroids.sum().add(inertia.sum()).isfinite():
-            raise ValueError(f"not centroids {shape} after at most {passes} passes")
-    except (SafetensorError, ValueError) as err:
-        raise InputError(f"{path} is damaged: {one_line(err)}; remove it to begin k-means again") from err
-    return centroids, inertia.tolist()

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ldm_sg.errors import InputError
+from ldm_sg.annotate.clusters import contingency
 from ldm_sg.guidance.spatial import VOID
 
 
@@ -14,10 +14,7 @@ def confusion(predicted: np.ndarray, truth: np.ndarray, k: int, classes: int) ->
 
     Pixels whose truth is VOID are left out."""
     counted = truth != VOID
-    p, c = predicted[counted].astype(np.int64), truth[counted].astype(np.int64)
-    if len(p) and (p.max() >= k or c.max() >= classes):
-        raise InputError(f"masks hold {p.max() + 1} predicted and {c.max() + 1} true classes, not {k} and {classes}")
-    return np.bincount(p * classes + c, minlength=k * classes).reshape(k, classes)
+    return contingency(predicted[counted], truth[counted], (k, classes))
 
 
 def match(table: np.ndarray) -> dict[str, Any]:

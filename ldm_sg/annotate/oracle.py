@@ -69,9 +69,7 @@ class Oracle(Annotator):
         if self.cfg.truth == "masks":
             classes = sum(observed.totals["classes"] for observed in seen)[:VOID]
             if not classes.any():
-                raise InputError(
-                    "annotator.truth=masks: no image of these shards has a KEY.mask.png with a class in it"
-                )
+                raise InputError("annotator.truth=masks: no image of these shards has a class in a KEY.mask.png")
             self.k = int(np.flatnonzero(classes)[-1]) + 1
             return
         if self.cfg.truth == "boxes" and not any(observed.totals["boxes"] for observed in seen):
@@ -80,8 +78,7 @@ class Oracle(Annotator):
         self.k = max(labels, default=-1) + 1
         if self.k > 1000 * max(1, len(labels)):
             raise InputError(
-                f"annotator.kind=oracle: class numbers go up to {self.k - 1:,} but only {len(labels)} occur; number "
-                "them from 0"
+                f"annotator.kind=oracle: only {len(labels)} classes up to {self.k - 1:,}: number them from 0"
             )
         self.multi_hot = self.cfg.truth == "boxes" or any(observed.totals["several"] for observed in seen)
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from ldm_sg import executor
@@ -22,9 +24,9 @@ from ldm_sg.annotate.clusters import contingency
 from ldm_sg.annotate.describe import describe
 from ldm_sg.annotate.features import load_extractor
 from ldm_sg.annotate.kinds import check_same_g, late, load_f, make_annotator, save_annotator
-from ldm_sg.annotate.stage import ShardMeta, Stage, check_unchanged, stages
+from ldm_sg.annotate.stage import ShardMeta, Stage, Sums, added, check_unchanged
 from ldm_sg.annotate.stream import extract, first_size, prepare_autoencoder
-from ldm_sg.annotate.tally import BEFORE, Before, Labels, Summary, put_aside, total, write_tally
+from ldm_sg.annotate.tally import BEFORE, TOTAL, Before, Summary, put_aside, write_tally
 from ldm_sg.config import AnnotateConfig, AnnotatorConfig
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.latents import finish as finish_set
@@ -74,11 +76,11 @@ def annotate_shards(cfg: AnnotateConfig, part: Part | None = None, finish: bool 
 
 
 class Opened:
-    """An annotation set in the making. As a worker it is called with numbers of shards and passes over them."""
+    """An annotation set in the making."""
 
     def __init__(self, cfg: AnnotateConfig, shards: list[str]) -> None:
         self.cfg, self.out, self.shards = cfg, Path(cfg.out), shards
-        self.stages = list(stages(self.out, len(shards)))
+        self.stages = [Stage(self.out, index) for index in range(len(shards))]
         self.annotator = make_annotator(cfg.annotator)
         self.before: Before | None = None
 
@@ -107,9 +109,6 @@ class Opened:
             save_annotator(self.out / "annotator", self.annotator, extractor)
         else:
             self.annotator.prepare(self.study)
-
-    def __call__(self, todo: list[int]) -> list[tuple[int, str]]:
-        return extract(self.study, self.autoencoder, self.annotator, todo)
 
 
 def open_set(cfg: AnnotateConfig) -> Opened:
@@ -149,49 +148,54 @@ def note_buckets(opened: Opened) -> None:
         )
 
 
-def worker(cfg: AnnotateConfig, shards: list[str], processes: int, device: str) -> Opened:
-    """One beside others, after the first has prepared."""
-    opened = Opened(replace(cfg, device=device, processes=processes), shards)
-    opened.prepare()
-    return opened
+def worker(study: Study, annotator: Annotator, device: str) -> Callable[[list[int]], list[tuple[int, str]]]:
+    """The pass over shards beside others, by what the first one has prepared, of which `study` lacks g alone."""
+    cfg = study.config
+    extractor = load_extractor(cfg.features, device) if annotator.reads_g else None
+    autoencoder = prepare_autoencoder(cfg, study.shards, study.size, torch.device(device))
+    return partial(extract, replace(study, extractor=extractor), autoencoder, annotator)
 
 
 def pass_over(opened: Opened, mine: list[int], failures: Path) -> None:
-    """The shards `mine` by all workers. One whose worker is lost is tried again, up to TRIES times. What is left is written to
-    `failures` when the others are done, and InputError names it; the same command then tries those only."""
-    cfg, device, damaged, lost = opened.cfg, pick_device(opened.cfg.device), dict[int, str](), dict[int, str]()
-    processes = len(executor.devices(cfg, device))
-    for attempt in range(TRIES):
-        todo, lost = sorted(lost) if attempt else mine, {}
-        if todo and executor.alone(cfg, device):
-            damaged |= opened(todo)
-            continue
-        each = 1 if attempt else min(MOST_SHARDS, max(1, len(todo) // (4 * processes)))
-        make = partial(worker, cfg, opened.shards, processes)
-        chunks = [todo[i : i + each] for i in range(0, len(todo), each)]
-        with tqdm(desc="annotate", total=len(todo), unit=" shards", disable=not todo) as bar:
-            now = partial(_progress, bar, [opened.stages[i] for i in todo])
-            for chunk, found in executor.run(make, chunks, cfg, device, now):
-                now()
-                if isinstance(found, executor.Lost):
-                    lost |= {i: found.why for i in chunk if not opened.stages[i].done}
-                else:
-                    damaged |= found
-    failed = {**damaged, **lost}
-    lines = [{"shard": opened.shards[i], "index": i, "reason": failed[i]} for i in sorted(failed)]
+    """The shards `mine` by all workers. What fails is written to `failures` when the others are done, and InputError names it;
+    the same command then tries that only."""
+    device, failed = pick_device(opened.cfg.device), dict[int, str]()
+    if not executor.alone(opened.cfg, device):
+        failed = by_workers(opened, mine, device)
+    elif mine:
+        failed = dict(extract(opened.study, opened.autoencoder, opened.annotator, mine))
     if not failed:
         failures.unlink(missing_ok=True)
         return
+    lines = [{"shard": opened.shards[i], "index": i, "reason": failed[i]} for i in sorted(failed)]
     write_text(failures, "".join(json.dumps(line) + "\n" for line in lines))
-    how = f"failed {TRIES} times" if lost else "are damaged"
-    way = "give the same command" if lost else (
-        "mend them and give the same command, or go on without what is lost by allow_damaged=true"
-    )  # fmt: skip
-    example = "{shard}: {reason}".format(**lines[0]) if lost else lines[0]["reason"]
     raise InputError(
-        f"{len(failed)} of {len(opened.shards)} shards {how}, the others are done; the first: {example}; {failures.name} "
-        f"lists them; {way}"
+        f"{len(failed)} of {len(opened.shards)} shards failed, the others are done; the first: {lines[0]['shard']}: "
+        f"{lines[0]['reason']}; {failures.name} lists them; give the same command again: mend first what is damaged, or go on "
+        "without what is lost by allow_damaged=true"
     )
+
+
+def by_workers(opened: Opened, mine: list[int], device: torch.device) -> dict[int, str]:
+    """What failed of the shards `mine`, and why. One whose worker is lost is tried again, up to TRIES times."""
+    cfg, g, damaged, lost = opened.cfg, opened.study.extractor, dict[int, str](), dict.fromkeys(mine, "")
+    processes = len(executor.devices(cfg, device))
+    own = replace(cfg, processes=processes, features=replace(cfg.features, size=g.size if g else None))
+    make = partial(worker, replace(opened.study, config=own, extractor=None), opened.annotator)
+    for attempt in range(TRIES):
+        if not lost:
+            break
+        todo, lost = sorted(lost), {}
+        each = 1 if attempt else min(MOST_SHARDS, max(1, len(todo) // (4 * processes)))
+        chunks = [todo[i : i + each] for i in range(0, len(todo), each)]
+        with tqdm(desc="annotate", total=len(todo), unit=" shards") as bar:
+            now = partial(_progress, bar, [opened.stages[i] for i in todo])
+            for chunk, found in executor.run(make, chunks, cfg, device, now):
+                if isinstance(found, executor.Lost):
+                    lost |= {i: f"failed {TRIES} times: {found.why}" for i in chunk if not opened.stages[i].done}
+                else:
+                    damaged |= found
+    return damaged | lost
 
 
 def _progress(bar: tqdm, passing: list[Stage]) -> None:
@@ -203,17 +207,18 @@ def complete(opened: Opened) -> Path:
     out, annotator = opened.out, opened.annotator
     summary = summarise(opened)
     if not opened.fitted:
-        annotator.fit(replace(opened.study, counts=[source["images"] for source in summary.sources]))
+        annotator.fit(replace(opened.study, counts=[shard["images"] for shard in summary.shards]))
         save_annotator(out / "annotator", annotator, opened.study.extractor)
     annotator, _ = load_f(out / "annotator")
-    labels, files = write_shards(opened, annotator, summary)
-    totals = total(opened.fresh)
+    sums, files = write_shards(opened, annotator, summary)
+    totals = added(stage.read_observed().totals for stage in opened.fresh)
+    sums |= {f"{TOTAL}{name}": total for name, total in totals.items()}
     if opened.before:
-        labels, totals = opened.before.with_more(labels, summary.classes, totals)
+        sums = added([sums, opened.before.aligned(summary.classes)])
         files = opened.before.manifest["shards"] + files
     write_text(out / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in summary.skipped))
-    write_tally(out, labels, summary.classes, totals)
-    manifest = describe(opened.study, annotator, opened.autoencoder, summary, labels, totals, files)
+    write_tally(out, sums, summary.classes)
+    manifest = describe(opened.study, annotator, opened.autoencoder, summary, sums, files)
     sweep(out)  # what a killed start left whose processes were still dying when this one began
     finish_set(out, manifest)
     shutil.rmtree(out / "work")
@@ -243,32 +248,31 @@ def take(opened: Opened) -> None:
 
 def summarise(opened: Opened) -> Summary:
     """Counts over all shards; InputError when there is no image, or too large a share was skipped."""
-    max_skipped, shards, before = opened.cfg.max_skipped, opened.cfg.shards, opened.before
-    sources, skipped, shapes, classes = [], [], [], np.empty(0, np.int64)
+    max_skipped, before = opened.cfg.max_skipped, opened.before
+    shards: list[dict[str, Any]] = []
+    skipped, classes = [], np.empty(0, np.int64)
     if before:
-        old, classes = before.manifest, before.tally["classes"]
-        sources = [{key: entry[key] for key in ("images", "url", "source")} for entry in old["shards"]]
-        skipped, shapes = [*before.skipped], [entry.get("latent_shape", old["latent_shape"]) for entry in old["shards"]]
+        shape = {"latent_shape": before.manifest["latent_shape"]}
+        shards = [shape | entry for entry in before.manifest["shards"]]
+        skipped, classes = [*before.skipped], before.tally["classes"]
     for stage in opened.fresh:
         meta = stage.read_meta()
-        sources.append({"images": len(meta.keys), "url": meta.url, "source": meta.source})
+        source = {"images": len(meta.keys), "url": meta.url, "source": meta.source}
+        shards.append(source | {"latent_shape": meta.latent_shape})
         skipped += [dict(zip(("shard", "key", "reason"), entry)) for entry in meta.skipped]
         classes = np.union1d(classes, np.array(meta.cls, np.int64))
-        shapes.append(meta.latent_shape)
-    total = sum(source["images"] for source in sources)
     example = "; the first: {shard} {key}: {reason}".format(**skipped[0]) if skipped else ""
-    if not any(shapes):
-        raise InputError(f"shards={shards!r}: no usable image in {len(sources)} shards{example}")
-    lost = sum(entry["reason"] != EMPTY for entry in skipped)  # a shard of downloads that all failed has none to lose
-    seen = total + lost
-    if lost > max_skipped * seen:
-        raise InputError(
-            f"{lost} of {seen} images cannot be used, more than max_skipped={max_skipped} of them{example}"
-        )
     often = Counter[tuple[int, ...]]()
-    for source, shape in zip(sources, shapes):
-        often[tuple(shape or ())] += source["images"]
-    return Summary(sources, total, classes[classes >= 0], skipped, list(often.most_common(1)[0][0]), shapes)
+    for shard in shards:
+        often[tuple(shard["latent_shape"] or ())] += shard["images"]
+    if not (images := often.total()):
+        raise InputError(f"shards={opened.cfg.shards!r}: no usable image in {len(shards)} shards{example}")
+    lost = sum(entry["reason"] != EMPTY for entry in skipped)  # a shard of downloads that all failed has none to lose
+    if lost > max_skipped * (images + lost):
+        raise InputError(
+            f"{lost} of {images + lost} images cannot be used, more than max_skipped={max_skipped} of them{example}"
+        )
+    return Summary(shards, images, classes[classes >= 0], skipped, list(often.most_common(1)[0][0]))
 
 
 def no_ids(cfg: AnnotatorConfig) -> InputError:
@@ -286,20 +290,17 @@ def corrupted_ids(all_stages: list[Stage], annotator: Annotator) -> np.ndarray |
     return corrupted(np.concatenate([part["k"] for part in parts]), cfg.shuffle, cfg.seed)
 
 
-def write_shards(opened: Opened, annotator: Annotator, summary: Summary) -> tuple[Labels, list[dict[str, Any]]]:
-    """Annotated shards in source order, those that are missing, by all workers; and the manifest's entry of each."""
+def write_shards(opened: Opened, annotator: Annotator, summary: Summary) -> tuple[Sums, list[dict[str, Any]]]:
+    """Annotated shards in source order, those that are missing, by all workers; `counts` and `table` over them, and the
+    manifest's entry of each."""
     cfg, device, all_stages = opened.cfg, pick_device(opened.cfg.device), opened.fresh
-    ids = corrupted_ids(all_stages, annotator)
-    sources = summary.sources[-len(all_stages) :]
-    ends = np.cumsum([source["images"] for source in sources])
-    tasks = [
-        (stage.index, None if ids is None else ids[end - source["images"] : end])
-        for stage, source, end in zip(all_stages, sources, ends)
-    ]
+    ids, own = corrupted_ids(all_stages, annotator), [shard["images"] for shard in summary.shards[-len(all_stages) :]]
+    parts = [None] * len(all_stages) if ids is None else np.split(ids, np.cumsum(own)[:-1])
+    tasks = [(stage.index, part) for stage, part in zip(all_stages, parts)]
     make = partial(Writing, opened.out, cfg.flips, summary.classes)
     bar = tqdm(executor.in_order(make, tasks, cfg, device), desc="write", unit=" shards", total=len(tasks))
-    counts, tables, files = zip(*bar)
-    return (sum(counts), sum(tables)), [entry | source for entry, source in zip(files, sources)]
+    sums, files = zip(*bar)
+    return added(sums), list(files)
 
 
 class Writing:
@@ -309,8 +310,9 @@ class Writing:
         self.out, self.flips, self.classes = out, flips, classes
         self.annotator, _ = load_f(out / "annotator")
 
-    def __call__(self, task: tuple[int, np.ndarray | None]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """The shard's number and ids that stand for the annotator's, if any -> its `Labels` and its entry in the manifest."""
+    def __call__(self, task: tuple[int, np.ndarray | None]) -> tuple[Sums, dict[str, Any]]:
+        """The shard's number and ids that stand for the annotator's, if any -> its `counts` and `table`, and its entry in the
+        manifest."""
         (index, ids), spec, classes = task, self.annotator.spec, self.classes
         stage = Stage(self.out, index)
         meta = stage.read_meta()
@@ -331,7 +333,7 @@ class Writing:
         for path in stage.latents.values():
             path.unlink(missing_ok=True)
         entry = {"file": stage.tar.name, "bytes": stage.tar.stat().st_size, "sha256": file_sha256(stage.tar)}
-        return counts, table, entry
+        return {"counts": counts, "table": table}, entry
 
 
 def write_shard(stage: Stage, meta: ShardMeta, signals: Columns, flips: bool) -> None:

@@ -1,4 +1,6 @@
-"""f = STEGO (or plain k-means on patches): an index mask of K classes, the paper's self-segmented guidance."""
+"""f = STEGO (or plain k-means on patches): an index mask of K classes, the paper's self-segmented guidance.
+
+Spherical k-means on the codes of many patches (with STEGO's head) or on the features themselves (without) gives classes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,29 +8,39 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms.functional import five_crop
 from tqdm import tqdm
 
 from ldm_sg.annotate.annotator import Annotator, Study
+from ldm_sg.annotate.clusters import kmeans, normalise
 from ldm_sg.annotate.distill import jitter
 from ldm_sg.annotate.features import FeatureExtractor
 from ldm_sg.annotate.matching import confusion, match
-from ldm_sg.annotate.stage import Observed
-from ldm_sg.annotate.stego import Segmenter
+from ldm_sg.annotate.stage import Observed, subset
+from ldm_sg.annotate.stego import Head, fit_head, official
 from ldm_sg.annotate.views import Views
 from ldm_sg.config import AnnotatorConfig, SegmentsConfig
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Columns, PackedMasks
+from ldm_sg.errors import InputError, one_line
+from ldm_sg.folder import write_bytes
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.guidance.spatial import VOID
+from ldm_sg.weights import read_finite
 
+WEIGHTS = "segments.safetensors"
 CROPS = 5
+PROBE = 200_000  # about this many patches at most for k-means
+SCORES = 2**24  # scores of classes held at once while masks are made: 64 MB
 
 
 class Segments(Annotator):
-    """The segmenter is fitted on a part of the images before the streaming pass, in which it then segments them all. Shards
-    with masks of their own give mIoU and pixel accuracy too, after Hungarian matching."""
+    """K classes for the pixels of an image, from its patch features: STEGO's head, or none, and K centroids. They are fitted
+    on a part of the images before the streaming pass, in which all are segmented. Shards with masks of their own give mIoU
+    and pixel accuracy too, after Hungarian matching."""
 
     kind = "segments"
     reads_truth = True
@@ -37,28 +49,86 @@ class Segments(Annotator):
 
     def __init__(self, cfg: AnnotatorConfig):
         super().__init__(cfg)
-        self.segmenter = Segmenter(cfg.k, cfg.segments, cfg.seed)
+        cfg.segments.check("annotator.segments.")
+        if not 1 <= cfg.k <= VOID:
+            raise InputError(f"annotator.k={cfg.k}: segments have 1 to {VOID} classes")
+        self.head: Head | None = None
+        self.centroids = torch.empty(0, 1)  # [K, C] of unit length, once fitted
+        self.means: Tensor | None = None  # [K, D], each class's mean direction of patch features
 
     def prepare(self, study: Study) -> None:
         """Fits, or takes what an earlier start has fitted into OUT/annotator."""
-        folder, work = (Path(study.config.out) / name for name in ("annotator", "work"))
-        if Segmenter.fitted(folder):
+        folder, work, cfg = Path(study.config.out) / "annotator", Path(study.config.out) / "work", self.cfg.segments
+        if (folder / WEIGHTS).is_file():
             self.restore(folder)
             return
         assert study.extractor is not None
-        if self.cfg.segments.weights:
-            self.segmenter.take_official(Path(self.cfg.segments.weights), study.extractor.tower)
+        if cfg.weights:
+            self.head, centres = official(Path(cfg.weights), study.extractor.tower)
+            if len(centres) != self.k:
+                raise InputError(f"annotator.k={self.k}: {cfg.weights} has {len(centres)} classes")
+            self.centroids = F.normalize(centres, dim=1)
         else:
-            patches, features = sample_patches(study, self.cfg.segments, self.cfg.seed, work / "patches.f16")
-            self.segmenter.fit(patches, features, work, study.extractor.mean.device)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.segmenter.save(folder)
+            patches, features = sample_patches(study, cfg, self.cfg.seed, work / "patches.f16")
+            self.learn(patches, features, work, study.extractor.mean.device)
+        self.save(folder)
+
+    def learn(self, patches: np.ndarray, features: np.ndarray, folder: Path, device: torch.device | str) -> "Segments":
+        """Patch features float16 [N, D, h, w] and image-level `features` [N, D'] of images to learn from; the checkpoint of
+        the head's fit lies in FOLDER."""
+        cfg, seed = self.cfg.segments, self.cfg.seed
+        if cfg.method == "stego":
+            self.head = fit_head(patches, features, cfg, seed, device, folder)
+        settings = {"niter": 30, "nredo": 3, "spherical": True, "seed": seed}
+        self.centroids = F.normalize(kmeans(self._points(patches, device), self.k, "patches", **settings), dim=1)
+        self.means = self._means(patches, device)
+        return self
+
+    def _points(self, patches: np.ndarray, device: torch.device | str) -> np.ndarray:
+        """Codes of unit length [P, C], as many of every image, at random places."""
+        chosen, places = (
+            subset(len(patches), self.cfg.segments.images, self.cfg.seed),
+            patches.shape[2] * patches.shape[3],
+        )
+        generator, each = np.random.default_rng(self.cfg.seed), min(places, -(-PROBE // len(chosen)))
+        points = []
+        for start in range(0, len(chosen), 32):
+            codes = self.codes(torch.from_numpy(patches[chosen[start : start + 32]]).to(device)).flatten(2)
+            order = generator.permuted(np.tile(np.arange(places), (len(codes), 1)), axis=1)[:, None, :each]
+            drawn = codes.gather(2, torch.from_numpy(order).to(device).expand(-1, codes.shape[1], -1))
+            points.append(normalise(drawn.transpose(1, 2).flatten(0, 1)))
+        return np.concatenate(points)
+
+    def _means(self, patches: np.ndarray, device: torch.device | str) -> Tensor:
+        total = torch.zeros(self.k, patches.shape[1], device=device)
+        for start in range(0, len(patches), 32):
+            part = torch.from_numpy(np.array(patches[start : start + 32])).to(device).float()
+            ids = torch.einsum("bchw,kc->bkhw", self.codes(part), self.centroids.to(device)).argmax(1).flatten()
+            total.index_add_(0, ids, F.normalize(part, dim=1).transpose(0, 1).flatten(1).T)
+        return F.normalize(total, dim=1).cpu()
+
+    @torch.no_grad()
+    def codes(self, patches: Tensor) -> Tensor:
+        """Patch features [B, D, h, w] -> codes float32 [B, C, h, w], which without a head are the features themselves."""
+        return patches.float() if self.head is None else self.head.to(patches.device)(patches.float())
+
+    def segment(self, patches: Tensor, mirrored: Tensor | None, size: int) -> Tensor:
+        """Patch features [B, D, h, w] of images and, to average their codes, those of the same patches in the mirror images
+        (`FeatureExtractor.patches`) -> the class of every pixel, uint8 [B, size, size]: the centroid with the largest cosine to the
+        code, upsampled bilinearly."""
+        codes = self.codes(patches)
+        if mirrored is not None:
+            codes = codes + self.codes(mirrored)
+        # Upsampling is linear and the length of a code moves no argmax, so the products with K centroids are upsampled.
+        scores = torch.einsum("bchw,kc->bkhw", codes, self.centroids.to(codes.device))
+        parts = scores.split(max(1, SCORES // (self.k * size**2)))
+        return torch.cat([F.interpolate(p, (size, size), mode="bilinear").argmax(1).to(torch.uint8) for p in parts])
 
     def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch | None = None) -> Observed:
         assert g is not None
         mirrored = g.patches(seen.squares, mirrored=True)[1] if self.cfg.segments.flips else None
         features, patches = g.patches(seen.squares)
-        masks = self.segmenter.segment(patches, mirrored, seen.size).cpu().numpy()
+        masks = self.segment(patches, mirrored, seen.size).cpu().numpy()
         table = np.zeros((self.k, VOID), np.int64)
         for mask, truth in zip(masks, batch.truth, strict=True) if batch else ():
             if truth.mask is not None:
@@ -81,14 +151,32 @@ class Segments(Annotator):
         return GuidanceSpec(self.kind, num_labels=self.k, multi_hot=True, spatial="mask")
 
     def prototypes(self) -> Tensor | None:
-        return self.segmenter.prototypes
+        return self.means
 
     def save(self, folder: Path) -> None:
-        self.segmenter.save(folder)
+        """FOLDER/segments.safetensors."""
+        tensors = {"centroids": self.centroids.contiguous()} | (
+            {} if self.means is None else {"prototypes": self.means}
+        )
+        head = {} if self.head is None else {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        write_bytes(folder / WEIGHTS, save(tensors | head))
 
     def restore(self, folder: Path) -> None:
-        self.segmenter.k = self.k
-        self.segmenter.restore(folder)
+        path = folder / WEIGHTS
+        tensors = read_finite(path, {"centroids": (self.k, 0)})
+        self.centroids, self.means = tensors.pop("centroids"), tensors.pop("prototypes", None)
+        dim = self.centroids.shape[1]
+        try:
+            if tensors:
+                dim = tensors["head.linear.weight"].shape[1]
+                with torch.device("meta"):  # of a size that the file itself has
+                    self.head = Head(dim, self.centroids.shape[1]).requires_grad_(False)
+                own = {name.removeprefix("head."): value for name, value in tensors.items()}
+                self.head.load_state_dict(own, assign=True)
+        except (KeyError, IndexError, RuntimeError) as err:
+            raise InputError(f"{path}: its head is damaged: {one_line(err)[:200]}") from err
+        if self.means is not None:
+            read_finite(path, {"prototypes": (self.k, dim)})
 
 
 def sample_patches(study: Study, cfg: SegmentsConfig, seed: int, path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -8,19 +8,24 @@ second run does only what is missing. In the folder of the annotation set, of sh
 
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ldm_sg.data.latents import read_features
 from ldm_sg.data.signals import Columns, concatenated, npy, to_arrays, to_columns
 from ldm_sg.data.tars import is_remote
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import disk_errors, file_sha256, read_mapping, temporary, write_bytes, write_text
+
+Sums = dict[str, np.ndarray]  # what is added up over images or shards
 
 
 @dataclass
@@ -32,7 +37,7 @@ class ShardMeta:
     cls: list[int]  # -1 = unknown
     skipped: list[tuple[str, str, str]]  # (shard, key, reason)
     latent_shape: list[int] | None  # [C, h, w]; None when the shard had no image
-    source: dict[str, Any] = field(default_factory=dict)  # bytes, modified and sha256 of a local one
+    source: dict[str, Any]  # bytes, modified and sha256 of a local one
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Observed:
     `columns`: name -> [n, ...], kept for each image; `totals`: name -> array, added up over all images."""
 
     columns: Columns = field(default_factory=dict)
-    totals: dict[str, np.ndarray] = field(default_factory=dict)
+    totals: Sums = field(default_factory=dict)
     features: Tensor | np.ndarray | None = None
 
 
@@ -62,12 +67,7 @@ class Stage:
 
     def read_meta(self) -> ShardMeta:
         kinds = {"url": str, "keys": [str], "cls": [int], "skipped": [[str]], "latent_shape": (list, type(None))}
-        meta = read_mapping(self.meta, kinds)
-        return ShardMeta(**{f.name: meta[f.name] for f in fields(ShardMeta) if f.name in meta})
-
-    def read_features(self, rows: int | None = None) -> np.ndarray:
-        """float16 [n, D], memory-mapped; InputError where n is not `rows`."""
-        return read_features(self.features, rows)
+        return ShardMeta(**read_mapping(self.meta, kinds | {"source": dict}))
 
     def read_observed(self) -> Observed:
         """What f observed of the shard's images."""
@@ -75,7 +75,7 @@ class Stage:
             columns = to_columns({n: arrays[n] for n in arrays.files if "/" not in n})
             totals = {n.removeprefix("total/"): arrays[n] for n in arrays.files if n.startswith("total/")}
         rows = len(self.read_meta().keys) if self.features.is_file() else 0
-        return Observed(columns, totals, self.read_features(rows) if rows else None)
+        return Observed(columns, totals, read_features(self.features, rows) if rows else None)
 
     def read_latents(self, which: str, meta: ShardMeta) -> np.ndarray:
         """float16 [n, C, h, w], memory-mapped."""
@@ -86,17 +86,14 @@ class Stage:
 class StageWriter:
     """Takes a shard's batches as they come; `finish` gives the files their names, and without it none of them stays."""
 
-    def __init__(self, stage: Stage, url: str, flips: bool):
-        self.stage, self.meta = stage, ShardMeta(url, [], [], [], None)
+    def __init__(self, stage: Stage, url: str):
+        self.stage, self.meta = stage, ShardMeta(url, [], [], [], None, {})
         self.features: list[np.ndarray] = []
         self.columns: list[Columns] = []
-        self.totals: dict[str, np.ndarray] = {}
-        self.paths = {which: stage.latents[which] for which in (["latent", "flip"] if flips else ["latent"])}
+        self.totals: Sums = {}
+        self.files: dict[Path, IO[bytes]] = {}
 
     def __enter__(self) -> "StageWriter":
-        for folder in {self.stage.features.parent, self.stage.meta.parent}:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.files: dict[str, IO[bytes]] = {w: temporary(path).open("wb") for w, path in self.paths.items()}
         return self
 
     def add(self, keys: list[str], cls: list[int], latents: dict[str, Tensor], observed: Observed) -> None:
@@ -107,18 +104,21 @@ class StageWriter:
             self.features.append(observed.features.half().cpu().numpy())
         self.meta.latent_shape = list(latents["latent"].shape[1:])
         self.columns.append(observed.columns)
-        for name, total in observed.totals.items():
-            self.totals[name] = self.totals.get(name, 0) + total
+        self.totals = added([self.totals, observed.totals])
         for which, values in latents.items():
-            with disk_errors(self.paths[which]):
-                self.files[which].write(values.half().cpu().contiguous().numpy().data)
-                self.files[which].flush()
+            path = self.stage.latents[which]
+            with disk_errors(path):
+                if path not in self.files:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self.files[path] = temporary(path).open("wb")
+                self.files[path].write(values.half().cpu().contiguous().numpy().data)
+                self.files[path].flush()
 
     def finish(self, skipped: list[tuple[str, str, str]]) -> None:
         self.meta.skipped = skipped
-        for which, file in self.files.items():
+        for path, file in self.files.items():
             file.close()
-            temporary(self.paths[which]).replace(self.paths[which])
+            temporary(path).replace(path)
         if self.features:
             write_bytes(self.stage.features, npy(np.concatenate(self.features)))
         totals = {f"total/{name}": total for name, total in self.totals.items()}
@@ -128,9 +128,9 @@ class StageWriter:
         write_text(self.stage.meta, json.dumps(asdict(self.meta)))
 
     def __exit__(self, *error: object) -> None:
-        for which, file in self.files.items():
+        for path, file in self.files.items():
             file.close()
-            temporary(self.paths[which]).unlink(missing_ok=True)
+            temporary(path).unlink(missing_ok=True)
 
 
 def fingerprint(url: str) -> dict[str, Any]:
@@ -156,14 +156,38 @@ def check_unchanged(url: str, known: dict[str, Any]) -> None:
         )
 
 
+def read_checkpoint(path: Path, of: str) -> dict[str, Any] | None:
+    """What `write_checkpoint` left of the same fit, as `of` says; None where there is nothing, or what is of another one."""
+    if not path.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if name := archive.testzip():
+                raise ValueError(f"{name} has another checksum")  # torch does not look at them
+        there = torch.load(path, "cpu", weights_only=True)
+        return there if there["of"] == of else None
+    except Exception as err:  # zip and pickle errors, missing keys
+        raise InputError(f"{path} is damaged: {one_line(err)[:200]}; remove it to begin this fit again") from err
+
+
+def write_checkpoint(path: Path, of: str, state: dict[str, Any]) -> None:
+    """Tensors and plain values, from which a fit that is killed goes on."""
+    torch.save(state | {"of": of}, buffer := io.BytesIO())
+    write_bytes(path, buffer.getvalue())
+
+
 def not_finite(file: Path, row: int) -> InputError:
     return InputError(
         f"{file}: row {row} is NaN or infinite: g fails on that image; annotate into another out= with features.precision=fp32"
     )
 
 
-def stages(out: Path, count: int) -> Iterator[Stage]:
-    return (Stage(out, index) for index in range(count))
+def added(parts: Iterable[Sums]) -> Sums:
+    """Name by name, and in this order."""
+    sums = Counter[str]()
+    for part in parts:
+        sums.update(part)  # type: ignore[arg-type] # it adds arrays as well
+    return dict(sums)  # type: ignore[arg-type]
 
 
 def subset(count: int, limit: int, seed: int) -> np.ndarray:
@@ -183,7 +207,7 @@ def sample_features(all_stages: list[Stage], counts: list[int], limit: int, seed
         first, last = np.searchsorted(chosen, [start, end])
         if first == last:
             continue
-        features = stage.read_features(end - start)
+        features = read_features(stage.features, end - start)
         if out is None:
             out = np.empty((len(chosen), features.shape[1]), np.float32)
         out[first:last] = features[chosen[first:last] - start]

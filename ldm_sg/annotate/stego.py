@@ -1,122 +1,178 @@
-"""Segments without labels: STEGO, and k-means on g's patch features as its baseline.
+"""STEGO's head (Hamilton et al., ICLR 2022): patch features -> codes whose cosine similarities repeat the features', only
+sharper. Pairs of patches that are more alike than a threshold b attract each other, all others are pushed apart."""
 
-Spherical k-means on the codes of many patches (with STEGO's head) or on the features themselves (without) gives classes."""
-
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from ldm_sg.annotate.clusters import kmeans, normalise
-from ldm_sg.annotate.stage import subset
-from ldm_sg.annotate.stego_head import Head, fit_head
-from ldm_sg.annotate.stego_official import official
+from ldm_sg.annotate.clusters import normalise
+from ldm_sg.annotate.stage import read_checkpoint, subset, write_checkpoint
 from ldm_sg.config import SegmentsConfig
-from ldm_sg.errors import InputError, one_line
-from ldm_sg.folder import write_bytes
-from ldm_sg.guidance.spatial import VOID
-from ldm_sg.weights import read_finite
+from ldm_sg.errors import InputError
+from ldm_sg.weights import read_weights
 
-WEIGHTS = "segments.safetensors"
-PROBE = 200_000  # about this many patches at most for k-means
-SCORES = 2**24  # scores of classes held at once while masks are made: 64 MB
+CHECKPOINT = "stego.pt"
+SAMPLES, DROPOUT = 11, 0.1  # the official code's: random places along each side of an image, and channels not shown
+OFFICIAL = {
+    "net.cluster1.0": "linear",
+    "net.cluster2.0": "nonlinear.0",
+    "net.cluster2.2": "nonlinear.2",
+}  # names there: ours
+CLASSES = "cluster_probe.clusters"
+EMBEDDING = "net.model.patch_embed.proj.weight"  # of the ViT that the head was trained on
+WINDOW = 50  # steps between checkpoints, whose mean loss decides when to stop
 
 
-class Segmenter:
-    """K classes for the pixels of an image, from its patch features: STEGO's head, or none, and K centroids."""
+class Head(nn.Module):
+    """Patch features [B, D, h, w] -> codes [B, C, h, w]: a linear map plus a two-layer one, both of 1x1 convolutions."""
 
-    def __init__(self, k: int, cfg: SegmentsConfig, seed: int):
-        cfg.check("annotator.segments.")
-        if not 1 <= k <= VOID:
-            raise InputError(f"annotator.k={k}: segments have 1 to {VOID} classes")
-        self.k, self.cfg, self.seed = k, cfg, seed
-        self.head: Head | None = None
-        self.centroids = torch.empty(0, 1)  # [K, C] of unit length, once fitted
-        self.prototypes: Tensor | None = None  # [K, D], each class's mean direction of patch features
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.linear = nn.Conv2d(dim, width, 1)
+        self.nonlinear = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.ReLU(), nn.Conv2d(dim, width, 1))
 
-    def fit(
-        self, patches: np.ndarray, image_features: np.ndarray, folder: Path, device: torch.device | str
-    ) -> "Segmenter":
-        """Patch features float16 [N, D, h, w] and image-level features [N, D'] of images to learn from; the checkpoint of
-        the head's fit lies in FOLDER."""
-        if self.cfg.method == "stego":
-            self.head = fit_head(patches, image_features, self.cfg, self.seed, device, folder)
-        settings = {"niter": 30, "nredo": 3, "spherical": True, "seed": self.seed}
-        self.centroids = F.normalize(kmeans(self._points(patches, device), self.k, "patches", **settings), dim=1)
-        self.prototypes = self._prototypes(patches, device)
-        return self
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.linear(patches) + self.nonlinear(patches)
 
-    def take_official(self, path: Path, tower: nn.Module) -> None:
-        """Head and classes of an official STEGO checkpoint, instead of a fit; `tower` is the network of g."""
-        self.head, centres = official(path, tower)
-        if len(centres) != self.k:
-            raise InputError(f"annotator.k={self.k}: {path} has {len(centres)} classes")
-        self.centroids = F.normalize(centres, dim=1)
 
-    def _points(self, patches: np.ndarray, device: torch.device | str) -> np.ndarray:
-        """Codes of unit length [P, C], as many of every image, at random places."""
-        chosen, places = subset(len(patches), self.cfg.images, self.seed), patches.shape[2] * patches.shape[3]
-        generator, each = np.random.default_rng(self.seed), min(places, -(-PROBE // len(chosen)))
-        points = []
-        for start in range(0, len(chosen), 32):
-            codes = self.codes(torch.from_numpy(patches[chosen[start : start + 32]]).to(device)).flatten(2)
-            order = generator.permuted(np.tile(np.arange(places), (len(codes), 1)), axis=1)[:, None, :each]
-            drawn = codes.gather(2, torch.from_numpy(order).to(device).expand(-1, codes.shape[1], -1))
-            points.append(normalise(drawn.transpose(1, 2).flatten(0, 1)))
-        return np.concatenate(points)
+def correspondences(a: Tensor, b: Tensor) -> Tensor:
+    """Eq. 1: maps [B, D, ...] and [B, D, ...] -> cosines of all pairs of their places, [B, P, Q]."""
+    return F.normalize(a.flatten(2), dim=1).transpose(1, 2) @ F.normalize(b.flatten(2), dim=1)
 
-    def _prototypes(self, patches: np.ndarray, device: torch.device | str) -> Tensor:
-        total = torch.zeros(self.k, patches.shape[1], device=device)
-        for start in range(0, len(patches), 32):
-            part = torch.from_numpy(np.array(patches[start : start + 32])).to(device).float()
-            ids = torch.einsum("bchw,kc->bkhw", self.codes(part), self.centroids.to(device)).argmax(1).flatten()
-            total.index_add_(0, ids, F.normalize(part, dim=1).transpose(0, 1).flatten(1).T)
-        return F.normalize(total, dim=1).cpu()
 
-    @torch.no_grad()
-    def codes(self, patches: Tensor) -> Tensor:
-        """Patch features [B, D, h, w] -> codes float32 [B, C, h, w], which without a head are the features themselves."""
-        return patches.float() if self.head is None else self.head.to(patches.device)(patches.float())
+def correspondence_loss(
+    features_a: Tensor,
+    features_b: Tensor,
+    codes_a: Tensor,
+    codes_b: Tensor,
+    shift: float,
+    centre: bool = True,
+    zero_clamp: bool = True,
+) -> Tensor:
+    """Eq. 4: - mean (F - b) max(S, 0), with F of features [B, D, ...], S of codes [B, C, ...] and b = `shift`.
 
-    def segment(self, patches: Tensor, mirrored: Tensor | None, size: int) -> Tensor:
-        """Patch features [B, D, h, w] of images and, to average their codes, those of the same patches in the mirror images
-        (`FeatureExtractor.patches`) -> the class of every pixel, uint8 [B, size, size]: the centroid with the largest cosine to the code, upsampled bilinearly."""
-        codes = self.codes(patches)
-        if mirrored is not None:
-            codes = codes + self.codes(mirrored)
-        # Upsampling is linear and the length of a code moves no argmax, so the products with K centroids are upsampled.
-        scores = torch.einsum("bchw,kc->bkhw", codes, self.centroids.to(codes.device))
-        parts = scores.split(max(1, SCORES // (self.k * size**2)))
-        return torch.cat([F.interpolate(p, (size, size), mode="bilinear").argmax(1).to(torch.uint8) for p in parts])
+    `centre` is Eq. 3, F less its mean over the places of b; the official code then adds the batch's mean F again, so its b
+    are larger than ours by that mean. Without `zero_clamp` S itself takes the place of max(S, 0), Eq. 2."""
+    with torch.no_grad():
+        f = correspondences(features_a, features_b)  # [B, P, Q]
+        if centre:
+            f = f - f.mean(2, keepdim=True)
+    s = correspondences(codes_a, codes_b)  # [B, P, Q]
+    return -((f - shift) * (s.clamp(min=0) if zero_clamp else s)).mean()
 
-    def save(self, folder: Path) -> None:
-        """FOLDER/segments.safetensors."""
-        head = {} if self.head is None else {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        own = {"centroids": self.centroids.contiguous(), "prototypes": self.prototypes}
-        write_bytes(folder / WEIGHTS, save({name: value for name, value in own.items() if value is not None} | head))
 
-    @staticmethod
-    def fitted(folder: Path) -> bool:
-        """Whether `save` has finished there."""
-        return (folder / WEIGHTS).is_file()
+def stego_loss(head: Head, a: Tensor, b: Tensor, cfg: SegmentsConfig, generator: torch.Generator) -> Tensor:
+    """Eq. 5, of features a [B, D, h, w] of images and b of a neighbour each: a with itself, with b, and with the b of
+    another image."""
+    both, turn = torch.cat([a, b]), int(torch.randint(1, len(a), (), generator=generator))
+    shown = (torch.rand(*both.shape[:2], 1, 1, generator=generator) >= DROPOUT) / (1 - DROPOUT)
+    codes_a, codes_b = head(both * shown.to(both.device)).chunk(2)
+    terms = [
+        (cfg.self_weight, cfg.self_shift, a, codes_a),
+        (cfg.knn_weight, cfg.knn_shift, b, codes_b),
+        (cfg.random_weight, cfg.random_shift, b.roll(turn, 0), codes_b.roll(turn, 0)),
+    ]
+    losses = [
+        weight * correspondence_loss(a, other, codes_a, codes, shift, cfg.centre, cfg.zero_clamp)
+        for weight, shift, other, codes in terms
+    ]
+    return torch.stack(losses).sum()
 
-    def restore(self, folder: Path) -> "Segmenter":
-        """What `save` wrote."""
-        path = folder / WEIGHTS
-        tensors = read_finite(path, {"centroids": (self.k, 0)})
-        self.centroids, self.prototypes = tensors.pop("centroids"), tensors.pop("prototypes", None)
-        try:
-            with torch.device("meta"):  # of a size that the file itself has
-                self.head = Head(tensors["head.linear.weight"].shape[1], self.centroids.shape[1]) if tensors else None
-            if self.head is not None:
-                own = {name.removeprefix("head."): value for name, value in tensors.items()}
-                self.head.requires_grad_(False).load_state_dict(own, assign=True)
-        except (KeyError, IndexError, RuntimeError) as err:
-            raise InputError(f"{path}: its head is damaged: {one_line(err)[:200]}") from err
-        dim = self.centroids.shape[1] if self.head is None else self.head.linear.in_channels
-        if self.prototypes is not None and self.prototypes.shape != (self.k, dim):
-            raise InputError(f"{path}: prototypes is {list(self.prototypes.shape)}; {self.k} x {dim} is expected")
-        return self
+
+def sample_points(maps: Tensor, generator: torch.Generator) -> Tensor:
+    """Maps [B, D, h, w] at random places of each image, [B, D, 11, 11]; all of them, [B, D, h, w], when there are no more.
+
+    The official code interpolates features and codes; ours are the codes of interpolated features, for less work."""
+    if maps.shape[2] * maps.shape[3] <= SAMPLES**2:
+        return maps
+    places = torch.rand(len(maps), SAMPLES, SAMPLES, 2, generator=generator) * 2 - 1
+    return F.grid_sample(maps, places.to(maps.device), padding_mode="border", align_corners=True)
+
+
+def nearest_images(features: np.ndarray, n: int) -> Tensor:
+    """Image-level features [N, D] -> the n most similar other images of each by cosine, [N, n], nearest first."""
+    unit = torch.from_numpy(normalise(features))
+    rows = []
+    for start in range(0, len(unit), 1024):
+        similar = unit[start : start + 1024] @ unit.T
+        similar.diagonal(start).fill_(-2)  # not the image itself
+        rows.append(similar.topk(min(n, len(unit) - 1), dim=1).indices)
+    return torch.cat(rows)
+
+
+def fit_head(
+    patches: np.ndarray,
+    image_features: np.ndarray,
+    cfg: SegmentsConfig,
+    seed: int,
+    device: torch.device | str,
+    folder: Path,
+) -> Head:
+    """Patch features float16 [N, D, h, w], which may be mapped from a file, and image-level ones [N, D'] -> a trained head.
+
+    It ends when `patience` windows in a row have not lowered the lowest mean loss of a window by `min_improvement` of it:
+    codes that go on contracting for little loss make worse classes. FOLDER/stego.pt is written after every window; the same
+    fit, started again, goes on from there, and as a step is a function of (seed, its number), ends with the same weights."""
+    chosen = subset(len(patches), cfg.images, seed)
+    if len(chosen) < 2:
+        raise InputError(f"annotator.segments.method=stego compares images with others: {len(chosen)} is too few")
+    neighbours = nearest_images(image_features[chosen], cfg.neighbours)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = Head(patches.shape[1], cfg.width).to(device)
+    optimizer = torch.optim.Adam(head.parameters(), cfg.lr)
+    steps, best, stale = 0, float("inf"), 0
+    path, of = folder / CHECKPOINT, repr((sorted(asdict(cfg).items()), seed, patches.shape))
+    if there := read_checkpoint(path, of):
+        head.load_state_dict(there["head"])
+        optimizer.load_state_dict(there["optimizer"])
+        steps, best, stale = there["steps"], there["best"], there["stale"]
+
+    def features(images: Tensor, generator: torch.Generator) -> Tensor:
+        return sample_points(torch.from_numpy(patches[chosen[images.numpy()]]).to(device).float(), generator)
+
+    with tqdm(desc="STEGO", total=cfg.steps, initial=steps, unit=" steps", mininterval=1) as bar:
+        while steps < cfg.steps and stale < cfg.patience:
+            window, total = range(steps, min(steps + WINDOW, cfg.steps)), torch.zeros((), device=device)
+            for step in window:  # on random images, each with one of its neighbours
+                generator = torch.Generator().manual_seed(seed * 2**32 + step)
+                batch = torch.randperm(len(chosen), generator=generator)[: cfg.batch_size]
+                partners = neighbours[batch, torch.randint(neighbours.shape[1], (len(batch),), generator=generator)]
+                loss = stego_loss(head, features(batch, generator), features(partners, generator), cfg, generator)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.detach()
+                bar.update()
+            steps, mean = window.stop, float(total) / len(window)
+            better = best == float("inf") or mean < best - cfg.min_improvement * abs(best)
+            best, stale = (mean, 0) if better else (best, stale + 1)
+            bar.set_postfix(loss=f"{mean:.4f}")
+            state = {"head": head.state_dict(), "optimizer": optimizer.state_dict()}
+            write_checkpoint(path, of, state | {"steps": steps, "best": best, "stale": stale})
+    return head.requires_grad_(False)
+
+
+def official(path: Path, tower: nn.Module) -> tuple[Head, Tensor]:
+    """An official STEGO checkpoint -> its head and the centres of its classes [K, C]; what else is pickled in it is left inert.
+    InputError where it is none, or its head was trained on another g than `tower`."""
+    state = {name: value.detach().float() for name, value in read_weights(path, inert=True).items()}
+    renamed = {f"{new}.{part}": f"{old}.{part}" for old, new in OFFICIAL.items() for part in ("weight", "bias")}
+    lacking = [name for name in (*renamed.values(), CLASSES, EMBEDDING) if name not in state]
+    if lacking:
+        raise InputError(f"annotator.segments.weights={path}: no {lacking[0]} in it, which STEGO's checkpoints have")
+    theirs, ours = state[EMBEDDING], dict(tower.named_parameters()).get("patch_embed.proj.weight")
+    if ours is None or ours.shape != theirs.shape or not torch.allclose(ours.cpu(), theirs, atol=2e-3):
+        raise InputError(
+            f"annotator.segments.weights={path}: its head was trained on another g: a ViT of width {theirs.shape[0]} with "
+            f"patches of {theirs.shape[-1]} pixels, for example features.model=vit_base_patch8_224.dino"
+        )
+    width, dim = state["net.cluster1.0.weight"].shape[:2]
+    head = Head(dim, width)
+    head.load_state_dict({new: state[old] for new, old in renamed.items()})
+    return head.requires_grad_(False), state[CLASSES]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ PIXELS = 2**18  # encoded at once on a CPU: with TAESD at 256 px twice as fast a
 CALIBRATION_SHARDS = 32
 CALIBRATION_IMAGES = 256  # that an autoencoder without mean and std is measured on: 262,144 places of a 32x32 latent
 ROUND_TRIP_IMAGES = 64
+Item = TypeVar("Item")
 
 
 def first_shape(url: str) -> tuple[int, int] | None:
@@ -44,10 +46,9 @@ def first_shape(url: str) -> tuple[int, int] | None:
 def first_size(shards: list[str], buckets: bool = False) -> int:
     """Short side of the first image of the first shard that has one, with buckets of the largest: the most frequent shape's."""
     by_bytes = sorted(shards, key=lambda url: 0 if is_remote(url) else -Path(url).stat().st_size) if buckets else shards
-    for shape in map(first_shape, by_bytes):
-        if shape:
-            return min(shape)
-    raise InputError(f"no image in {shards[0]!r}" + (f" or the {len(shards) - 1} others" if len(shards) > 1 else ""))
+    if shape := next(filter(None, map(first_shape, by_bytes)), None):
+        return min(shape)
+    raise InputError(f"no image in {shards[0]!r}" + f" or the {len(shards) - 1} others" * (len(shards) > 1))
 
 
 def prepare_autoencoder(cfg: AnnotateConfig, shards: list[str], size: int, device: torch.device) -> Autoencoder:
@@ -89,21 +90,19 @@ def calibration_images(shards: list[str], size: int, images: int) -> Iterator[Te
 
 
 @dataclass
-class Passing:
-    """A batch of shard number `shard`, or its end when `batch` is None."""
+class End:
+    """Of a shard."""
 
-    shard: int
-    batch: ImageBatch | None
     skipped: list[tuple[str, str, str]]
-    damage: str = ""  # at its end: why it is not to be used
+    damage: str  # why it is not to be used, if that is so
 
 
 class _Refused(Exception):
     """Damage that is not allowed, on its way out of the reading."""
 
 
-def batches_of(study: Study, annotator: Annotator, todo: list[int]) -> Iterator[Passing]:
-    """Batches (`image_batches`) of the shards `todo`, one after the other, each followed by its end mark."""
+def batches_of(study: Study, annotator: Annotator, todo: list[int]) -> Iterator[ImageBatch | End]:
+    """The batches (`image_batches`) of each of the shards `todo`, one after the other, and its end."""
     cfg, g, skipped = study.config, study.extractor, list[tuple[str, str, str]]()
     workers = cfg.workers  # of the cores that are ours: other processes on this machine do the same
     if workers < 0:
@@ -112,7 +111,7 @@ def batches_of(study: Study, annotator: Annotator, todo: list[int]) -> Iterator[
 
     def on_skip(*entry: str) -> None:
         if isinstance(entry[2], Damage) and not cfg.allow_damaged:
-            raise _Refused(f"{entry[0]}: {entry[2]}")
+            raise _Refused(entry[2])
         skipped.append(entry)  # type: ignore[arg-type]
 
     with nullcontext(0) if workers == 0 else decoder_pool(workers) as pool:
@@ -121,17 +120,16 @@ def batches_of(study: Study, annotator: Annotator, todo: list[int]) -> Iterator[
             damage = ""
             size = (first_shape(study.shards[index]) if cfg.buckets else None) or study.size
             try:
-                for batch in image_batches([study.shards[index]], size, *reading, **looks):
-                    yield Passing(index, batch, [])
+                yield from image_batches([study.shards[index]], size, *reading, **looks)
             except _Refused as err:
                 damage = str(err)
-            yield Passing(index, None, skipped.copy(), damage)
+            yield End(skipped.copy(), damage)
             skipped.clear()
 
 
-def ahead(source: Iterator[Passing], depth: int = 4) -> Iterator[Passing]:
+def ahead(source: Iterator[Item], depth: int = 4) -> Iterator[Item]:
     """`source` run in a thread of its own, at most `depth` batches ahead: reading goes on while the networks compute."""
-    items: queue.SimpleQueue[Passing | BaseException | None] = queue.SimpleQueue()
+    items: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
     room, stop = threading.Semaphore(depth), threading.Event()
 
     def run() -> None:
@@ -169,18 +167,18 @@ def extract(study: Study, autoencoder: Autoencoder, annotator: Annotator, todo: 
     alone = multiprocessing.parent_process() is None  # of several workers the parent has a bar
     with closing(source), tqdm(desc="annotate", total=total, unit=" images", mininterval=1, disable=not alone) as bar:
         for done, index in enumerate(todo):
-            with StageWriter(study.stages[index], shards[index], cfg.flips) as writer:
-                while batch := (passing := next(source)).batch:
+            with StageWriter(study.stages[index], shards[index]) as writer:
+                while not isinstance(batch := next(source), End):
                     images = to_float(batch.images.to(autoencoder.mean.device))
                     observed = annotator.observe(extractor, Views.of(images, batch.shown), batch)
                     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                         latents = encode(autoencoder, images, cfg.flips)
                     writer.add(batch.keys, batch.cls, latents, observed)
                     bar.update(len(batch.keys))
-                if passing.damage:
-                    damaged.append((index, passing.damage))
+                if batch.damage:
+                    damaged.append((index, batch.damage))
                 else:
-                    writer.finish(passing.skipped)
+                    writer.finish(batch.skipped)
             bar.total = round(bar.n / (done + 1) * len(todo))  # a better guess than the first, and right at the end
     return damaged
 

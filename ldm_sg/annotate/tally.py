@@ -8,40 +8,29 @@ from typing import Any
 
 import numpy as np
 
-from ldm_sg.annotate.stage import Stage
+from ldm_sg.annotate.stage import Sums
 from ldm_sg.errors import InputError
 from ldm_sg.folder import read_mapping, write_bytes, write_json
 
-TALLY = "tally.npz"  # what is added up over the shards of a set, for more of them: counts, table, classes, total/NAME
+# The sums of a set, for more shards of it, and its `classes`: how often each of K labels occurs, `counts` [K]; where images have
+# one each, how often it meets each of C classes and, last, none, `table` [K, C + 1]; and after TOTAL the names of what f observed.
+TALLY = "tally.npz"
+TOTAL = "total/"
 BEFORE = "before.json"  # in OUT/work: the finished set that shards are added to
-
-# how often each of K labels occurs [K], and where images have one each, how often it meets each of C classes and, last, none
-Labels = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass
 class Summary:
-    sources: list[dict[str, Any]]  # of each shard: its url, its images, its fingerprint
+    shards: list[dict[str, Any]]  # of each its images, its url, its fingerprint (`source`) and its latent_shape
     images: int
     classes: np.ndarray  # the class numbers that occur, sorted
     skipped: list[dict[str, str]]  # shard, key, reason
     latent_shape: list[int]  # [C, h, w], of buckets that of the most images
-    shapes: list[list[int] | None]  # of each shard, None where it has no image
 
 
-def total(all_stages: list[Stage]) -> dict[str, np.ndarray]:
-    """What f observed, added up over the shards."""
-    sums: dict[str, np.ndarray] = {}
-    for stage in all_stages:
-        for name, value in stage.read_observed().totals.items():
-            sums[name] = sums.get(name, 0) + value
-    return sums
-
-
-def write_tally(out: Path, labels: Labels, classes: np.ndarray, totals: dict[str, np.ndarray]) -> None:
+def write_tally(out: Path, sums: Sums, classes: np.ndarray) -> None:
     """OUT/tally.npz."""
-    sums = {"counts": labels[0], "table": labels[1], "classes": classes}
-    np.savez_compressed(tally := io.BytesIO(), **sums, **{f"total/{name}": value for name, value in totals.items()})
+    np.savez_compressed(tally := io.BytesIO(), **sums, classes=classes)
     write_bytes(out / TALLY, tally.getvalue())
 
 
@@ -75,13 +64,9 @@ class Before:
         with np.load(out / "work" / TALLY, allow_pickle=False) as arrays:
             return cls(found["manifest"], found["skipped"], dict(arrays))
 
-    def with_more(
-        self, labels: Labels, classes: np.ndarray, totals: dict[str, np.ndarray]
-    ) -> tuple[Labels, dict[str, np.ndarray]]:
-        """The sums over all shards, of those over the new ones; `classes`: of all."""
-        (counts, table), old = labels, self.tally
-        table[:, [*np.searchsorted(classes, old["classes"]), -1]] += old["table"]
-        names = {*totals, *(name.removeprefix("total/") for name in old if name.startswith("total/"))}
-        return (counts + old["counts"], table), {
-            name: totals.get(name, 0) + old.get(f"total/{name}", 0) for name in sorted(names)
-        }
+    def aligned(self, classes: np.ndarray) -> Sums:
+        """Its sums, with the columns of the table those of `classes`, which may be more."""
+        sums = {name: values for name, values in self.tally.items() if name != "classes"}
+        table = np.zeros((len(sums["table"]), len(classes) + 1), np.int64)
+        table[:, [*np.searchsorted(classes, self.tally["classes"]), -1]] = sums["table"]
+        return sums | {"table": table}

@@ -51,7 +51,9 @@ def reproduce(
         claim(out, "suite.yaml", wanted, free=[key for key in wanted if key != "name"])
         for path, text in judge_files(read, root).items():
             if path.is_file() and path.read_text() != text:
-                raise InputError(f"judges.{path.stem}: another suite of {root} has other settings; choose another --out")
+                raise InputError(
+                    f"judges.{path.stem}: another suite of {root} has other settings; choose another --out"
+                )
             write_text(path, text)
         failed: dict[str, str] = {}
 
