@@ -214,7 +214,7 @@ def test_wrong_input_is_named(tmp_path, monkeypatch):
         load_autoencoder(manifest(tmp_path / "b", kind="klx", source="none"))
     with pytest.raises(InputError, match="unknown key 'chanels'; did you mean 'channels'"):
         load_autoencoder(manifest(tmp_path / "c", kind="patch", chanels=3))
-    with pytest.raises(InputError, match="manifest says channels: 5, but its network has 3"):
+    with pytest.raises(InputError, match="manifest says channels: 5, its network has 3"):
         load_autoencoder(manifest(tmp_path / "d", kind="patch", factor=1, channels=5))
     with pytest.raises(InputError, match=r"model\.safetensors not found.*vq-f4\.zip"):
         load_autoencoder("vq-f4")

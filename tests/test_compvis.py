@@ -354,7 +354,7 @@ def test_measure_says_what_comes_back(tmp_path: Path, monkeypatch: pytest.Monkey
         (("--batch-size", -3), "batch_size=-3: at least"),
         (("--inception", "nowhere.pth"), "no such file"),
         (("--lpips", other), "mine.json: not a safetensors file"),
-        (("--lpips", "lpips.safetensors"), "lpips_weights=lpips.safetensors: its 0.weight"),
+        (("--lpips", "lpips.safetensors"), "lpips_weights=lpips.safetensors: not those of AlexNet's features"),
         (("--out", other, "--overwrite"), "mine.json' holds no figures"),
         (("--size", 16), "holds figures of demo-f8c16, .* at 32 px: choose another, or add --overwrite"),
         (("--picture", other), "--picture 'mine.json' is there, and not of the figures in demo-f8c16-measured.json"),

@@ -78,7 +78,7 @@ def test_the_cache_is_read_without_network(blocked: Path) -> None:
                     num_decoder_blocks=(1, 1)).save_pretrained(snapshot)  # fmt: skip
     (blocked / "hub" / "models--madebyollin--taesd" / "refs").mkdir()
     (blocked / "hub" / "models--madebyollin--taesd" / "refs" / "main").write_text("a" * 40)
-    with pytest.raises(InputError, match="manifest says factor: 8, but its network has 2"):  # it was read
+    with pytest.raises(InputError, match="manifest says factor: 8, its network has 2"):  # it was read
         load_autoencoder("taesd")
 
 

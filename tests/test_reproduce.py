@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from ldm_sg.cli import app
 from ldm_sg.configfile import ASSETS, ROOT
+from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
 from ldm_sg.reproduce import run as running
 from ldm_sg.reproduce.report import Row, plots, table
@@ -133,6 +135,30 @@ def test_cells_side_by_side_share_what_they_have_in_common(tmp_path: Path) -> No
     ) == 2
     found = {row["cell"]: row["fd"] for row in results(out)}
     assert found["plain"] and found["apg"] and found["plain"] != found["apg"]
+
+
+def test_sets_that_differ_in_k_share_the_pass_of_g_and_suites_of_a_folder_their_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos(tmp_path / "photos")
+    begun, annotating = [], running.annotate
+    monkeypatch.setattr(running, "annotate", lambda cfg, **part: begun.append(cfg) or annotating(cfg, **part))
+    for name in ("train", "evaluate", "sample"):
+        monkeypatch.setattr(running, name, lambda *_, **__: None)
+    monkeypatch.setattr(running, "_is_done", lambda *_: False)
+    cells = {name: {"annotate": {"annotator": {"kind": "clusters", "k": k}}} for name, k in (("two", 2), ("four", 4))}
+    out = tmp_path / "out"
+    running.reproduce(str(suite(tmp_path / "one.yaml", cells=cells, seeds=[0])), out=out, device="cpu")
+    sets, passed = [out / "annotations" / name for name in cells], out / "passes" / "two"
+    assert [Path(cfg.out) for cfg in begun] == [passed, sets[0], passed, sets[1]]
+    assert len({next((made / "features").iterdir()).stat().st_ino for made in sets}) == 1
+    annotating(replace(begun[-1], out=str(tmp_path / "alone")))
+    hashes = [LatentSet(made).hash for made in (*sets, tmp_path / "alone")]
+    assert hashes[0] != hashes[1] == hashes[2]
+
+    made = {path: path.stat().st_mtime_ns for path in (out / "annotations").rglob("*.tar")}
+    running.reproduce(str(suite(tmp_path / "other.yaml", cells=cells, seeds=[0, 1])), out=out, device="cpu")
+    assert {path: path.stat().st_mtime_ns for path in (out / "annotations").rglob("*.tar")} == made
 
 
 def test_the_dry_run_prints_commands_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

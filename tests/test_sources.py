@@ -61,7 +61,7 @@ def test_a_cut_off_shard_gives_its_good_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make, wrong",
     [
-        (lambda p: None, "not found"),
+        (lambda p: None, "no .tar or .parquet shards found"),
         (lambda p: p.mkdir(), "no images in this folder"),
         (lambda p: [(p / "shards").mkdir(parents=True), (p / "manifest.yaml").touch()], "annotation set holds latents"),
         (lambda p: [p.mkdir(), (p / "samples.jsonl").touch()], "is empty"),

@@ -122,7 +122,7 @@ def test_a_planted_payload_stays_inert(
     checkpoint(tmp_path / "planted.ckpt", theirs, callbacks=[Planted()], more={"x": Planted()})
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Planted()))
     for name, message in (
-        ("planted.ckpt", "Files with code in them are refused"),
+        ("planted.ckpt", "files with code are refused"),
         ("plain.pkl", "not a safetensors file or a torch file"),
         ("no.ckpt", "no such file"),
     ):

@@ -181,7 +181,7 @@ def test_shares_of_the_weights_train_what_whole_ones_do(whole: Path, colours: Pa
 
 @pytest.mark.parametrize("change", [{"strategy": "zero"}, {"strategy": "fsdp", "compile": True}])
 def test_strategies_that_cannot_be(change: dict, colours: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"auto, ddp or fsdp|not with strategy=fsdp"):
+    with pytest.raises(InputError, match=r"auto, ddp, fsdp|not with strategy=fsdp"):
         train(config(colours, tmp_path / "run", **change))
     assert not (tmp_path / "run").exists()
 

@@ -229,7 +229,7 @@ def test_pack_without_crop(tmp_path: Path) -> None:
     assert np.abs(np.asarray(mask, int)[0] - (2 * np.arange(30) + 0.5)).max() <= 1
     with pytest.raises(InputError, match="crop is False there"):
         run(tmp_path / "in", tmp_path / "out", size=20, **beside)
-    with pytest.raises(InputError, match="crop 'centre'"):
+    with pytest.raises(InputError, match="crop='centre'"):
         run(tmp_path / "in", tmp_path / "other", crop="centre")
     photo(1, 2000, 2).save(tmp_path / "in" / "b.png")
     with pytest.raises(InputError, match="long side longer"):

@@ -126,7 +126,7 @@ def _make(cell: Cell, device: str) -> None:
     out = Path(cell.annotate.out)
     with turn(out):
         if cell.passed and not (out / "config.yaml").is_file():
-            with turn(cell.passed):
+            with turn(cell.passed.parent):  # a part takes its own turn in its folder
                 annotate(replace(cell.annotate, device=device, out=str(cell.passed)), part=Part(0, 1))
             files = ignore_patterns(".*", "config.yaml")
             shutil.copytree(cell.passed, out, copy_function=_link, ignore=files, dirs_exist_ok=True)
