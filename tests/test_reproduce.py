@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -168,6 +169,21 @@ def test_the_dry_run_prints_commands_and_makes_nothing(tmp_path: Path, capsys: p
     assert lines[0] == "# clusters seed 0" and len(lines) == 4 * 5 + 2 and not (tmp_path / "out").exists()
     assert lines[1].startswith("ldm-sg pack") and "--size 16 --format png" in lines[1]
     assert "--w 0 " in lines[4] and lines[4].startswith(f"ldm-sg evaluate {tmp_path}/out/runs/clusters-0 --reference")
+
+
+COMMANDS = [
+    line.removeprefix("ldm-sg ")
+    for line in (ROOT / "docs" / "reproduction.md").read_text().replace("\\\n", "").splitlines()
+    if line.startswith("ldm-sg ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_docs_make_cells(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*shlex.split(command), "seeds=[0]", "--dry-run"])
+    assert result.exit_code == 0 and result.output.count("# ") >= 3, result.output
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

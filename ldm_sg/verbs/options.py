@@ -216,9 +216,9 @@ class ReproduceOptions:
     """A table of the paper as a set of runs over several seeds -> CSV, table, plots, report. The same command resumes.
 
     Examples:
-      ldm-sg reproduce table_guidance data.cifar10=data/cifar10 --dry-run
-      ldm-sg reproduce table_guidance data.cifar10=data/cifar10 data.inception=inception:FILE --out runs/table
-      ldm-sg reproduce clusters data.cifar10=data/cifar10 --size gpu --jobs 8
+      ldm-sg reproduce table_guidance data.photos=data/photos --dry-run
+      ldm-sg reproduce table_guidance data.photos=data/photos data.inception=inception:FILE --out runs/table
+      ldm-sg reproduce clusters data.photos=cifar10/train --size gpu --jobs 8
     """
 
     suite: str = argument("Of configs/reproduce/, or a YAML of your own.")
