@@ -79,7 +79,7 @@ class Samples:
 
 
 def pack(src: str | Path, dst: str | Path, **options: Any) -> Shards:
-    """Images -> source shards; options as in `ldm_sg.verbs.options.PackOptions`."""
+    """Images -> source shards; options as in `ldm_sg.commands.PackOptions`."""
     return Shards(Path(dst), run_pack(src, dst, **options))
 
 
@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> Run:
 
 
 def finetune(run: Run | str | Path, images: Shards | LatentSet | str | Path, **options: Any) -> Run:
-    """A run moved to other images; options as in `ldm_sg.verbs.options.FinetuneOptions`."""
+    """A run moved to other images; options as in `ldm_sg.commands.FinetuneOptions`."""
     return Run(run_finetune(_folder(run), _folder(images), **options))
 
 

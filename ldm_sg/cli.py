@@ -14,10 +14,9 @@ from typing import Annotated, Any, get_origin
 import typer
 from typer.core import TyperGroup
 
-from ldm_sg import __version__
+from ldm_sg import __version__, commands
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import options as evaluation
-from ldm_sg.verbs import options
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its remarks on how we call it are not the user's
 
@@ -147,24 +146,24 @@ first_stages = typer.Typer(
 )
 app.add_typer(first_stages, name="autoencoder")
 
-add("pack", options.PackOptions)
-add("annotate", options.AnnotateOptions, annotate)
-add("train", options.TrainOptions, partial(with_config, "TrainConfig", "train"))
-add("sample", options.SampleCommand, "verbs.sample:command")
-add("edit", options.EditOptions)
+add("pack", commands.PackOptions)
+add("annotate", commands.AnnotateOptions, annotate)
+add("train", commands.TrainOptions, partial(with_config, "TrainConfig", "train"))
+add("sample", commands.SampleCommand, "verbs.sample:command")
+add("edit", commands.EditOptions)
 add("evaluate", evaluation.Options)
-add("export", options.ExportOptions)
-add("reproduce", options.ReproduceOptions, "reproduce.run:reproduce")
-add("configs", options.ConfigsOptions, list_configs)
-add("demo", options.DemoOptions)
-add("finetune", options.FinetuneOptions)
-add("dedup", options.DedupOptions)
-add("inspect", options.InspectOptions)
-add("fit-autoencoder", options.FitAutoencoderOptions, partial(with_config, "FitAutoencoderConfig", "fit_autoencoder"))
-add("distill", options.DistillOptions, partial(with_config, "DistillConfig", "distill"))
-add("autoencoder list", options.ListOptions, "verbs.autoencoder:show")
-add("autoencoder import", options.ImportOptions, "verbs.autoencoder:import_checkpoint")
-add("autoencoder measure", options.MeasureOptions, "verbs.autoencoder:measure")
+add("export", commands.ExportOptions)
+add("reproduce", commands.ReproduceOptions, "reproduce.run:reproduce")
+add("configs", commands.ConfigsOptions, list_configs)
+add("demo", commands.DemoOptions)
+add("finetune", commands.FinetuneOptions)
+add("dedup", commands.DedupOptions)
+add("inspect", commands.InspectOptions)
+add("fit-autoencoder", commands.FitAutoencoderOptions, partial(with_config, "FitAutoencoderConfig", "fit_autoencoder"))
+add("distill", commands.DistillOptions, partial(with_config, "DistillConfig", "distill"))
+add("autoencoder list", commands.ListOptions, "verbs.autoencoder:show")
+add("autoencoder import", commands.ImportOptions, "verbs.autoencoder:import_checkpoint")
+add("autoencoder measure", commands.MeasureOptions, "verbs.autoencoder:measure")
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from ldm_sg.evaluate.edits import (
 from ldm_sg.guidance import selfguide
 from ldm_sg.pipeline import open_pipeline
 from ldm_sg.sampling.edit import Edit
-from ldm_sg.sampling.editor import Editor
+from ldm_sg.sampling.editor import Editor, relaid
 from ldm_sg.verbs.train import train
 
 CELLS = 64
@@ -121,6 +121,18 @@ def test_pasting_is_the_edit_in_pixels(edit: Edit, x: float, area: float) -> Non
     assert float(red.mean() / before[1].mean()) == pytest.approx(area, rel=0.1)
 
 
+def test_an_edited_mask_has_its_class_there_and_one_class_a_place() -> None:
+    before, edit = scene(0.3)[None], Edit(1, dx=0.3)
+    [after], [old] = relaid(before, edit), before
+    assert selfguide.centroid(after)[1].tolist() == pytest.approx([0.6, 0.3], abs=0.01)
+    assert after.min() >= 0 and after.sum(0).max() <= 1 + 1e-6
+    assert after[1].sum().item() == pytest.approx(old[1].sum().item(), rel=0.02)
+    apart = (old[1] + after[1]) == 0
+    assert torch.equal(after[:, apart], old[:, apart]) and bool(
+        (after[0, old[1] > 0] == 1).all()
+    )  # ground fills the hole
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ("SMALL", 0.0), ("LARGE", 1.1), ("NEAR", 1.0):  # its network has learnt next to nothing
         monkeypatch.setattr(edits, name, value)
@@ -145,6 +157,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads((tmp_path / "e.json").read_text())["metrics"]["demo-g"]
     assert {"edit_shift", "edit_shift_paste", "edit_size_rank_real", "edit_fd_paste_real"} <= found.keys()
+    laid = train(
+        train_config(made, tmp_path / "laid", model=SMALL, steps=10, batch_size=8)
+    )  # told by masks: they are moved
+    done = CliRunner().invoke(app, ["evaluate", str(laid), *asked[2:]])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert json.loads((tmp_path / "e.json").read_text())["metrics"]["demo-g"].keys() == found.keys()
     refused = CliRunner().invoke(app, ["evaluate", str(tmp_path / "source"), *flags])
     assert refused.exit_code == 2 and "give a run" in refused.output
     pipe = open_pipeline(run, "cpu")

@@ -158,13 +158,16 @@ def test_sets_that_differ_in_k_share_the_pass_of_g_and_suites_of_a_folder_their_
     assert hashes[0] != hashes[1] == hashes[2]
 
     made = {path: path.stat().st_mtime_ns for path in (out / "annotations").rglob("*.tar")}
-    running.reproduce(str(suite(tmp_path / "other.yaml", cells=cells, seeds=[0, 1])), out=out, device="cpu")
+    judges = {"small-g": {"model": "demo-g", "size": 64}}  # other settings under the same name: other figures
+    other = suite(tmp_path / "other.yaml", cells=cells, seeds=[0, 1], judges=judges)
+    running.reproduce(str(other), out=out, device="cpu")
+    assert len(list((out / "judges").glob("*/small-g.yaml"))) == 2
     assert {path: path.stat().st_mtime_ns for path in (out / "annotations").rglob("*.tar")} == made
 
 
 def test_the_dry_run_prints_commands_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = suite(tmp_path / "small.yaml")
-    running.reproduce(str(file), ["evaluate.w=0"], tmp_path / "out", dry_run=True)
+    running.reproduce(str(file), ["evaluate.w=0"], out=tmp_path / "out", dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "# clusters seed 0" and len(lines) == 4 * 5 + 2 and not (tmp_path / "out").exists()
     assert lines[1].startswith("ldm-sg pack") and "--size 16 --format png" in lines[1]
@@ -240,6 +243,10 @@ def test_lines_of_a_plot_are_means_over_seeds_and_cells_off_the_line_are_levels(
     assert head == ["cell", "k", "seeds", "FD ↓ g"] and body[1] == ["k2", "2", "2", "2.5 ± 0.7071"]
     assert plots(rows, None) == {} == plots([], "k")
 
+    kept = [replace(rows[0], swept={"w": 0, "checkpoint": at}, facts={"images": 32 * at}) for at in (200, 400)]
+    drawn = plots(kept, "images")["fd-g-images"]  # one line, w named, the step not
+    assert "none, w = 0" in drawn and "checkpoint" not in drawn
+
 
 @pytest.mark.slow
 def test_a_suite_on_the_embedded_photos_by_the_command_line(tmp_path: Path) -> None:
@@ -259,4 +266,5 @@ def test_a_suite_on_the_embedded_photos_by_the_command_line(tmp_path: Path) -> N
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [row["w"] for row in results(out)] == ["0", "1", "2"] * 2
+    assert [row["k"] for row in results(out)] == [""] * 2 + ["16"] * 4  # none reads no clusters
     assert all(float(row["fd"]) > 0 for row in results(out)) and "4/4" in done.stderr

@@ -22,7 +22,7 @@ from ldm_sg.evaluate.options import Options
 from ldm_sg.evaluate.subjects import Subject
 from ldm_sg.guidance import selfguide
 from ldm_sg.sampling.edit import Edit
-from ldm_sg.sampling.editor import Editor, Source
+from ldm_sg.sampling.editor import Editor, MaskEditor, Source
 
 MOST = 64  # images
 SHIFT = 0.2  # of the width
@@ -189,11 +189,13 @@ def examine(
     options: Options, subject: Subject, real: sources.ImageSet, device: torch.device
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Figures of images that the run draws (image i depends on (seed, i) only) and, as `_real`, of photos, by its own g and f and
-    by the other networks of `features`: by the judge's name, with each judge's manifest. InputError where the run cannot edit."""
+    by the other networks of `features`: by the judge's name, with each judge's manifest. Of a run that is told where things are it is
+    its masks that are edited. InputError where the run cannot edit."""
     assert subject.pipe is not None
     named = {name: text for name, text in parse_features(options.features).items() if text != OWN}
     networks = {name: load_network(text, options.resize, device) for name, text in named.items()}
-    editor = Editor(subject.pipe, subject.sampling["w"], subject.sampling["steps"])
+    laid = subject.pipe.spec.spatial == "mask" and subject.pipe.spec.spatial_channels > 0
+    editor = (MaskEditor if laid else Editor)(subject.pipe, subject.sampling["w"], subject.sampling["steps"])
     own, seed, n = editor.annotator, options.seed, min(options.n, MOST)
     judges = {own.extractor.name: by_annotator(own)} | {name: by_prototypes(each) for name, each in networks.items()}
     drawn = (editor.drawn(1, seed, i) for i in range(n))

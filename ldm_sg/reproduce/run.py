@@ -16,14 +16,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm_sg import executor
+from ldm_sg.commands import ReproduceOptions
 from ldm_sg.configfile import to_mapping
 from ldm_sg.data.progress import finished_manifest
-from ldm_sg.errors import InputError, one_line
+from ldm_sg.errors import InputError, need_within, one_line
 from ldm_sg.executor import Part
 from ldm_sg.folder import claim, flat, locked, read_mapping, turn, write_text
 from ldm_sg.hardware import pick_device
 from ldm_sg.reproduce.report import Row, write_suite_report
-from ldm_sg.reproduce.suite import Cell, SuiteConfig, judge_files, plan, read_suite
+from ldm_sg.reproduce.suite import SIZES, Cell, SuiteConfig, judge_files, plan, read_suite
 from ldm_sg.verbs.annotate import annotate
 from ldm_sg.verbs.evaluate import evaluate
 from ldm_sg.verbs.pack import pack
@@ -31,18 +32,15 @@ from ldm_sg.verbs.sample import sample
 from ldm_sg.verbs.train import train
 
 
-def reproduce(
-    suite: str, overrides: list[str] | None = None, out: Path | None = None, size: str = "small", jobs: int = 1,
-    device: str = "auto", dry_run: bool = False,
-) -> Path | None:  # fmt: skip
-    """The report. What is done is not done again; suites of one `out` share what they have in common. InputError, when that is
-    written, where a cell failed."""
-    if jobs < 1:
-        raise InputError(f"jobs={jobs}: at least 1")
-    read = read_suite(suite, overrides, size)
-    root = out or Path("runs") / ("reproduce" if size == "small" else f"reproduce-{size}")
+def reproduce(suite: str, overrides: list[str] | None = None, **options: Any) -> Path | None:
+    """The report; `options`: the other fields of ReproduceOptions. What is done is not done again; suites of one `out` share what
+    they have in common. InputError, when that is written, where a cell failed."""
+    asked = ReproduceOptions(suite, overrides, **options)
+    need_within("jobs", asked.jobs, 1)
+    read = read_suite(suite, overrides, asked.size)
+    root = asked.out or Path("runs") / ("reproduce" if asked.size == SIZES[0] else f"reproduce-{asked.size}")
     out, cells = root / "suites" / read.name, plan(read, root)
-    if dry_run:
+    if asked.dry_run:
         for cell in cells:
             print("\n".join([f"# {cell}", *cell.commands]))
         return None
@@ -50,17 +48,13 @@ def reproduce(
         wanted = to_mapping(read)
         claim(out, "suite.yaml", wanted, free=[key for key in wanted if key != "name"])
         for path, text in judge_files(read, root).items():
-            if path.is_file() and path.read_text() != text:
-                raise InputError(
-                    f"judges.{path.stem}: another suite of {root} has other settings; choose another --out"
-                )
             write_text(path, text)
         failed: dict[str, str] = {}
 
         def report() -> Path:
             return write_suite_report(out, wanted, list(_rows(read, cells, failed, out)), _pictures(cells))
 
-        for cell, why in _run(cells, out, jobs, device, read.name):
+        for cell, why in _run(cells, out, asked.jobs, asked.device, read.name):
             failed |= {str(cell): why} if why else {}
             report()  # of what there is so far
         page = report()
@@ -180,8 +174,10 @@ def _rows(suite: SuiteConfig, cells: list[Cell], failed: dict[str, str], out: Pa
             continue
         if not _is_done(cell, out):
             continue
-        manifest = read_mapping(finished_manifest(Path(cell.annotate.out)))
-        whole = {"annotate": to_mapping(cell.annotate), "train": to_mapping(cell.train), "set": manifest}
+        whole = {"train": to_mapping(cell.train)}
+        if cell.train.guidance.drop < 1:  # it reads the signals of its set
+            whole["annotate"] = to_mapping(cell.annotate)
+            whole["set"] = read_mapping(finished_manifest(Path(cell.annotate.out)))
         facts = {name: flat(whole).get(key) for name, key in suite.columns.items()}
         for each in cell.evaluations:
             found = read_mapping(Path(str(each.options.out)), {"metrics": dict, "judges": dict, "sampling": dict})

@@ -14,13 +14,13 @@ import yaml
 from omegaconf import OmegaConf
 
 from ldm_sg.annotate.kinds import late
+from ldm_sg.commands import PackOptions
 from ldm_sg.config import AnnotateConfig, TrainConfig
 from ldm_sg.configfile import ROOT, load, to_mapping
 from ldm_sg.errors import InputError, choices
 from ldm_sg.evaluate.options import Options
 from ldm_sg.folder import flat
 from ldm_sg.sampling.options import SampleOptions
-from ldm_sg.verbs.options import PackOptions
 
 SIZES = ("small", "gpu")
 Section = dict[str, Any]
@@ -193,8 +193,10 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
     words = _words("train", given["train"] | {"annotation": str(annotation), "out": str(run)})
     train = load(TrainConfig, *words)
     commands.append(shlex.join(["ldm-sg", "train", str(words[0]), *words[1]]))
-    judges = [str(_judge_file(out, judge)) if isinstance(of, dict) else of for judge, of in suite.judges.items() if of]
-    evaluations = _evaluations(given["evaluate"], run, shards, ",".join(judges), suite.judges)
+    judges = [
+        str(_judge_file(out, judge, of)) if isinstance(of, dict) else of for judge, of in suite.judges.items() if of
+    ]
+    evaluations = _evaluations(given["evaluate"], run, shards, ",".join(judges))
     for each in evaluations:
         told = {key: value for key, value in asdict(each.options).items() if value != getattr(Options, key, ...)}
         commands.append(_flags("evaluate", [str(run)], told, "source"))
@@ -209,8 +211,8 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
     )
 
 
-def _evaluations(given: Section, run: Path, shards: str, features: str, judges: Section) -> list[Evaluation]:
-    """One for each combination of the values in lists. Other settings, of the judges too, are other files."""
+def _evaluations(given: Section, run: Path, shards: str, features: str) -> list[Evaluation]:
+    """One for each combination of the values in lists. Other settings are other files."""
     _check_names("evaluate", given, {each.name for each in fields(Options)} - {"source", "out", "features", "device"})
     swept = {k: v for k, v in given.items() if isinstance(v, list) and (k != "interval" or isinstance(v[0], list))}
     found = []
@@ -219,8 +221,7 @@ def _evaluations(given: Section, run: Path, shards: str, features: str, judges: 
         told = {"reference": shards, "features": features or None} | given | point
         if told.get("checkpoint") is not None:
             told["checkpoint"] = str(told["checkpoint"])
-        digest = hashlib.sha256(json.dumps([told, judges], sort_keys=True).encode()).hexdigest()[:8]
-        stem = "_".join(["reproduce", *(f"{k}{v}".replace(" ", "") for k, v in point.items()), digest])
+        stem = "_".join(["reproduce", *(f"{k}{v}".replace(" ", "") for k, v in point.items()), _digest(told)])
         options = Options(str(run), **told, out=str(run / "evaluations" / f"{stem}.json"))
         options.check()
         found.append(Evaluation(point, options))
@@ -229,11 +230,15 @@ def _evaluations(given: Section, run: Path, shards: str, features: str, judges: 
 
 def judge_files(suite: SuiteConfig, out: Path) -> dict[Path, str]:
     """Of the judges that are settings of a g, as `evaluate --features FILE` reads them."""
-    return {_judge_file(out, name): yaml.safe_dump(of) for name, of in suite.judges.items() if isinstance(of, dict)}
+    return {_judge_file(out, name, of): yaml.safe_dump(of) for name, of in suite.judges.items() if isinstance(of, dict)}
 
 
-def _judge_file(out: Path, name: str) -> Path:
-    return out / "judges" / f"{name}.yaml"
+def _judge_file(out: Path, name: str, settings: Section) -> Path:
+    return out / "judges" / _digest(settings) / f"{name}.yaml"
+
+
+def _digest(of: Any) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _check_names(verb: str, given: Section, known: set[str]) -> None:

@@ -12,7 +12,7 @@ from ldm_sg.annotate.kinds import LoadedAnnotator, load_annotator
 from ldm_sg.errors import InputError
 from ldm_sg.guidance.compose import Strategy, cfg
 from ldm_sg.guidance.signal import Guidance
-from ldm_sg.guidance.spatial import concept_ids
+from ldm_sg.guidance.spatial import concept_ids, present
 from ldm_sg.models.unet import GuidedUNet
 from ldm_sg.sampling import draw
 from ldm_sg.sampling.edit import Edit, Observed, check, check_strength, noised, record, remembering, selfguided
@@ -48,14 +48,17 @@ class Editor:
     InputError where the run has no concepts that could be told apart."""
 
     def __init__(self, pipe: "SelfGuidedPipeline", w: float = 2.0, steps: int = 25, strategy: Strategy = cfg) -> None:
+        self._check(pipe)
+        self.pipe, self.w, self.strategy = pipe, pipe.strength(w), strategy
+        self.network, self.count = GuidedUNet(pipe.unet, pipe.conditioner), pipe.spec.num_concepts
+        self.steps, self.grid = steps, make_grid(pipe.objective, steps)
+
+    def _check(self, pipe: "SelfGuidedPipeline") -> None:
         if not pipe.spec.num_concepts or pipe.conditioner.config.tokens != "concepts":
             raise InputError(
                 "this run has no token of its own for each concept, which editing reads: train with model.tokens=concepts, "
                 "guidance.parts=[concepts] and guidance.attention=0.1 on segments, as configs/train/camvid256-concepts.yaml does"
             )
-        self.pipe, self.w, self.strategy = pipe, pipe.strength(w), strategy
-        self.network, self.count = GuidedUNet(pipe.unet, pipe.conditioner), pipe.spec.num_concepts
-        self.steps, self.grid = steps, make_grid(pipe.objective, steps)
 
     @cached_property
     def annotator(self) -> LoadedAnnotator:
@@ -129,3 +132,35 @@ class Editor:
         guidance = guidance.to(self.pipe.device)
         times = self.grid.times.to(self.pipe.device)
         return Source(images, guidance, noise, record(self.network, states, times, guidance, self.count))
+
+
+class MaskEditor(Editor):
+    """The plain way, to compare with, of a run that is told by a mask where everything is (k_s): the mask is edited, and the same
+    noise drawn again."""
+
+    def _check(self, pipe: "SelfGuidedPipeline") -> None:
+        assert pipe.spec.spatial == "mask" and pipe.spec.spatial_channels
+
+    def edit(
+        self, source: Source, edits: Sequence[Edit] = (), strength: float = 20.0, others: Sequence[Taken] = ()
+    ) -> Tensor:
+        """uint8 [B, 3, H, W]; nothing has a strength here, and nothing is taken from others."""
+        check(edits, source.observed[-1])
+        spatial = source.guidance.spatial
+        for edit in edits:
+            spatial = relaid(spatial, edit)
+        return self._solve(replace(source.guidance, spatial=spatial), source.noise, self.strategy)
+
+    def _source(self, images: Tensor, guidance: Guidance, noise: Tensor, states: list[Tensor]) -> Source:
+        asked = guidance.spatial
+        return Source(images, guidance, noise, [Observed(present(asked) > 0, asked, [])])
+
+
+def relaid(coverage: Tensor, edit: Edit) -> Tensor:
+    """[B, K, h, w] with one class edited; where it was now lies, mirrored, what else there is, and where it is nothing else."""
+    own = coverage[:, [edit.concept]]
+    rest = coverage.index_fill(1, torch.tensor([edit.concept], device=coverage.device), 0)
+    after = edit.of(own)
+    laid = (rest + own * rest.flip(3)) * (1 - after)
+    laid[:, [edit.concept]] = after
+    return laid

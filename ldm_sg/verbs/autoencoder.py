@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ldm_sg.autoencoder import load_autoencoder, moments, psnr
 from ldm_sg.autoencoder import manifest as manifests
 from ldm_sg.autoencoder.compvis import convert
+from ldm_sg.commands import MeasureOptions
 from ldm_sg.configfile import ROOT
 from ldm_sg.data.images import MAX_SIDE, to_float, to_uint8
 from ldm_sg.errors import InputError, need_within
@@ -23,7 +24,6 @@ from ldm_sg.folder import WEIGHTS, file_sha256, read_mapping, whole, write_json
 from ldm_sg.hardware import pick_device
 from ldm_sg.report import grids
 from ldm_sg.training.autoencoder import enlarge, perceptual_distance
-from ldm_sg.verbs.options import MeasureOptions
 
 SHOWN = 8  # images of the picture
 LEAST = 16  # pixels of an image: SSIM's window is 11

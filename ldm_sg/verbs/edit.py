@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from ldm_sg.autoencoder import psnr
+from ldm_sg.commands import EditOptions
 from ldm_sg.configfile import load
 from ldm_sg.data.images import to_float
 from ldm_sg.errors import InputError, need_within
@@ -24,7 +25,6 @@ from ldm_sg.sampling.options import MOST_W
 from ldm_sg.sampling.request import read_photo
 from ldm_sg.sampling.words import WordEditor, is_text_to_image, open_text_to_image
 from ldm_sg.training.autoencoder import perceptual_distance
-from ldm_sg.verbs.options import EditOptions
 
 MOST = 64  # images, which are edited together
 

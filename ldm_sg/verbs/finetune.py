@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_sg.annotate.kinds import features_of, load_annotator, load_f
+from ldm_sg.commands import FinetuneOptions
 from ldm_sg.config import AnnotateConfig, ReplayConfig, TrainConfig
 from ldm_sg.configfile import from_mapping, load
 from ldm_sg.data.latents import LatentSet
@@ -17,7 +18,6 @@ from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.report import grids
 from ldm_sg.report.run import read_curves, write_report
 from ldm_sg.verbs.annotate import annotate
-from ldm_sg.verbs.options import FinetuneOptions
 from ldm_sg.verbs.pack import pack
 from ldm_sg.verbs.train import train
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_sg.annotate import names
+from ldm_sg.commands import InspectOptions
 from ldm_sg.configfile import ASSETS
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
@@ -12,7 +13,6 @@ from ldm_sg.folder import locked, read_mapping, write_text
 from ldm_sg.hardware import pick_device
 from ldm_sg.report import annotation, explore
 from ldm_sg.report.run import annotation_folder
-from ldm_sg.verbs.options import InspectOptions
 
 TAKEN = 3  # clusters of a text
 

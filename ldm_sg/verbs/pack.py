@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ldm_sg.commands import PackOptions
 from ldm_sg.config import check_workers
 from ldm_sg.data.datasets import Beside, open_source
 from ldm_sg.data.images import MAX_SIDE
@@ -14,7 +15,6 @@ from ldm_sg.data.pack import FORMATS, Form, Summary, pack_source
 from ldm_sg.errors import InputError, need_choice, need_within
 from ldm_sg.executor import in_order
 from ldm_sg.folder import locked
-from ldm_sg.verbs.options import PackOptions
 
 
 def pack(src: str | Path, dst: str | Path, **options: Any) -> Summary:

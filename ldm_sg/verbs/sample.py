@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from ldm_sg.commands import SampleCommand
 from ldm_sg.data.signals import png
 from ldm_sg.errors import InputError
 from ldm_sg.folder import LOCK, locked, whole
@@ -25,7 +26,6 @@ from ldm_sg.sampling import solvers
 from ldm_sg.sampling.options import SampleOptions, apply_preset
 from ldm_sg.sampling.schedules import objective_of
 from ldm_sg.sampling.sheets import Batch, plan
-from ldm_sg.verbs.options import SampleCommand
 
 MOST_SHOWN = 400  # images in a grid
 
