@@ -2,7 +2,7 @@
 of images on disk beside a bare pass of decoded images through the same network.
 
 python benchmarks/bench_evaluate.py [-n 2000 10000] [--processes 1 2]
-python benchmarks/bench_evaluate.py --images 10000 [--judge inception:FILE]"""
+python benchmarks/bench_evaluate.py --images 10000 [--judge inception:FILE] [--rounds 1]"""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ LDM_SG = [sys.executable, "-c", "from ldm_sg.cli import main; main()"]
 SMALL = ["model.channels=16", "model.blocks=1", "model.attention=[]", "steps=1", "batch_size=8"]
 
 
-def against_bare(n: int, judge: str, rounds: int = 3) -> None:
+def against_bare(n: int, judge: str, rounds: int) -> None:
     """Reference features are remembered, as they are from the second evaluation on. Seconds of all cores, which other programs that
     run meanwhile change less than the clock's."""
     import torch
@@ -62,12 +62,13 @@ def against_bare(n: int, judge: str, rounds: int = 3) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, help="only compare with a bare pass, of so many images")
-    parser.add_argument("--judge", default="demo-g")
+    parser.add_argument("--judge", default="demo-g", help="as evaluate --features takes it")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-n", type=int, nargs="+", default=[2000, 10_000])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     if args.images:
-        return against_bare(args.images, args.judge)
+        return against_bare(args.images, args.judge, args.rounds)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder  # reference features are made anew by the first
         run, shards = Path(folder) / "run", Path(folder) / "shards"
