@@ -4,6 +4,8 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 
 class InputError(ValueError):
@@ -25,6 +27,14 @@ def need_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """InputError where a value is none of the allowed; None among them, a default, is not offered."""
     if value not in (known := list(allowed)):
         raise InputError(f"{name}={value!r}; {choices(value, [each for each in known if each is not None])}")
+
+
+def need_package(name: str, what: str, install: str) -> Any:
+    """A module that not everybody has installed; InputError where it is missing, naming `what` needs it."""
+    try:
+        return import_module(name)
+    except ImportError as err:
+        raise InputError(f"{what} needs {name.partition('.')[0]}: pip install {install}") from err
 
 
 def choices(value: object, allowed: Iterable[object]) -> str:

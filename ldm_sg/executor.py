@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ldm_sg.data.pool import cores, end_with_parent
-from ldm_sg.errors import InputError, one_line
+from ldm_sg.errors import InputError, need_package, one_line
 
 if TYPE_CHECKING:
     import torch  # each process that is started reads this file
@@ -217,10 +217,7 @@ def _on_ray(
     make: Make, tasks: Sequence[Task], settings: Settings, device: "torch.device",
     on_wait: Callable[[], object],
 ) -> Iterator[tuple[Task, Any]]:  # fmt: skip
-    try:
-        import ray
-    except ImportError as err:
-        raise InputError("executor=ray needs ray, which is not installed: pip install 'ldm-sg[distributed]'") from err
+    ray = need_package("ray", "executor=ray", "'ldm-sg[distributed]'")
     ours, address = not ray.is_initialized(), settings.address or os.environ.get("RAY_ADDRESS")
     if ours:
         quiet = {"include_dashboard": False, "logging_level": "warning", "log_to_driver": True}

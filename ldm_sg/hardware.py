@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, choices, need_choice
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,8 +27,7 @@ def pick_device(name: str) -> torch.device:
 
 def use_bf16(precision: str, device: torch.device) -> bool:
     """fp32 -> False, bf16 -> True, auto -> whether the device multiplies bf16 matrices faster than fp32."""
-    if precision not in ("auto", "fp32", "bf16"):
-        raise InputError(f"precision={precision!r}; {choices(precision, ['auto', 'fp32', 'bf16'])}")
+    need_choice("precision", precision, ("auto", "fp32", "bf16"))
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

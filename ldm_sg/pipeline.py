@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_sg.data.images import MAX_SIDE, to_rgb
-from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.errors import InputError, need_choice, one_line
 from ldm_sg.folder import WEIGHTS, file_sha256, pipeline_of, read_mapping
 from ldm_sg.guidance.compose import Denoiser, Strategy, cfg
 from ldm_sg.guidance.signal import Guidance
@@ -276,8 +276,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         height, width: in pixels, of this call's images alone; as in `resize`.
         callback_on_step_end(pipe, step, time, {"latents": x}) may return other latents. The solver is DPM-Solver++(2M) of
         ldm_sg, or whatever scheduler was put in the place of the run's."""
-        if output_type not in OUTPUTS:
-            raise InputError(f"output_type={output_type!r}; {choices(output_type, OUTPUTS)}")
+        need_choice("output_type", output_type, OUTPUTS)
         if set(callback_on_step_end_tensor_inputs) != {"latents"}:
             raise InputError(
                 f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs}: there are latents"

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ldm_sg.config import FeaturesConfig
 from ldm_sg.configfile import ASSETS, read_yaml
-from ldm_sg.errors import InputError, choices, one_line
+from ldm_sg.errors import InputError, choices, need_choice, one_line
 from ldm_sg.folder import file_sha256
 from ldm_sg.hardware import use_bf16
 from ldm_sg.hub import check_pinned, hub
@@ -204,8 +204,7 @@ def load_extractor(
     Where the config leaves its input size open, `own_size` fits it to images of `source` pixels.
 
     Raises InputError for an unknown name, weights that cannot be had or do not fit, a block or pooling it lacks."""
-    if cfg.pool not in POOLS:
-        raise InputError(f"features.pool={cfg.pool!r}; {choices(cfg.pool, POOLS)}")
+    need_choice("features.pool", cfg.pool, POOLS)
     clip = cfg.model.startswith("open_clip:")
     folder = None if clip else _shipped(cfg.model)
     if folder is not None:

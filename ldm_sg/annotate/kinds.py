@@ -25,7 +25,7 @@ from ldm_sg.configfile import from_mapping
 from ldm_sg.data.images import show, to_float
 from ldm_sg.data.latents import set_hash
 from ldm_sg.data.signals import Signals
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, need_choice
 from ldm_sg.folder import annotator_folder, file_sha256, read_mapping, whole, write_text
 
 KINDS: dict[str, type[Annotator]] = {
@@ -54,8 +54,7 @@ def late(cfg: AnnotatorConfig) -> set[str]:
 
 
 def _unfitted(cfg: AnnotatorConfig) -> Annotator:
-    if cfg.kind not in KINDS:
-        raise InputError(f"annotator.kind={cfg.kind!r}; {choices(cfg.kind, KINDS)}")
+    need_choice("annotator.kind", cfg.kind, KINDS)
     return KINDS[cfg.kind](cfg)
 
 

@@ -11,7 +11,7 @@ from ldm_sg.annotate.views import Views
 from ldm_sg.config import AnnotatorConfig
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Columns, PackedMasks
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, need_choice
 from ldm_sg.guidance.signal import GuidanceSpec
 from ldm_sg.guidance.spatial import VOID
 
@@ -30,8 +30,7 @@ class Oracle(Annotator):
     grows = False  # K is the highest number that occurs
 
     def __init__(self, cfg: AnnotatorConfig):
-        if cfg.truth not in TRUTHS:
-            raise InputError(f"annotator.truth={cfg.truth!r}; {choices(cfg.truth, TRUTHS)}")
+        need_choice("annotator.truth", cfg.truth, TRUTHS)
         super().__init__(cfg)
         self.k, self.multi_hot = 0, False
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ldm_sg.data.tars import Damaged, Member, is_remote, open_by_fsspec
-from ldm_sg.errors import InputError, one_line
+from ldm_sg.errors import InputError, need_package, one_line
 
 LABELS = ("label", "cls", "class", "fine_label", "labels")  # of integers: the first that there is
 ROWS, BYTES = 32, 2**26  # in memory at once, by the mean size that the footer gives
@@ -91,8 +91,4 @@ def _seekable(url: str) -> IO[bytes]:
 
 
 def pyarrow() -> Any:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as err:
-        raise InputError("parquet tables need pyarrow: pip install 'ldm-sg[parquet]'") from err
-    return parquet
+    return need_package("pyarrow.parquet", "a parquet table", "'ldm-sg[parquet]'")

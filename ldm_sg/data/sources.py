@@ -18,7 +18,7 @@ from typing import Any
 from ldm_sg.data.boxes import Boxes
 from ldm_sg.data.images import BadImage, read_bytes
 from ldm_sg.data.shards import Damage, Sample, expand, is_remote, read_shard
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, need_package
 from ldm_sg.folder import read_mapping
 
 SUFFIXES = {
@@ -205,10 +205,7 @@ class LmdbSource(Listed):
 @functools.lru_cache(maxsize=1)  # an LMDB may be open once in a process
 def open_lmdb(folder: str) -> Any:
     """The environment, for reading; InputError without the package or when it is not an LMDB."""
-    try:
-        import lmdb
-    except ImportError as err:
-        raise InputError(f"{folder} is an LMDB: reading it needs `pip install lmdb`") from err
+    lmdb = need_package("lmdb", f"{folder}, an LMDB,", "lmdb")
     try:
         return lmdb.open(folder, readonly=True, lock=False, readahead=False)
     except lmdb.Error as err:

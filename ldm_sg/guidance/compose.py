@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, need_choice, need_within
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.objective import Objective
 
@@ -106,10 +106,8 @@ STRATEGIES: dict[str, Strategy] = {"cfg": cfg, "cfg_zero": cfg_zero, "apg": apg}
 
 def make_strategy(name: str = "cfg", rescale: float = 0.0, within: tuple[float, float] | None = None) -> Strategy:
     """What flags ask for; InputError for what there is not."""
-    if name not in STRATEGIES:
-        raise InputError(f"strategy={name!r}; {choices(name, STRATEGIES)}")
-    if not 0 <= rescale <= 1:
-        raise InputError(f"rescale={rescale}: a share between 0 and 1")
+    need_choice("strategy", name, STRATEGIES)
+    need_within("rescale", rescale, 0, 1)
     if rescale and name != "cfg":
         raise InputError(f"rescale={rescale} belongs to strategy cfg, not {name}")
     strategy = partial(cfg, rescale=rescale) if rescale else STRATEGIES[name]

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import nn
 
-from ldm_sg.errors import InputError, one_line
+from ldm_sg.errors import InputError, need_package, one_line
 from ldm_sg.weights import read_finite
 
 
@@ -67,8 +67,4 @@ def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as err:
-        raise InputError("lora needs peft, which is not installed: pip install 'ldm-sg[lora]'") from err
-    return peft
+    return need_package("peft", "lora", "'ldm-sg[lora]'")

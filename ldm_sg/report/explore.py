@@ -16,7 +16,7 @@ from ldm_sg.annotate.dedup import neighbours
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.data.parquet import pyarrow
 from ldm_sg.data.photos import photos_at
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, need_choice, need_package
 from ldm_sg.folder import whole
 from ldm_sg.report import html
 from ldm_sg.report.annotation import about, distances, evenly
@@ -32,13 +32,9 @@ def find_layout(name: str) -> Layout:
     """pca or umap. InputError for another, and where umap-learn is not installed."""
     if name == "pca":
         return pca
-    if name != "umap":
-        raise InputError(f"--map {name!r}: pca or umap")
-    try:
-        from umap import UMAP
-    except ImportError as err:
-        raise InputError("--map umap needs umap-learn: pip install 'ldm-sg[umap]'; or --map pca") from err
-    return lambda points: UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(points.numpy())
+    need_choice("map", name, ("pca", "umap"))
+    umap = need_package("umap", "--map umap", "'ldm-sg[umap]'; or --map pca")
+    return lambda points: umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(points.numpy())
 
 
 def pca(points: Tensor) -> np.ndarray:

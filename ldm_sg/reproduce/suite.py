@@ -17,7 +17,7 @@ from ldm_sg.annotate.kinds import late
 from ldm_sg.commands import PackOptions
 from ldm_sg.config import AnnotateConfig, TrainConfig
 from ldm_sg.configfile import ROOT, load, to_mapping
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, choices, need_choice
 from ldm_sg.evaluate.options import Options
 from ldm_sg.folder import flat
 from ldm_sg.sampling.options import SampleOptions
@@ -119,8 +119,7 @@ class Cell:
 
 def read_suite(name: str, overrides: list[str] | None = None, size: str = "small") -> SuiteConfig:
     """`name`: of configs/reproduce/, or a file. InputError for what is no suite."""
-    if size not in SIZES:
-        raise InputError(f"size={size!r}; {choices(size, SIZES)}")
+    need_choice("size", size, SIZES)
     shipped = ROOT / "configs" / "reproduce"
     path = Path(name) if name.endswith((".yaml", ".yml")) else shipped / f"{name}.yaml"
     if not path.is_file() and path.parent == shipped:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm_sg.errors import InputError, choices
+from ldm_sg.errors import InputError, need_choice, need_within
 from ldm_sg.guidance.compose import Denoiser
 from ldm_sg.guidance.signal import Guidance
 from ldm_sg.objective import Objective
@@ -60,12 +60,10 @@ SPACINGS = {"log_snr": _log_snr, "trailing": _trailing, "uniform": _uniform}
 
 def make_grid(objective: Objective, steps: int, spacing: str = "log_snr") -> Grid:
     """`steps` evaluations (more with `uniform`) that end without noise, but with `uniform` at index 0, as the paper's code does."""
-    if steps < 1:
-        raise InputError(f"steps={steps}: at least 1")
+    need_within("steps", steps, 1)
     if steps > len(objective.angles):
         raise InputError(f"steps={steps}: the run has {len(objective.angles)} noise levels")
-    if spacing not in SPACINGS:
-        raise InputError(f"spacing={spacing!r}; {choices(spacing, SPACINGS)}")
+    need_choice("spacing", spacing, SPACINGS)
     objective = objective.to(torch.device("cpu"))
     times = SPACINGS[spacing](objective, steps)
     alpha, sigma = (part.flatten().tolist() for part in objective.alpha_sigma(times))
@@ -126,8 +124,7 @@ SOLVERS: dict[str, Step | None] = {"ddim": ddim, "ddpm": None, "euler": ddim, "d
 
 def make_step(name: str, eta: float = 0.0, draw: Callable[[], Tensor] | None = None) -> Step:
     """A solver by its name; eta > 0 (ddim only, ddpm's is 1) takes noise from `draw`."""
-    if name not in SOLVERS:
-        raise InputError(f"scheduler={name!r}; {choices(name, SOLVERS)}")
+    need_choice("scheduler", name, SOLVERS)
     if eta and name != "ddim":
         raise InputError(f"eta={eta} belongs to scheduler ddim, not {name}")
     step = SOLVERS[name] if not eta else None

@@ -20,7 +20,7 @@ from torchvision.models import AlexNet_Weights
 from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.autoencoder.kinds import KL, Tiny
 from ldm_sg.config import FitAutoencoderConfig
-from ldm_sg.errors import InputError, one_line
+from ldm_sg.errors import InputError, need_package, one_line
 from ldm_sg.hub import downloadable
 from ldm_sg.weights import check_finite, read_weights
 
@@ -67,10 +67,7 @@ def shrink(images: Tensor, side: int) -> Tensor:
 def perceptual_distance(weights: str | None) -> nn.Module:
     """LPIPS (AlexNet) from the package `lpips`; `weights` is a safetensors file of torchvision's `AlexNet.features`
     (None = torchvision downloads them). Takes images in [-1, 1], returns [B, 1, 1, 1]."""
-    try:
-        import lpips
-    except ImportError as err:
-        raise InputError("lpips > 0 needs the package lpips: pip install 'ldm-sg[lpips]', or set lpips=0") from err
+    lpips = need_package("lpips", "lpips > 0", "'ldm-sg[lpips]', or set lpips=0")
     url = AlexNet_Weights.IMAGENET1K_V1.url
     if weights is None and not downloadable(url):
         raise InputError(
