@@ -23,6 +23,7 @@ from ldm_sg.data.images import to_float
 from ldm_sg.data.shards import ShardWriter, read_shard
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import figures, memory, metrics, sources, statistics
+from ldm_sg.evaluate.judges import is_guide
 from ldm_sg.evaluate.options import Options
 from ldm_sg.evaluate.subjects import open_subject
 from ldm_sg.verbs.evaluate import evaluate
@@ -368,3 +369,11 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
     assert sorted(named) == sorted(metrics.NEEDS)
     shown = invoke("evaluate", "--help")[1]
     assert all(re.search(rf"\b{name}\b", shown) for name in metrics.NEEDS)
+
+
+def test_a_network_is_its_runs_guide_at_any_input_size_and_with_its_weights_alone() -> None:
+    g = {"model": "vit", "weights": "/a", "sha256": "1"}
+    for judge, same in (({"model": "vit", "weights": "/a", "sha256": "2"}, True), ({"sha256": "1"}, True),
+                        ({"model": "vit", "weights": "/b", "sha256": "2"}, False), ({"sha256": "2"}, False)):  # fmt: skip
+        assert is_guide(judge, g) is same
+    assert not is_guide({"model": None, "weights": None, "sha256": "1"}, None)

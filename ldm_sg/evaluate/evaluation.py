@@ -10,7 +10,7 @@ from typing import Any
 from ldm_sg.errors import InputError
 from ldm_sg.evaluate import edits, figures, memory, sources, statistics
 from ldm_sg.evaluate.collect import Look, Passes
-from ldm_sg.evaluate.judges import guide, networks_of, open_judges, parse_features
+from ldm_sg.evaluate.judges import guide, is_guide, networks_of, open_judges, parse_features
 from ldm_sg.evaluate.options import DRAWING, Options
 from ldm_sg.evaluate.reference import Reference
 from ldm_sg.evaluate.subjects import Subject, open_subject
@@ -64,7 +64,7 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
         "asked": asked,
         "metrics": values,
         "details": reference.details,
-        "judges": {space: found | {"guide": found["sha256"] == made_by} for space, found in manifests.items()},
+        "judges": {space: found | {"guide": is_guide(found, made_by)} for space, found in manifests.items()},
         "run": str(subject.run) if subject.run else None,
         "samples": len(places),
         "reference_images": known[1].get("images") if known else reference.used,
@@ -113,7 +113,7 @@ def _worker(options: Options, wanted: list[str], on: str) -> Look:
     return Look(subject, networks_of(open_judges(wanted, options, subject, device)), device)
 
 
-def _default(subject: Subject, made_by: str | None) -> list[str]:
+def _default(subject: Subject, made_by: dict[str, Any] | None) -> list[str]:
     """fd and prdc, and what the run's signals allow."""
     spec = subject.pipe.spec if subject.pipe and subject.guided and made_by else None
     own = ["consistency"] * bool(spec and spec.one_id) + ["layout"] * bool(spec and spec.spatial)

@@ -213,7 +213,13 @@ def _space(own: FeatureExtractor, networks: dict[str, Seer]) -> str:
     return OWN if own.name in networks else own.name
 
 
-def guide(pipe: SelfGuidedPipeline | None) -> str | None:
-    """sha256 of the g that made the run's signals; None without a run, and for signals that no g made."""
-    features = load_f(pipe.annotator_folder)[1]["features"] if pipe else None
-    return features["sha256"] if features else None
+def guide(pipe: SelfGuidedPipeline | None) -> dict[str, Any] | None:
+    """The manifest of the g that made the run's signals; None without a run, and for signals that no g made."""
+    return load_f(pipe.annotator_folder)[1]["features"] if pipe else None
+
+
+def is_guide(judge: dict[str, Any], g: dict[str, Any] | None) -> bool:
+    """By their manifests: whether they are one network, whose block and input size (which its position embedding is resampled for)
+    may differ."""
+    named = [(each.get("model"), each.get("weights")) for each in (judge, g or {})]
+    return g is not None and (judge["sha256"] == g["sha256"] or (named[0] == named[1] and "model" in judge))
