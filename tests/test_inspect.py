@@ -267,7 +267,7 @@ def test_bad_input_is_named(annotations: Path, tmp_path: Path, monkeypatch: pyte
         (described, "openai"),
         (("--describe", "--clip", "ViT-B-33/openai"), "ViT-B-32"),
         (("--describe", "--clip", f"{tiny_clip(tmp_path)[0]}x"), "no such file"),
-        (("--map", "pac"), "pca or umap"),
+        (("--map", "pac"), "did you mean 'pca'"),
         (("--map", "umap"), "pip install 'ldm-sg[umap]'"),
         (("--out", tmp_path / "page.txt"), "NAME.html"),
         (("--parquet", tmp_path / "table.csv"), "NAME.parquet"),
