@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,17 +49,12 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_help_imports_no_torch_and_is_fast() -> None:
+def test_help_imports_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['ldm-sg', '--help']\nimport ldm_sg.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
     )
     code += "assert not {'torch', 'numpy', 'diffusers', 'omegaconf'} & set(sys.modules), 'heavy import'"
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        took.append(time.perf_counter() - start)
-    assert min(took) < 1.0  # 0.07 s alone on a quiet machine; the assertion on imports is the sharp one
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("verb", VERBS)
