@@ -225,7 +225,7 @@ class ReproduceOptions:
     overrides: list[str] | None = argument(
         "key=value pairs of the suite: data.NAME=PATH, seeds=[0], train.steps=500.", None
     )
-    out: Path | None = option(None, "Folder of all it makes; default runs/reproduce/SUITE.")
+    out: Path | None = option(None, "Folder of all it makes, which suites share; default runs/reproduce.")
     size: str = option("small", "small: two CPU cores; gpu.")
     jobs: int = option(1, "Cells side by side, shared out over the GPUs.")
     device: str = option("auto", DEVICE)

@@ -308,6 +308,11 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def settings_sha256(of: Any) -> str:
+    """Hex digest of settings, in whatever order their keys come."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+
+
 def read_mapping(
     path: Path, schema: Mapping[str, Any] | None = None, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> dict[str, Any]:

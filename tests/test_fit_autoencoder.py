@@ -190,7 +190,7 @@ def test_wrong_input_is_named(config, shard):
     cases = {
         "multiple of 8 a level": {"widths": [12]},
         "factor of 4; give a multiple of 8": {"size": 20},
-        r"holdout.*b: no such entry": {"holdout": {"b": 1}},
+        r"holdout=\{'b': 1\}: b: no such entry": {"holdout": {"b": 1}},
         r"holdout\.a=24": {"holdout": {"a": 24}},
         "no .tar or .parquet shards": {"shards": {"a": "nowhere/*.tar"}},
         "steps=0": {"steps": 0},

@@ -171,7 +171,7 @@ def test_interval_is_w_1_outside_its_noise_levels() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [({"name": "apg", "rescale": 0.5}, "belongs to strategy cfg"), ({"rescale": 2.0}, "0 (and|to) 1"),
+    [({"name": "apg", "rescale": 0.5}, "belongs to strategy cfg"), ({"rescale": 2.0}, "rescale=2.0: from 0 to 1"),
      ({"name": "apgg"}, "did you mean 'apg'"), ({"within": (0.8, 0.2)}, "rising"), ({"within": (0.2, 3.0)}, "rising")],
 )  # fmt: skip
 def test_wrong_strategies_are_refused(flags: dict, message: str) -> None:

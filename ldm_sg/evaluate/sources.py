@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ from ldm_sg.data.images import BadImage, crop_resize, decode, read_bytes, to_ten
 from ldm_sg.data.pool import in_order
 from ldm_sg.data.shards import count_images, expand, holds_shards, is_remote, leads_elsewhere, read_shard
 from ldm_sg.errors import InputError
-from ldm_sg.folder import cache_home, check, whole
+from ldm_sg.folder import cache_home, check, settings_sha256, whole
 
 PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -229,7 +228,7 @@ def fingerprint(images: ImageSet, **settings: Any) -> str | None:
         return None
     files = [Path(path).resolve() for path in images.paths]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([stats, PREPROCESSING, settings], sort_keys=True).encode()).hexdigest()
+    return settings_sha256([stats, PREPROCESSING, settings])
 
 
 def remembered(images: ImageSet, compute: Callable[[], Mapping[str, Tensor]], **settings: Any) -> Mapping[str, Tensor]:

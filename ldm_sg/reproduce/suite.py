@@ -1,6 +1,5 @@
 """Suites of configs/reproduce/: cells, each of them overrides of the verbs, times seeds -> ordinary configs, folders and commands."""
 
-import hashlib
 import itertools
 import json
 import shlex
@@ -19,7 +18,7 @@ from ldm_sg.config import AnnotateConfig, TrainConfig
 from ldm_sg.configfile import ROOT, load, to_mapping
 from ldm_sg.errors import InputError, choices, need_choice
 from ldm_sg.evaluate.options import Options
-from ldm_sg.folder import flat
+from ldm_sg.folder import flat, settings_sha256
 from ldm_sg.sampling.options import SampleOptions
 
 SIZES = ("small", "gpu")
@@ -220,7 +219,9 @@ def _evaluations(given: Section, run: Path, shards: str, features: str) -> list[
         told = {"reference": shards, "features": features or None} | given | point
         if told.get("checkpoint") is not None:
             told["checkpoint"] = str(told["checkpoint"])
-        stem = "_".join(["reproduce", *(f"{k}{v}".replace(" ", "") for k, v in point.items()), _digest(told)])
+        stem = "_".join(
+            ["reproduce", *(f"{k}{v}".replace(" ", "") for k, v in point.items()), settings_sha256(told)[:8]]
+        )
         options = Options(str(run), **told, out=str(run / "evaluations" / f"{stem}.json"))
         options.check()
         found.append(Evaluation(point, options))
@@ -233,11 +234,7 @@ def judge_files(suite: SuiteConfig, out: Path) -> dict[Path, str]:
 
 
 def _judge_file(out: Path, name: str, settings: Section) -> Path:
-    return out / "judges" / _digest(settings) / f"{name}.yaml"
-
-
-def _digest(of: Any) -> str:
-    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:8]
+    return out / "judges" / settings_sha256(settings)[:8] / f"{name}.yaml"
 
 
 def _check_names(verb: str, given: Section, known: set[str]) -> None:
