@@ -87,7 +87,7 @@ def load(schema: type[Schema], given: Any = None, overrides: list[str] | None = 
     files, typed = _layers(given, schema), _dotlist(overrides or [])
     for source, layer in [*files, *typed]:
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged.merge_with(layer)  # in place: `OmegaConf.merge` copies all of it each time
         except ConfigKeyError as err:
             prefix = str(err.full_key).removesuffix(str(err.key))
             known = [f"{prefix}{key}" for key in err.parent_node.keys()]  # type: ignore[union-attr]
