@@ -150,7 +150,7 @@ def test_sets_that_differ_in_k_share_the_pass_of_g_and_suites_of_a_folder_their_
     cells = {name: {"annotate": {"annotator": {"kind": "clusters", "k": k}}} for name, k in (("two", 2), ("four", 4))}
     out = tmp_path / "out"
     running.reproduce(str(suite(tmp_path / "one.yaml", cells=cells, seeds=[0])), out=out, device="cpu")
-    sets, passed = [out / "annotations" / name for name in cells], out / "passes" / "two"
+    sets, [passed] = [out / "annotations" / name for name in cells], (out / "passes").iterdir()
     assert [Path(cfg.out) for cfg in begun] == [passed, sets[0], passed, sets[1]]
     assert len({next((made / "features").iterdir()).stat().st_ino for made in sets}) == 1
     annotating(replace(begun[-1], out=str(tmp_path / "alone")))
@@ -162,7 +162,10 @@ def test_sets_that_differ_in_k_share_the_pass_of_g_and_suites_of_a_folder_their_
     other = suite(tmp_path / "other.yaml", cells=cells, seeds=[0, 1], judges=judges)
     running.reproduce(str(other), out=out, device="cpu")
     assert len(list((out / "judges").glob("*/small-g.yaml"))) == 2
-    assert {path: path.stat().st_mtime_ns for path in (out / "annotations").rglob("*.tar")} == made
+    cells = {"eight": {"annotate": {"annotator": {"kind": "clusters", "k": 8}}}, "four": cells["four"]}  # another first
+    running.reproduce(str(suite(tmp_path / "third.yaml", cells=cells, seeds=[0])), out=out, device="cpu")
+    assert [len(list((out / kind).iterdir())) for kind in ("shards", "passes", "annotations")] == [1, 1, 3]
+    assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
 def test_the_dry_run_prints_commands_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

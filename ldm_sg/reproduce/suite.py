@@ -142,8 +142,9 @@ def assignments(tree: Section) -> list[str]:
 
 
 def plan(suite: SuiteConfig, out: Path) -> list[Cell]:
-    """All cells, first those of the first seed. What two of them have in common (shards, pass of g, annotation set, run) is one
-    folder, called after the first. InputError for a cell that no verb would take."""
+    """All cells, first those of the first seed. What two of them have in common is one folder: shards and passes of g are called by a
+    digest of what decides them, the same in all suites of `out`, annotation sets and runs after the first cell. InputError for a
+    cell that no verb would take."""
     homes: dict[str, Path] = {}
 
     def home(kind: str, cell: str, what: Any) -> Path:
@@ -174,7 +175,7 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
     packed, shards, commands = None, given["annotate"].get("shards"), []
     if given["pack"]:
         _check_names("pack", given["pack"], {each.name for each in fields(PackOptions)} - {"dst"})
-        packed = home("shards", name, given["pack"]), given["pack"]
+        packed = _place(out, "shards", given["pack"]), given["pack"]
         shards = f"{packed[0]}/*.tar"
         commands.append(_flags("pack", [str(given["pack"].get("src")), str(packed[0])], given["pack"], "src"))
     if not shards:
@@ -185,7 +186,7 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
     decides = flat(to_mapping(annotate))
     for key in ("out", *late(annotate.annotator)):
         del decides[key]
-    passed = home("passes", name, decides)
+    passed = _place(out, "passes", decides)
     commands.append(shlex.join(["ldm-sg", "annotate", str(words[0]), *words[1]]))
     run = home("runs", f"{name}-{seed}", [str(annotation), given["train"]])
     words = _words("train", given["train"] | {"annotation": str(annotation), "out": str(run)})
@@ -234,7 +235,11 @@ def judge_files(suite: SuiteConfig, out: Path) -> dict[Path, str]:
 
 
 def _judge_file(out: Path, name: str, settings: Section) -> Path:
-    return out / "judges" / settings_sha256(settings)[:8] / f"{name}.yaml"
+    return _place(out, "judges", settings) / f"{name}.yaml"
+
+
+def _place(out: Path, kind: str, settings: Section) -> Path:
+    return out / kind / settings_sha256(settings)[:8]
 
 
 def _check_names(verb: str, given: Section, known: set[str]) -> None:
