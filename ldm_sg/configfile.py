@@ -94,10 +94,13 @@ def load(schema: type[Schema], given: Any = None, overrides: list[str] | None = 
             raise InputError(f"{source}: unknown key {err.full_key!r}; {choices(err.full_key, known)}") from err
         except (OmegaConfBaseException, TypeError) as err:  # a list where a mapping belongs, and the other way round
             raise InputError(f"{source}: {str(err).splitlines()[0]}") from err
-    if missing := sorted(OmegaConf.missing_keys(merged)):
-        source = files[-1][0] if files else "config"
-        raise InputError(f"{source}: no value for {', '.join(missing)}: give it as {missing[0]}=...")
-    loaded: Any = OmegaConf.to_object(merged)
+    source = files[-1][0] if files else "config"
+    try:
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise InputError(f"{source}: no value for {', '.join(missing)}: give it as {missing[0]}=...")
+        loaded: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as err:  # ${...} that leads nowhere
+        raise InputError(f"{source}: {one_line(err)[:200]}") from err
     if hasattr(loaded, "check"):
         loaded.check()
     if hasattr(loaded, "check_given"):

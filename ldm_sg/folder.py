@@ -214,6 +214,8 @@ def temporary(path: Path) -> Path:
 def whole(path: Path) -> Iterator[Path]:
     """`with whole(path) as new`: the file or folder that is made as `new` appears as `path` when the block ends; of a block
     that fails nothing is left. A folder takes the place of the one before it. InputError where the disk is full, ..."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: a device or a pipe: give a plain file")
     new = temporary(path)
     try:
         with disk_errors(path):

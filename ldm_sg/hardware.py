@@ -15,8 +15,8 @@ def pick_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (":" in name and not number.isdecimal()):
         raise InputError(f"device={name!r}; {choices(name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps'])}")
     if kind != "cpu" and not (torch.cuda if kind == "cuda" else torch.backends.mps).is_available():
         raise InputError(

@@ -40,6 +40,7 @@ from ldm_sg.evaluate.collect import Look, Passes, Task
 from ldm_sg.evaluate.evaluation import _worker
 from ldm_sg.evaluate.options import DRAWING, Options
 from ldm_sg.evaluate.subjects import open_subject
+from ldm_sg.folder import cache_home
 from ldm_sg.pipeline import SelfGuidedPipeline
 from ldm_sg.sampling.request import SampleOptions
 from ldm_sg.verbs.evaluate import evaluate
@@ -201,9 +202,13 @@ def test_a_killed_worker_is_one_line(run: Path, tmp_path: Path) -> None:
 def test_reference_features_are_remembered(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = {"metrics": "fd", "n": 6, "steps": 1, "device": "cpu", "out": tmp_path / "r.json"}
     first = evaluate(run, str(run.parent / "real.tar"), **args)
-    monkeypatch.setattr(sources, "batches", None)  # a second reading would fail
-    second = evaluate(run, str(run.parent / "real.tar"), **args)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "batches", None)  # a second reading would fail
+        second = evaluate(run, str(run.parent / "real.tar"), **args)
     assert first["metrics"] == second["metrics"] and second["reference_images"] == 64
+    for file in (cache_home() / "features").glob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    assert evaluate(run, str(run.parent / "real.tar"), **args)["metrics"] == first["metrics"]
 
 
 def test_samples_on_disk_are_judged_by_the_run_that_holds_them(run: Path) -> None:
@@ -262,6 +267,12 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path, m
         ((run, real), {"out": plain}, "cannot be written"),
         ((run, real), {"out": plain / "000.png" / "x.json"}, "cannot be written"),
         ((run, real), {"device": "gpu"}, "device='gpu'"),
+        ((run, real), {"device": "cpu:x"}, "device='cpu:x'"),
+        ((run, real), {"interval": [0.1]}, "write it as 0.2,0.8"),
+        ((run, real), {"spacing": "trailling"}, "did you mean 'trailing'"),
+        ((run, ""), {}, "reference='': empty"),
+        ((run, real), {"statistics": "x.txt"}, "give a file NAME.npz"),
+        ((run, real, "fd"), {"statistics": str(tmp_path / "x.npz"), "out": tmp_path / "x.npz"}, "name another file"),
         ((run, real), {"executor": "dask"}, "executor=dask: local or ray"),
         ((run, real), {"processes": -1}, "processes=-1: 0"),
         ((run, real), {"address": "ray://10.0.0.1:10001"}, "belongs to executor=ray"),

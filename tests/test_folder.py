@@ -150,6 +150,10 @@ def test_files_and_folders_appear_whole(tmp_path):
             (new / content).touch()
             assert not (tmp_path / "set" / content).exists()
     assert [p.name for p in (tmp_path / "set").iterdir()] == ["2"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="a device or a pipe"):
+        write_json(tmp_path / "pipe", {})
+    (tmp_path / "pipe").unlink()
     for kind in (Path.mkdir, Path.touch):
         with pytest.raises(KeyboardInterrupt), whole(tmp_path / "set") as new:
             kind(new)

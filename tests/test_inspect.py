@@ -12,6 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_annotate import SIZE, config, make_shards, png
@@ -276,6 +277,10 @@ def test_bad_input_is_named(annotations: Path, tmp_path: Path, monkeypatch: pyte
         assert code == 2 and told in output and output.count("\n") == 1, (given, output)
     assert not (annotations / "inspect.html").exists() and not (annotations / "names.json").exists()
     assert "no finished" in invoke("inspect", tmp_path / "nowhere")[1] or invoke("inspect", tmp_path)[0] == 2
+    said = yaml.safe_load((annotations / "manifest.yaml").read_text())
+    (annotations / "manifest.yaml").write_text(yaml.safe_dump(said | {"annotator": None}))
+    assert "manifest.yaml: annotator: a mapping" in invoke("inspect", annotations)[1]
+    (annotations / "manifest.yaml").write_text(yaml.safe_dump(said))
     (annotations / "tally.npz").write_bytes(b"PK no zip")
     assert "is damaged" in invoke("inspect", annotations)[1]
 

@@ -212,12 +212,18 @@ def test_statistics_that_are_none_or_do_not_fit_are_refused(run: Path, tmp_path:
         "nan": {"mu": np.full(4, np.nan), "sigma": cov},
         "skew": {"mu": np.zeros(4), "sigma": np.triu(np.ones((4, 4)))},
         "half": {"mu": np.zeros(4)},
+        "infinite": {"mu": np.zeros(4), "sigma": np.full((4, 4), np.inf)},
+        "none-of": {"mu": np.zeros(4), "sigma": cov, "images": -5},
         "object": {"mu": np.array([{"a": 1}], dtype=object), "sigma": cov},
         "dim": {"mu": np.zeros(4), "sigma": cov},
     }
     for name, arrays in bad.items():
         file = tmp_path / f"{name}.npz"
         file.write_text("no npz") if arrays is None else np.savez(file, **arrays)
+        if name == "text":
+            (tmp_path / "empty.npz").touch()
+            with pytest.raises(InputError, match="not the statistics of clean-fid"):
+                statistics.read(str(tmp_path / "empty.npz"))
         with pytest.raises(InputError, match=name):
             evaluate(run, str(file), "fd", n=4, device="cpu", out=tmp_path / "r.json")
     with pytest.raises(InputError, match="none"):

@@ -86,7 +86,7 @@ def test_a_suite_with_a_cell_that_fails_is_stopped_and_goes_on(
     photos(tmp_path / "photos")
     file, out = suite(tmp_path / "small.yaml"), tmp_path / "out"
     command = [sys.executable, "-c", "from ldm_sg.cli import main; main()", "reproduce", str(file), "--out", str(out), "--device", "cpu"]  # fmt: skip
-    last, own = out / "runs" / "clusters-0" / "checkpoints" / "last.ckpt", out / "suites" / "small"
+    last, own = plan(read_suite(str(file)), out)[0].run / "checkpoints" / "last.ckpt", out / "suites" / "small"
     if how == "kill":
         kill(command, last)
     else:
@@ -98,7 +98,7 @@ def test_a_suite_with_a_cell_that_fails_is_stopped_and_goes_on(
     result = CliRunner().invoke(app, [*command[3:]])
     assert result.exit_code == 2, result.output
     assert "2 of 4 runs failed" in result.output and "has no .cls" in result.output
-    assert "clusters" in (own / "logs" / "clusters-0.txt").read_text()
+    assert "samples" in (own / "logs" / "clusters-0.txt").read_text()
     rows = results(out)
     good, bad = [row for row in rows if row["file"]], [row for row in rows if row["error"]]
     assert [(row["cell"], row["seed"]) for row in bad] == [("labels", "0"), ("labels", "1")]
@@ -114,7 +114,16 @@ def test_a_suite_with_a_cell_that_fails_is_stopped_and_goes_on(
     page = (own / "report.html").read_text()
     assert "<svg" in page and "data:image/" in page and (own / "plots" / "fd-small-g-w.svg").is_file()
 
-    before = {path: path.stat().st_mtime_ns for path in (out / "runs" / "clusters-0").rglob("*") if path.is_file()}
+    assert (own / "runs" / "clusters-0").resolve() == last.parents[1] and (own / "annotations" / "clusters-1").is_dir()
+    written_by = Path(good[0]["file"])
+    text = written_by.read_text()
+    written_by.write_text(text.replace('"guide"', '"gide"'))
+    again = CliRunner().invoke(app, [*command[3:], "cells.labels=null"])
+    assert (
+        again.exit_code == 2 and "no guide in it" in again.output and "remove it, and it is made again" in again.output
+    )
+    written_by.write_text(text)
+    before = {path: path.stat().st_mtime_ns for path in last.parents[1].rglob("*") if path.is_file()}
     assert CliRunner().invoke(app, command[3:]).exit_code == 2  # only what failed is tried again
     assert {path: path.stat().st_mtime_ns for path in before} == before and results(out) == rows
     more = CliRunner().invoke(app, [*command[3:], "cells.labels=null", "evaluate.w=[0,2,3]", "seeds=[0]"])
@@ -131,9 +140,8 @@ def test_cells_side_by_side_share_what_they_have_in_common(tmp_path: Path) -> No
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"1 of 3 runs failed.*gone seed 3: .*not-there"):
         running.reproduce(str(file), out=out, jobs=2, device="cpu")
-    assert [path.name for path in (out / "runs").iterdir()] == ["plain-3"] and len(
-        list((out / "suites" / "small" / "done").iterdir())
-    ) == 2
+    assert len(list((out / "runs").iterdir())) == 1
+    assert len(list((out / "suites" / "small" / "done").iterdir())) == 2
     found = {row["cell"]: row["fd"] for row in results(out)}
     assert found["plain"] and found["apg"] and found["plain"] != found["apg"]
 
@@ -150,7 +158,8 @@ def test_sets_that_differ_in_k_share_the_pass_of_g_and_suites_of_a_folder_their_
     cells = {name: {"annotate": {"annotator": {"kind": "clusters", "k": k}}} for name, k in (("two", 2), ("four", 4))}
     out = tmp_path / "out"
     running.reproduce(str(suite(tmp_path / "one.yaml", cells=cells, seeds=[0])), out=out, device="cpu")
-    sets, [passed] = [out / "annotations" / name for name in cells], (out / "passes").iterdir()
+    sets = [(out / "suites" / "one" / "annotations" / f"{name}-0").resolve() for name in cells]
+    [passed] = (out / "passes").iterdir()
     assert [Path(cfg.out) for cfg in begun] == [passed, sets[0], passed, sets[1]]
     assert len({next((made / "features").iterdir()).stat().st_ino for made in sets}) == 1
     annotating(replace(begun[-1], out=str(tmp_path / "alone")))
@@ -174,7 +183,9 @@ def test_the_dry_run_prints_commands_and_makes_nothing(tmp_path: Path, capsys: p
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "# clusters seed 0" and len(lines) == 4 * 5 + 2 and not (tmp_path / "out").exists()
     assert lines[1].startswith("ldm-sg pack") and "--size 16 --format png" in lines[1]
-    assert "--w 0 " in lines[4] and lines[4].startswith(f"ldm-sg evaluate {tmp_path}/out/runs/clusters-0 --reference")
+    assert "--w 0 " in lines[4] and lines[4].startswith(
+        f"ldm-sg evaluate {plan(read_suite(str(file)), tmp_path / 'out')[0].run} --reference"
+    )
 
 
 COMMANDS = [
@@ -205,7 +216,20 @@ def test_the_commands_of_the_docs_make_cells(command: str, tmp_path: Path, monke
         ({"cells": {"a": {"evaluate": {"ww": 1}}}}, "cells.a: evaluate.ww: unknown"),
         ({"cells": {"a": {"evaluate": {"w": "much"}}}}, "cells.a: "),
         ({"cells": {"a": 3}}, "cells.a=3: a mapping"),
+        ({"cells": {"../a": {}}}, "cells.../a: a name of letters"),
+        ({"cells": {"a": {"paper": [1]}}}, "cells.a.paper: str is expected"),
+        ({"cells": {"a": {"evaluate": {"metrics": "fdd"}}}}, "did you mean 'fd'"),
+        ({"cells": {"a": {"evaluate": {"scheduler": "ddimm"}}}}, "did you mean 'ddim'"),
+        ({"cells": {"a": {"evaluate": {"w": []}}}}, "evaluate.w=[]: at least one"),
+        ({"cells": {"a": {"evaluate": {"w": [2, 2.0]}}}}, "evaluate.w=[2, 2.0]: at least one, each once"),
+        ({"judges": {"g": {"modle": "x"}}}, "did you mean 'model'"),
+        ({"judges": {"a,b": "demo-g"}}, "judges.a,b: a name"),
+        ({"plot": "v"}, "plot='v'; "),
+        ({"columns": {"k": "annotate.anotator.k"}}, "columns.k: annotate.anotator.k; did you mean"),
+        ({"seeded": ["seed"]}, "seeded: seed: write it as train.seed"),
+        ({"pack": {"src": "${data.nope}"}}, "small.yaml: Interpolation key 'data.nope' not found"),
         ({"seeds": []}, "seeds=[]: at least one"),
+        ({"seeds": [-1]}, "seeds=[-1]: at least one, each once, whole numbers from 0"),
         ({"pack": {}}, "cells.clusters: neither pack.src nor annotate.shards"),
     ],
 )
@@ -240,6 +264,8 @@ def test_lines_of_a_plot_are_means_over_seeds_and_cells_off_the_line_are_levels(
         for name, line, k in (("none", "", 90), ("k2", "clusters", 2), ("k4", "clusters", 4))
         for seed in (0, 1)
     ]
+    words = [replace(row, facts={"k": "many"}) for row in rows]
+    assert "k2" in plots(words, "k")["fd-g-k"]  # no place on an axis: a level
     drawn = plots(rows, "k")
     assert list(drawn) == ["fd-g-k"] and "none" in drawn["fd-g-k"] and "clusters" in drawn["fd-g-k"]
     head, body = table(rows, ["k"])

@@ -41,6 +41,8 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
     if options.statistics:
         figures.prepare(Path(options.statistics))
     file = figures.prepare(Path(options.out) if options.out is not None else figures.free(subject.out, asked))
+    if options.statistics and Path(options.statistics).resolve() == file.resolve():
+        raise InputError(f"out={file}: the figures are JSON, and the statistics go there: name another file")
     judges = open_judges(wanted, options, subject, device)
     if known:
         statistics.check_fits(options.reference, *known, judges[0].manifest)
@@ -53,7 +55,10 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
     values, edited = edits.examine(options, subject, real, device) if "edit" in wanted else ({}, {})
     places, seen = passes(None, list(look.networks)) if judges else (range(min(options.n, edits.MOST)), {})
     for judge in judges:
-        found = judge.measure(seen[judge.key], places, reference)
+        try:
+            found = judge.measure(seen[judge.key], places, reference)
+        except InputError as err:
+            raise InputError("; ".join([str(err), *figures.unread(skipped)])) from err
         values[judge.key[0]] = values.get(judge.key[0], {}) | found
     if options.statistics:
         statistics.write(Path(options.statistics), reference.moments, judges[0].manifest, reference.used)

@@ -135,8 +135,11 @@ def remarks(result: dict[str, Any], smallest: int, skipped: dict[str, str]) -> I
             yield f"fd_clusters ({space}) leaves out {left_out} clusters of fewer than {LEAST} samples or real images"
         if judge["guide"] and found.keys() & {"fd", "kid", "precision", "fd_clusters"}:
             yield f"{space} made this run's signals, which favours the run: compare in another space (--features)"
-    if skipped:
-        name, reason = next(iter(skipped.items()))
+    yield from unread(skipped)
+
+
+def unread(skipped: Mapping[str, str]) -> Iterator[str]:
+    for name, reason in itertools.islice(skipped.items(), 1):
         yield f"{len(skipped):,} images or files are left out; the first: {name}: {reason}"
 
 

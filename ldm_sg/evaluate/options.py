@@ -3,9 +3,9 @@
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from ldm_sg.errors import need_choice, need_within
+from ldm_sg.errors import InputError, need_choice, need_within
 from ldm_sg.options import ADDRESS, CHECKPOINT, DEVICE, EXECUTOR, argument, numbers, option
-from ldm_sg.sampling.options import MOST_W, SampleOptions
+from ldm_sg.sampling.options import SampleOptions
 
 _USUAL = SampleOptions(precision="auto")  # sample's, but faster
 _OWN = ("steps", "scheduler", "spacing", "precision", "strategy", "rescale")
@@ -60,17 +60,30 @@ class Options:
     address: str | None = option(None, ADDRESS)
     device: str = option("auto", DEVICE)
 
+    def drawing(self) -> SampleOptions:
+        """How samples are drawn."""
+        given = {name: value for name in (*DRAWING, "w") if (value := getattr(self, name)) is not None}
+        return SampleOptions(**DRAWING | {"interval": [], "seed": self.seed} | given)
+
     def check(self) -> None:
         """InputError where values mean nothing."""
         from ldm_sg.config import check_workers
         from ldm_sg.data.images import MAX_SIDE
+        from ldm_sg.evaluate.figures import parse_metrics
         from ldm_sg.evaluate.inception import RESIZES
 
+        for name in ("source", "reference", "run", "held_out", "statistics", "out"):
+            if getattr(self, name) == "":
+                raise InputError(f"{name}='': empty: a file or folder is needed")
+        if self.statistics is not None and not self.statistics.endswith(".npz"):
+            raise InputError(f"statistics={self.statistics}: give a file NAME.npz")
+        if self.metrics is not None:
+            parse_metrics(self.metrics)
+        self.drawing().check()
         check_workers(self)
         if self.size is not None:
             need_within("size", self.size, 1, MAX_SIDE)
         need_within("n", self.n, 1)
         need_within("batch_size", self.batch_size, 1)
-        need_within("w", self.w or 0, -MOST_W, MOST_W)
         need_choice("resize", self.resize, (None, *RESIZES))
         need_choice("prior", self.prior, (None, *PRIORS))

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_sg.data.images import BadImage, crop_resize, decode, read_bytes, to_tensor
 from ldm_sg.data.pool import in_order
 from ldm_sg.data.shards import count_images, expand, holds_shards, is_remote, leads_elsewhere, read_shard
-from ldm_sg.errors import InputError
+from ldm_sg.errors import InputError, one_line
 from ldm_sg.folder import cache_home, check, settings_sha256, whole
 
 PREPROCESSING = {"crop": "centre square", "filter": "bicubic, antialiased", "version": 1}  # images.crop_resize
@@ -237,7 +238,10 @@ def remembered(images: ImageSet, compute: Callable[[], Mapping[str, Tensor]], **
         return compute()
     path = cache_home() / "features" / f"{name}.safetensors"
     if path.is_file():
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as err:
+            print(f"note: {path} is damaged ({one_line(err)[:100]}) and made anew", file=sys.stderr)
     found = compute()
     try:
         with whole(path) as new:

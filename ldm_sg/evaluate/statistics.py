@@ -1,6 +1,5 @@
 """Mean and covariance of real images' features, in the .npz of clean-fid and of ADM's evaluator."""
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,27 @@ def read(where: str) -> tuple[dict[str, Moments], dict[str, Any]] | None:
                 name: [file[key] for key in keys] for name, keys in KEYS.items() if name == "fd" or keys[0] in file
             }
             made = {key: file[key].item() for key in (*MADE, "images") if key in file}
-    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as err:
+    except FileNotFoundError as err:
+        raise InputError(f"{where}: no such file") from err
+    except Exception as err:  # a file that may be anybody's: zip and numpy raise anything
         why = one_line(err)[:200]
         raise InputError(f"{where}: not the statistics of clean-fid or ADM (mu and sigma): {why}") from err
+    if type(images := made.get("images", 1)) is not int or images < 1:
+        raise InputError(f"{where}: images={images!r}: of how many images the statistics are, at least 1")
     return {name: _moments(where, *arrays) for name, arrays in found.items()}, made
 
 
 def _moments(where: str, mean: np.ndarray, covariance: np.ndarray) -> Moments:
     good = mean.ndim == 1 and covariance.shape == 2 * mean.shape and mean.dtype.kind == covariance.dtype.kind == "f"
-    if not good or not np.isfinite(mean).all() or not np.allclose(covariance, covariance.T):  # NaN is not close to NaN
-        shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
-        raise InputError(f"{where}: not a finite mean [D] and a symmetric covariance [D, D], but {shapes}")
-    values, vectors = torch.linalg.eigh(torch.from_numpy(covariance).double())
-    return Moments(torch.from_numpy(mean).double(), vectors.T * values.clamp(min=0).sqrt()[:, None])
+    if (
+        not good
+        or not (np.isfinite(mean).all() and np.isfinite(covariance).all())
+        or not np.allclose(covariance, covariance.T)
+    ):
+        shapes = " and ".join(f"{part.dtype} {list(part.shape)}" for part in (mean, covariance))
+        raise InputError(f"{where}: not a finite mean [D] and a symmetric covariance [D, D] of floats, but {shapes}")
+    values, vectors = torch.linalg.eigh(torch.from_numpy(covariance.astype(np.float64)))
+    return Moments(torch.from_numpy(mean.astype(np.float64)), vectors.T * values.clamp(min=0).sqrt()[:, None])
 
 
 def check_fits(where: str, moments: Mapping[str, Moments], made: dict[str, Any], judge: dict[str, Any]) -> None:

@@ -18,7 +18,6 @@ from ldm_sg.folder import pipeline_of
 from ldm_sg.hardware import pick_device
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.sampling.draw import image_generator
-from ldm_sg.sampling.options import SampleOptions
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,7 @@ def _from_run(pipe: SelfGuidedPipeline, folder: Path, options: Options, judges: 
         raise InputError(f"size={options.size}: the samples of {folder} have {own} pixels, and so the reference")
     given = {name: value for name in DRAWING if (value := getattr(options, name)) is not None}
     w = pipe.usual_w if options.w is None else pipe.strength(options.w)
-    settings = DRAWING | given | {"w": w, "seed": options.seed}
-    solving = SampleOptions(**settings | {"interval": settings["interval"] or []}).solving()
+    settings, solving = DRAWING | given | {"w": w, "seed": options.seed}, options.drawing().solving()
     at_once = fitting(own, pipe.device)
     prior, clusters = _prior(pipe, folder, options, n + -n % at_once)
     padded = pipe.draw(n + -n % at_once, options.seed, clusters=clusters)

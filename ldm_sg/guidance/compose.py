@@ -113,6 +113,6 @@ def make_strategy(name: str = "cfg", rescale: float = 0.0, within: tuple[float, 
     strategy = partial(cfg, rescale=rescale) if rescale else STRATEGIES[name]
     if within is None:
         return strategy
-    if not 0 <= within[0] < within[1] <= 1:
-        raise InputError(f"interval={within[0]:g},{within[1]:g}: two rising noise levels between 0 and 1")
+    if len(within) != 2 or not 0 <= within[0] < within[1] <= 1:
+        raise InputError(f"interval={','.join(map(str, within))}: two rising noise levels between 0 and 1")
     return interval(strategy, *within)

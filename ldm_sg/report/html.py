@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from ldm_sg.configfile import ASSETS
+from ldm_sg.errors import InputError
 
 CSS = (ASSETS / "report.css").read_text(encoding="utf-8")
 
@@ -71,7 +72,11 @@ def script(name: str, data: Any) -> str:
 def _embedded(path: Path) -> str:
     """A PNG or WebP file as a data URI: WebP where that is the smaller one, as it is for photos."""
     data, kind = path.read_bytes(), path.suffix[1:]
-    with Image.open(path) as image:
+    try:
+        image = Image.open(path)
+    except OSError as err:
+        raise InputError(f"{path} is damaged: remove it, and the report can be made") from err
+    with image:
         if kind == "png" and max(image.size) < 2**14:  # WebP's largest side
             image.convert("RGB").save(smaller := io.BytesIO(), "WEBP", quality=85)
             data, kind = min((data, kind), (smaller.getvalue(), "webp"), key=lambda pair: len(pair[0]))

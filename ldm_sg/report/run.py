@@ -4,6 +4,7 @@ import csv
 import math
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ldm_sg.errors import InputError
-from ldm_sg.folder import read_mapping, write_text
+from ldm_sg.folder import check, read_mapping, write_text
 from ldm_sg.report import charts, html
 from ldm_sg.report.annotation import BOXES, MASKS, WORDS, cards, evenly, recipe, wall
 
@@ -67,9 +68,9 @@ class _Run:
     def facts(self) -> dict[str, str]:
         """The cards at the top."""
         ends = {name: points[-1] for name, points in self.curves.items()}
-        step, steps = max((step for step, _ in ends.values()), default=0), self.config.get("steps") or 0
+        step, steps = max((step for step, _ in ends.values()), default=0), _numbers(self.config).get("steps", 0)
         facts = {
-            "steps": step and f"{step:,.0f}" + f" of {steps:,}" * (step < steps),
+            "steps": step and f"{step:,.0f}" + f" of {steps:,.0f}" * (step < steps),
             "batch size": str(self.config.get("batch_size") or ""),
             "training loss": f"{ends['train_loss'][1]:.4f}" if "train_loss" in ends else "",
             "total time": charts.duration(sum(self.timings.values())) if self.timings else "",
@@ -107,7 +108,7 @@ def write_report(folder: Path) -> Path:
         html.section(
             "How it was made",
             "",
-            html.code(command.read_text(encoding="utf-8") if command.is_file() else ""),
+            html.code(command.read_text(encoding="utf-8", errors="replace") if command.is_file() else ""),
             html.folded("config.yaml, resolved", html.yaml_code(run.config)),
             recipe(run.manifest),
         ),
@@ -150,6 +151,7 @@ def _judged(run: Path) -> list[tuple[dict[str, Any], str, dict[str, float]]]:
     judged = []
     for path in sorted((run / "evaluations").glob("*.json")):
         found = {"metrics": {}, "judges": {}, "sampling": {}, "source": "", "file": path.stem} | _read(path)
+        check(found, {"metrics": dict, "judges": dict, "sampling": dict, "source": str}, str(path))
         judged += [(found, *judge) for judge in found["metrics"].items()]
     return [(found, space, _numbers(values)) for found, space, values in judged if isinstance(values, dict)]
 
@@ -160,7 +162,8 @@ def evaluations(run: Path) -> tuple[list[str], list[list[str]]]:
     names = [name for name in METRICS if any(name in values for *_, values in judged)]
     rows = []
     for found, space, values in judged:
-        judge = found["judges"].get(space, {})
+        judge = found["judges"].get(space)
+        judge = judge if isinstance(judge, dict) else {}
         aside = ["its guide"] * bool(judge.get("guide")) + [f"resize {judge.get('resize')}"] * ("resize" in judge)
         size = f"{found.get('samples', '?')} / {found.get('reference_images', '?')}"
         head = [_settings(found), f"{space} ({', '.join(aside)})" if aside else space, size]
@@ -185,7 +188,7 @@ def _settings(found: Mapping[str, Any]) -> str:
     made, judged = found["sampling"], Path(found["source"]).name
     forms = {"w": "w = {w}", "scheduler": "{steps} {scheduler}", "checkpoint": "step {checkpoint}"}
     parts = [
-        form.format_map(made | {"w": f"{made.get('w')}".removesuffix(".0")})
+        form.format_map(defaultdict(str, made, w=f"{made.get('w')}".removesuffix(".0")))
         for key, form in forms.items()
         if key in made
     ]

@@ -97,11 +97,13 @@ def plots(rows: Sequence[Row], x: str | None) -> dict[str, str]:
         metric = next((name for name in METRICS if any(name in row.figures for row in own)), None)
         points: dict[str, dict[float | None, list[float]]] = {}
         for row in (row for row in own if metric in row.figures):
-            inner = x in row.swept or (x == "images" and "checkpoint" in row.swept)
+            at = row.swept.get(x, row.facts.get(x))
+            number = isinstance(at, int | float)  # words have no place on an axis
+            inner = number and (x in row.swept or (x == "images" and "checkpoint" in row.swept))
             shared = (x, "checkpoint") if inner else ()
             others = [f"{key} = {value}" for key, value in row.swept.items() if key not in shared]
-            at = row.swept.get(x, row.facts.get(x)) if inner or row.line else None
-            name = ", ".join([row.cell if inner or not row.line else row.line, *others])
+            at = at if number and (inner or row.line) else None
+            name = ", ".join([row.cell if inner or at is None else row.line, *others])
             places = points.setdefault(name, {})
             places.setdefault(None if at is None else float(at), []).append(row.figures[metric])
         if metric:

@@ -21,7 +21,7 @@ from ldm_sg.configfile import to_mapping
 from ldm_sg.data.progress import finished_manifest
 from ldm_sg.errors import InputError, need_within, one_line
 from ldm_sg.executor import Part
-from ldm_sg.folder import claim, flat, locked, read_mapping, turn, write_text
+from ldm_sg.folder import check, claim, flat, locked, read_mapping, turn, write_text
 from ldm_sg.hardware import pick_device
 from ldm_sg.reproduce.report import Row, write_suite_report
 from ldm_sg.reproduce.suite import SIZES, Cell, SuiteConfig, judge_files, plan, read_suite
@@ -77,6 +77,7 @@ def _run(cells: list[Cell], out: Path, jobs: int, device: str, title: str) -> It
             if why:
                 bar.write(f"{cell} failed: {why}", file=sys.stderr)
             else:
+                _call(cell, out)
                 write_text(_done_file(cell, out), cell.identity)
             bar.update()
             yield cell, why
@@ -135,6 +136,15 @@ def _make(cell: Cell, device: str) -> None:
             sample(str(cell.run), replace(cell.sample, device=device))
 
 
+def _call(cell: Cell, out: Path) -> None:
+    """OUT/runs/CELL-SEED, OUT/annotations/CELL-SEED: names of the folders that suites share."""
+    for made in (cell.run, Path(cell.annotate.out)):
+        name = out / made.parent.name / f"{cell.name}-{cell.seed}"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.unlink(missing_ok=True)
+        name.symlink_to(os.path.relpath(made, name.parent))
+
+
 def _link(there: str | Path, here: str | Path) -> None:
     """A file of a pass that `here` shares; all of them are only ever replaced as a whole."""
     if not Path(here).exists():
@@ -149,7 +159,7 @@ def _is_fresh(made: Path, run: Path) -> bool:
 def _is_done(cell: Cell, out: Path) -> bool:
     there = all(Path(str(each.options.out)).is_file() for each in cell.evaluations)
     file = _done_file(cell, out)
-    return there and file.is_file() and file.read_text() == cell.identity
+    return there and file.is_file() and file.read_bytes() == cell.identity.encode()
 
 
 def _done_file(cell: Cell, out: Path) -> Path:
@@ -180,7 +190,12 @@ def _rows(suite: SuiteConfig, cells: list[Cell], failed: dict[str, str], out: Pa
             whole["set"] = read_mapping(finished_manifest(Path(cell.annotate.out)))
         facts = {name: flat(whole).get(key) for name, key in suite.columns.items()}
         for each in cell.evaluations:
-            found = read_mapping(Path(str(each.options.out)), {"metrics": dict, "judges": dict, "sampling": dict})
+            try:
+                found = _read(Path(str(each.options.out)))
+            except InputError as err:
+                failed[str(cell)] = f"{err}: remove it, and it is made again"
+                yield Row(cell.name, cell.seed, cell.paper, cell.line, error=failed[str(cell)])
+                continue
             swept = each.swept | ({"w": found["sampling"]["w"]} if "w" in each.swept else {})
             images = int(found["sampling"].get("checkpoint", cell.train.steps)) * cell.train.batch_size
             for judge, figures in found["metrics"].items():
@@ -188,3 +203,17 @@ def _rows(suite: SuiteConfig, cells: list[Cell], failed: dict[str, str], out: Pa
                     cell.name, cell.seed, cell.paper, cell.line, swept, facts | {"images": images}, judge, figures,
                     guide=found["judges"][judge]["guide"], file=str(each.options.out),
                 )  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `ldm-sg evaluate` wrote; InputError where it did not write this."""
+    number = (int, float)
+    found = read_mapping(path, {"metrics": dict, "judges": dict, "sampling": {"w": number}})
+    check(found["sampling"].get("checkpoint", 0), int, f"{path}: sampling: checkpoint")
+    for judge, figures in found["metrics"].items():
+        check(figures, {}, f"{path}: metrics: {judge}")
+        check(figures, dict.fromkeys(figures, number), f"{path}: metrics: {judge}")
+        check(found["judges"], {judge: {"guide": bool}}, f"{path}: judges")
+    if not found["metrics"]:
+        raise InputError(f"{path}: no metrics in it")
+    return found

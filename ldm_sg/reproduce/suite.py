@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shlex
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,11 +15,11 @@ from omegaconf import OmegaConf
 
 from ldm_sg.annotate.kinds import late
 from ldm_sg.commands import PackOptions
-from ldm_sg.config import AnnotateConfig, TrainConfig
+from ldm_sg.config import AnnotateConfig, FeaturesConfig, TrainConfig
 from ldm_sg.configfile import ROOT, load, to_mapping
 from ldm_sg.errors import InputError, choices, need_choice
 from ldm_sg.evaluate.options import Options
-from ldm_sg.folder import flat, settings_sha256
+from ldm_sg.folder import check, flat, settings_sha256
 from ldm_sg.sampling.options import SampleOptions
 
 SIZES = ("small", "gpu")
@@ -59,17 +60,29 @@ class SuiteConfig(CellConfig):
         self.cells = {name: cell for name, cell in self.cells.items() if cell is not None}
         if not self.cells:
             raise InputError("cells: there is none: a suite compares at least one")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds={self.seeds}: at least one, each once, from 0")
-        known = [each.name for each in fields(CellConfig)]
+        whole = all(type(seed) is int and seed >= 0 for seed in self.seeds)
+        if not whole or not 0 < len(self.seeds) == len({*self.seeds}):
+            raise InputError(f"seeds={self.seeds}: at least one, each once, whole numbers from 0")
+        known = {each.name: str if each.name in ("paper", "line") else dict for each in fields(CellConfig)}
         for name, cell in self.cells.items():
+            _check_name("cells", name)
             if not isinstance(cell, dict):
                 raise InputError(f"cells.{name}={cell!r}: a mapping of verbs is expected; {{}} changes nothing")
             for key, value in cell.items():
                 if key not in known:
                     raise InputError(f"cells.{name}.{key}: no such verb; {choices(key, known)}")
-                if key not in ("paper", "line") and not isinstance(value, dict):
-                    raise InputError(f"cells.{name}.{key}={value!r}: a mapping of keys to values is expected")
+                check(value, known[key], f"cells.{name}.{key}")
+        for name, judge in self.judges.items():
+            _check_name("judges", name)
+            if isinstance(judge, dict):
+                load(FeaturesConfig, judge)
+            elif judge is not None and not isinstance(judge, str):
+                raise InputError(f"judges.{name}={judge!r}: a network's name, the settings of a g, or null")
+        for key in self.seeded:
+            if key.partition(".")[0] not in ("annotate", "train", "evaluate") or not key.partition(".")[2]:
+                raise InputError(f"seeded: {key}: write it as train.seed, evaluate.seed or annotate.annotator.seed")
+        swept = [k for of in (self.evaluate, *(cell.get("evaluate", {}) for cell in self.cells.values())) for k in of]
+        need_choice("plot", self.plot, (None, "images", *self.columns, *swept))
 
 
 @dataclass(frozen=True)
@@ -142,23 +155,12 @@ def assignments(tree: Section) -> list[str]:
 
 
 def plan(suite: SuiteConfig, out: Path) -> list[Cell]:
-    """All cells, first those of the first seed. What two of them have in common is one folder: shards and passes of g are called by a
-    digest of what decides them, the same in all suites of `out`, annotation sets and runs after the first cell. InputError for a
-    cell that no verb would take."""
-    homes: dict[str, Path] = {}
-
-    def home(kind: str, cell: str, what: Any) -> Path:
-        key = json.dumps([kind, what], sort_keys=True, default=str)
-        if key not in homes:
-            numbered = (f"{cell}-{number}" for number in itertools.count(1))
-            places = (out / kind / name for name in itertools.chain([cell], numbered))
-            homes[key] = next(place for place in places if place not in homes.values())
-        return homes[key]
-
+    """All cells, first those of the first seed. What two of them have in common (shards, pass of g, annotation set, run) is one
+    folder, called by a digest of what decides it, and so in all suites of `out`. InputError for a cell that no verb would take."""
     cells = []
     for seed, name in itertools.product(suite.seeds, suite.cells):
         try:
-            cells.append(_cell(suite, name, seed, out, home))
+            cells.append(_cell(suite, name, seed, out))
         except (InputError, TypeError) as err:  # a word where a number is due
             raise InputError(f"{suite.name}: cells.{name}: {err}") from err
     sets = {(cell.passed, cell.annotate.out) for cell in cells}
@@ -166,7 +168,7 @@ def plan(suite: SuiteConfig, out: Path) -> list[Cell]:
     return [replace(cell, passed=None) if cell.passed in alone else cell for cell in cells]
 
 
-def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cell:
+def _cell(suite: SuiteConfig, name: str, seed: int, out: Path) -> Cell:
     own = OmegaConf.create({key.name: getattr(suite, key.name) for key in fields(CellConfig)})
     own = OmegaConf.merge(own, suite.cells[name])
     for key in suite.seeded:
@@ -180,7 +182,7 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
         commands.append(_flags("pack", [str(given["pack"].get("src")), str(packed[0])], given["pack"], "src"))
     if not shards:
         raise InputError("neither pack.src nor annotate.shards: give the images")
-    annotation = home("annotations", name, [shards, given["annotate"]])
+    annotation = _place(out, "annotations", [given["pack"] or shards, given["annotate"]])
     words = _words("annotate", given["annotate"] | {"shards": shards, "out": str(annotation)})
     annotate = load(AnnotateConfig, *words)
     decides = flat(to_mapping(annotate))
@@ -188,9 +190,14 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
         del decides[key]
     passed = _place(out, "passes", decides)
     commands.append(shlex.join(["ldm-sg", "annotate", str(words[0]), *words[1]]))
-    run = home("runs", f"{name}-{seed}", [str(annotation), given["train"]])
+    run = _place(out, "runs", [annotation.name, given["train"]])
     words = _words("train", given["train"] | {"annotation": str(annotation), "out": str(run)})
     train = load(TrainConfig, *words)
+    for column, key in suite.columns.items():
+        if not key.startswith("set.") and key not in (
+            there := flat({"annotate": to_mapping(annotate), "train": to_mapping(train)})
+        ):
+            raise InputError(f"columns.{column}: {key}; {choices(key, there)}")
     commands.append(shlex.join(["ldm-sg", "train", str(words[0]), *words[1]]))
     judges = [
         str(_judge_file(out, judge, of)) if isinstance(of, dict) else of for judge, of in suite.judges.items() if of
@@ -213,7 +220,11 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path, home: Any) -> Cel
 def _evaluations(given: Section, run: Path, shards: str, features: str) -> list[Evaluation]:
     """One for each combination of the values in lists. Other settings are other files."""
     _check_names("evaluate", given, {each.name for each in fields(Options)} - {"source", "out", "features", "device"})
-    swept = {k: v for k, v in given.items() if isinstance(v, list) and (k != "interval" or isinstance(v[0], list))}
+    lists = {key: value for key, value in given.items() if isinstance(value, list)}
+    for key, tried in lists.items():
+        if not tried or any(value in tried[:i] for i, value in enumerate(tried)):
+            raise InputError(f"evaluate.{key}={tried}: at least one, each once")
+    swept = {key: tried for key, tried in lists.items() if key != "interval" or isinstance(tried[0], list)}
     found = []
     for values in itertools.product(*swept.values()):
         point = dict(zip(swept, values))
@@ -238,8 +249,14 @@ def _judge_file(out: Path, name: str, settings: Section) -> Path:
     return _place(out, "judges", settings) / f"{name}.yaml"
 
 
-def _place(out: Path, kind: str, settings: Section) -> Path:
-    return out / kind / settings_sha256(settings)[:8]
+def _place(out: Path, kind: str, decides: Any) -> Path:
+    return out / kind / settings_sha256(decides)[:8]
+
+
+def _check_name(of: str, name: Any) -> None:
+    """InputError for what cannot be the name of a file, and an entry in a list with commas."""
+    if not re.fullmatch(r"\w[\w+=.-]{0,99}", str(name)) or ".tmp-" in str(name):
+        raise InputError(f"{of}.{name!s:.60}: a name of letters, digits, - and . is expected, 100 at most")
 
 
 def _check_names(verb: str, given: Section, known: set[str]) -> None:

@@ -104,7 +104,7 @@ class SampleOptions:
     def check(self) -> None:
         """InputError where values or their combination mean nothing."""
         from ldm_sg.data.images import MAX_SIDE
-        from ldm_sg.sampling.solvers import make_step
+        from ldm_sg.sampling.solvers import SPACINGS, make_step
 
         for name in ("n", "batch_size", "steps"):
             need_within(name, getattr(self, name), 1)
@@ -116,6 +116,8 @@ class SampleOptions:
             raise InputError(f"--mask {self.mask!r}, --like {self.like!r}: a file is needed")
         need_within("eta", self.eta, 0, 1)
         make_step(self.scheduler, self.eta)
+        need_choice("spacing", self.spacing, SPACINGS)
+        need_choice("precision", self.precision, ("fp32", "bf16", "auto"))
         for name, example in LENGTHS.items():
             given = getattr(self, name)
             if given and len(given) != len(example.replace("x", ",").split(",")):

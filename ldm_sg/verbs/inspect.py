@@ -9,7 +9,7 @@ from ldm_sg.commands import InspectOptions
 from ldm_sg.configfile import ASSETS
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
-from ldm_sg.folder import locked, read_mapping, write_text
+from ldm_sg.folder import check, locked, read_mapping, write_text
 from ldm_sg.hardware import pick_device
 from ldm_sg.report import annotation, explore
 from ldm_sg.report.run import annotation_folder
@@ -30,6 +30,8 @@ def inspect(annotations: str | Path, **options: Any) -> Path:
             raise InputError(f"{flag} {str(path)!r}: give a file NAME{suffix}")
     words = names.read_vocabulary(asked.vocabulary or ASSETS / "nouns.txt") if asked.describe else []
     latents = LatentSet(folder)
+    said = {"annotator": {"kind": str, **({"counts": [int]} if latents.spec.one_id else {})}, "autoencoder": dict}
+    check(latents.manifest, said, f"{folder / 'manifest.yaml'}")
     if asked.clip:
         if not latents.spec.one_id:
             raise InputError(f"--describe: images of {folder} have no single cluster each that could be named")
