@@ -221,7 +221,7 @@ def test_readme_commands_are_real(command: str, monkeypatch: pytest.MonkeyPatch)
     elif words[0] == "python":
         assert Path(words[1]).is_file()
         subprocess.run([sys.executable, words[1], "--help"], check=True, capture_output=True)
-    elif words[0] == "ldm-sg" and words[1] in ("annotate", "train", "fit-autoencoder", "distill"):
+    elif words[0] == "ldm-sg" and words[1] in ("annotate", "train", "fit-autoencoder", "distill", "reproduce"):
         code, output = run(*words[1:], "--dry-run")
         assert code == 0, output
     elif words[0] == "ldm-sg":
