@@ -223,6 +223,9 @@ def test_samples_on_disk_are_judged_by_the_run_that_holds_them(run: Path) -> Non
     (folder / "samples.jsonl").write_text("\n".join(json.dumps({"file": f"{i}.png", "k": wrong[i]}) for i in range(8)))
     result = evaluate(folder, str(run.parent / "real.tar"), "consistency,prdc", device="cpu")
     assert result["metrics"]["tiny-g"]["consistency"] == 0.75
+    (folder / "samples.jsonl").write_text('{"file": "0.png", "k": 1}\n' * 2)
+    with pytest.raises(InputError, match=r"'0\.png' is listed twice"):
+        evaluate(folder, str(run.parent / "real.tar"), "consistency,prdc", device="cpu")
     assert (folder / "evaluation.json").is_file() and "8 samples, not the 10,000 asked for" in result["notes"]
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -119,6 +120,10 @@ def _records(path: Path) -> tuple[dict[str, Any], ...]:
                 raise InputError(f"{where}: {records[-1]['file']!r} is not in this folder")
     if not records:
         raise InputError(f"{path} is empty: no samples here")
+    if (
+        twice := next((file for file, n in Counter(each["file"] for each in records).items() if n > 1), None)
+    ) is not None:
+        raise InputError(f"{path}: {twice!r} is listed twice")
     return tuple(records)
 
 

@@ -119,7 +119,8 @@ def _tally(folder: Path) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         return [], []
     try:
         with np.load(path, allow_pickle=False) as tally:
-            return tally["table"][:, :-1], [tally["classes"]] * len(tally["table"])
+            table, classes = (tally[name].astype(np.int64, casting="same_kind") for name in ("table", "classes"))
+            return table[:, :-1], [classes] * len(table)
     except Exception as err:  # zip and numpy raise what they like
         raise InputError(f"{path} is damaged: {one_line(err)[:100]}: annotate again") from err
 
