@@ -147,7 +147,9 @@ class SampleCommand(SampleOptions):
     called: str | None = option(
         None, 'Clusters by a text, "church at night": the 3 most like it, once described.', "--name"
     )
-    preset: str | None = option(None, "paper = DDIM, 250 steps, eta 0, w 2.")
+    preset: str | None = option(
+        None, "paper = DDIM, 250 steps, eta 0, w 2; best = 25 steps, w 5 between noise levels 0.2 and 0.8."
+    )
     out: str | None = option(None, "Folder; default RUN/samples/SETTINGS.")
     overwrite: bool = option(False, "Replace samples of other settings in --out.")
 

@@ -99,6 +99,10 @@ def test_paper_preset_and_the_script(run: Path, tmp_path: Path) -> None:
     assert code == 0, output
     record = json.loads((tmp_path / "p" / "samples.jsonl").read_text().splitlines()[0])
     assert (record["scheduler"], record["steps"], record["w"]) == ("ddim", 250, 2.0)
+    given = ("--interval", "0.2,0.8", "--w", "5")
+    for folder, flags in (("best", ("--preset", "best")), ("same", given)):
+        assert invoke("sample", run, *flags, "-n", "2", "--out", tmp_path / folder)[0] == 0
+    assert np.array_equal(pictures(tmp_path / "best"), pictures(tmp_path / "same"))
 
 
 def test_strategies_and_spacing_are_flags_and_stand_in_the_records(run: Path, tmp_path: Path) -> None:
@@ -195,6 +199,7 @@ def test_pipeline_round_trips_and_is_found_by_diffusers(run: Path, tmp_path: Pat
         (["--box", ""], "numbers with commas"),
         (["--like", ""], "--like '': a file is needed"),
         (["--preset", "paper", "--steps", "3"], "steps=3: preset paper means steps=250"),
+        (["--preset", "best", "--interval", "0.1,0.8"], "interval=[0.1, 0.8]: preset best means interval=[0.2, 0.8]"),
         (["--precision", "fp8"], "precision='fp8'"),
         (["--vary", "layout"], "trained without boxes or masks"),
         (["--vary", "content", "--cluster", "1", "--cluster", "2"], "give one --cluster"),
