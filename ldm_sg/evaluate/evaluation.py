@@ -54,6 +54,7 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
         reference.held_out = Reference(held_out, passes, bf16)
     values, edited = edits.examine(options, subject, real, device) if "edit" in wanted else ({}, {})
     places, seen = passes(None, list(look.networks)) if judges else (range(min(options.n, edits.MOST)), {})
+    edited_photos = min(len(places), real.total or len(places)) if edited else 0
     for judge in judges:
         try:
             found = judge.measure(seen[judge.key], places, reference)
@@ -72,7 +73,7 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
         "judges": {space: found | {"guide": is_guide(found, made_by)} for space, found in manifests.items()},
         "run": str(subject.run) if subject.run else None,
         "samples": len(places),
-        "reference_images": known[1].get("images") if known else reference.used,
+        "reference_images": known[1].get("images") if known else reference.used or edited_photos,
         "sampling": subject.sampling,
         "preprocessing": {"size": subject.size, **sources.PREPROCESSING},
         "seconds": round(time.perf_counter() - started, 1),
