@@ -81,8 +81,8 @@ class SuiteConfig(CellConfig):
         for key in self.seeded:
             if key.partition(".")[0] not in ("annotate", "train", "evaluate") or not key.partition(".")[2]:
                 raise InputError(f"seeded: {key}: write it as train.seed, evaluate.seed or annotate.annotator.seed")
-        swept = [k for of in (self.evaluate, *(cell.get("evaluate", {}) for cell in self.cells.values())) for k in of]
-        need_choice("plot", self.plot, (None, "images", *self.columns, *swept))
+        asked = [self.evaluate, *(cell.get("evaluate", {}) for cell in self.cells.values())]
+        need_choice("plot", self.plot, (None, "images", *self.columns, *(key for one in asked for key in one)))
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,10 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path) -> Cell:
     run = _place(out, "runs", [annotation.name, given["train"]])
     words = _words("train", given["train"] | {"annotation": str(annotation), "out": str(run)})
     train = load(TrainConfig, *words)
+    known = flat({"annotate": to_mapping(annotate), "train": to_mapping(train)})
     for column, key in suite.columns.items():
-        if not key.startswith("set.") and key not in (
-            there := flat({"annotate": to_mapping(annotate), "train": to_mapping(train)})
-        ):
-            raise InputError(f"columns.{column}: {key}; {choices(key, there)}")
+        if not key.startswith("set.") and key not in known:
+            raise InputError(f"columns.{column}: {key}; {choices(key, known)}")
     commands.append(shlex.join(["ldm-sg", "train", str(words[0]), *words[1]]))
     judges = [
         str(_judge_file(out, judge, of)) if isinstance(of, dict) else of for judge, of in suite.judges.items() if of
