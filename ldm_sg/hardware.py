@@ -8,6 +8,8 @@ import torch
 
 from ldm_sg.errors import InputError, choices, need_choice
 
+PRECISIONS = ("auto", "fp32", "bf16")
+
 
 def pick_device(name: str) -> torch.device:
     """auto (CUDA, then Apple's MPS, then CPU), cpu, mps, cuda or cuda:N."""
@@ -27,7 +29,7 @@ def pick_device(name: str) -> torch.device:
 
 def use_bf16(precision: str, device: torch.device) -> bool:
     """fp32 -> False, bf16 -> True, auto -> whether the device multiplies bf16 matrices faster than fp32."""
-    need_choice("precision", precision, ("auto", "fp32", "bf16"))
+    need_choice("precision", precision, PRECISIONS)
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

@@ -98,7 +98,7 @@ def test_a_suite_with_a_cell_that_fails_is_stopped_and_goes_on(
     result = CliRunner().invoke(app, [*command[3:]])
     assert result.exit_code == 2, result.output
     assert "2 of 4 runs failed" in result.output and "has no .cls" in result.output
-    assert "samples" in (own / "logs" / "clusters-0.txt").read_text()
+    assert last.parents[1].name in (own / "logs" / "clusters-0.txt").read_text()
     rows = results(out)
     good, bad = [row for row in rows if row["file"]], [row for row in rows if row["error"]]
     assert [(row["cell"], row["seed"]) for row in bad] == [("labels", "0"), ("labels", "1")]
@@ -140,7 +140,9 @@ def test_cells_side_by_side_share_what_they_have_in_common(tmp_path: Path) -> No
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"1 of 3 runs failed.*gone seed 3: .*not-there"):
         running.reproduce(str(file), out=out, jobs=2, device="cpu")
-    assert len(list((out / "runs").iterdir())) == 1
+    named = list((out / "suites" / "small" / "runs").iterdir())
+    assert sorted(path.name for path in named) == ["apg-3", "plain-3"]
+    assert {path.resolve() for path in named} == {*(out / "runs").iterdir()}  # one run
     assert len(list((out / "suites" / "small" / "done").iterdir())) == 2
     found = {row["cell"]: row["fd"] for row in results(out)}
     assert found["plain"] and found["apg"] and found["plain"] != found["apg"]
@@ -171,6 +173,7 @@ def test_sets_that_differ_in_k_share_the_pass_of_g_and_suites_of_a_folder_their_
     other = suite(tmp_path / "other.yaml", cells=cells, seeds=[0, 1], judges=judges)
     running.reproduce(str(other), out=out, device="cpu")
     assert len(list((out / "judges").glob("*/small-g.yaml"))) == 2
+    assert {path: path.stat().st_mtime_ns for path in (out / "annotations").rglob("*.tar")} == made
     cells = {"eight": {"annotate": {"annotator": {"kind": "clusters", "k": 8}}}, "four": cells["four"]}  # another first
     running.reproduce(str(suite(tmp_path / "third.yaml", cells=cells, seeds=[0])), out=out, device="cpu")
     assert [len(list((out / kind).iterdir())) for kind in ("shards", "passes", "annotations")] == [1, 1, 3]
@@ -199,7 +202,9 @@ COMMANDS = [
 def test_the_commands_of_the_docs_make_cells(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, [*shlex.split(command), "seeds=[0]", "--dry-run"])
-    assert result.exit_code == 0 and result.output.startswith("# "), result.output
+    assert result.exit_code == 0 and result.output.count("# ") >= (1 if "cells.cfg=null" in command else 3), (
+        result.output
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -120,10 +120,9 @@ def _records(path: Path) -> tuple[dict[str, Any], ...]:
                 raise InputError(f"{where}: {records[-1]['file']!r} is not in this folder")
     if not records:
         raise InputError(f"{path} is empty: no samples here")
-    if (
-        twice := next((file for file, n in Counter(each["file"] for each in records).items() if n > 1), None)
-    ) is not None:
-        raise InputError(f"{path}: {twice!r} is listed twice")
+    [(file, times)] = Counter(each["file"] for each in records).most_common(1)
+    if times > 1:
+        raise InputError(f"{path}: {file!r} is listed twice")
     return tuple(records)
 
 

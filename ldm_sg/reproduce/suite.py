@@ -81,8 +81,7 @@ class SuiteConfig(CellConfig):
         for key in self.seeded:
             if key.partition(".")[0] not in ("annotate", "train", "evaluate") or not key.partition(".")[2]:
                 raise InputError(f"seeded: {key}: write it as train.seed, evaluate.seed or annotate.annotator.seed")
-        asked = [self.evaluate, *(cell.get("evaluate", {}) for cell in self.cells.values())]
-        need_choice("plot", self.plot, (None, "images", *self.columns, *(key for one in asked for key in one)))
+        need_choice("plot", self.plot, (None, "images", *self.columns, *(each.name for each in fields(Options))))
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ class SampleOptions:
     def check(self) -> None:
         """InputError where values or their combination mean nothing."""
         from ldm_sg.data.images import MAX_SIDE
+        from ldm_sg.hardware import PRECISIONS
         from ldm_sg.sampling.solvers import SPACINGS, make_step
 
         for name in ("n", "batch_size", "steps"):
@@ -128,7 +129,7 @@ class SampleOptions:
         need_within("eta", self.eta, 0, 1)
         make_step(self.scheduler, self.eta)
         need_choice("spacing", self.spacing, SPACINGS)
-        need_choice("precision", self.precision, ("fp32", "bf16", "auto"))
+        need_choice("precision", self.precision, PRECISIONS)
         for name, example in LENGTHS.items():
             given = getattr(self, name)
             if given and len(given) != len(example.replace("x", ",").split(",")):
