@@ -133,7 +133,7 @@ class PipelineWriter:
         self.source_size = latents.manifest["size"] if config.crop else None
         side, full = view_side(config, latents), latents.latent_shape[1]
         self.signals = latents.signals if side in (None, full) else latents.signals.centre(side / full)
-        self.autoencoder = load_autoencoder(str(latents.folder / "autoencoder")).to(device)
+        self.autoencoder, self.device = load_autoencoder(str(latents.folder / "autoencoder")), device
         self.autoencoder.check_channels(latents.latent_shape[0], str(latents.folder))
         factor = self.autoencoder.factor
         square = all(h == w and len(latents.shapes) == 1 for _, h, w in latents.shapes)
@@ -154,6 +154,9 @@ class PipelineWriter:
 
     def pipeline(self, network: nn.Module, preview: bool = False) -> SelfGuidedPipeline:
         plain = self.plain(network)
+        self.autoencoder.to(
+            self.device
+        )  # not before: of several ranks only the first makes pipelines, and it is its device
         stage = self.preview if preview else self.autoencoder
         parts = (plain.unet, plain.conditioner, self.scheduler, stage, self.signals)
         pipe = SelfGuidedPipeline(*parts, source_size=self.source_size, drop=self.drop, sizes=self.sizes)

@@ -227,7 +227,7 @@ class ReproduceOptions:
     overrides: list[str] | None = argument(
         "key=value pairs of the suite: data.NAME=PATH, seeds=[0], train.steps=500.", None
     )
-    out: Path | None = option(None, "Folder of all it makes, which suites share; default runs/reproduce.")
+    out: Path | None = option(None, "Folder of all it makes, which suites share; default runs/reproduce (or -gpu).")
     size: str = option("small", "small: two CPU cores; gpu.")
     jobs: int = option(1, "Cells side by side, shared out over the GPUs.")
     device: str = option("auto", DEVICE)
@@ -254,7 +254,7 @@ class DemoOptions:
 
     config: str = option("demo", "demo: clusters; demo_masks: segments.")
     out: Path | None = option(None, "Folder of everything the demo makes; default runs/CONFIG.")
-    steps: int | None = option(None, "Training steps; default as in configs/train/demo.yaml.")
+    steps: int | None = option(None, "Training steps; default as in configs/train/CONFIG.yaml.")
     device: str = option("auto", DEVICE)
 
 

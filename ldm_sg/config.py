@@ -22,7 +22,7 @@ class FeaturesConfig(Checked):
     weights: str | None = None  # a local safetensors file (or a weights-only torch file) instead of the hub
     layer: int | None = None  # ViT block to read, counted from 0 and from the end when negative; None = the last
     pool: str = "auto"  # auto (class token where there is one, otherwise mean), cls, mean
-    size: int | None = None  # input size in pixels; None = the model's own
+    size: int | None = None  # input size in pixels; None: the model's own, or of a ViT the images' (`own_size`)
     batch_size: int = count(64)
     precision: str = "auto"  # auto, fp32, bf16
 

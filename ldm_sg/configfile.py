@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable
 from operator import attrgetter
@@ -23,6 +24,19 @@ ASSETS = PACKAGE / "assets"
 ROOT = PACKAGE.parent if (PACKAGE.parent / "configs").is_dir() else PACKAGE / "_root"
 
 Schema = TypeVar("Schema")
+
+EXPECTED = {  # by how OmegaConf says that it is something else
+    "be converted to Integer": "a whole number",
+    "be converted to Float": "a number",
+    "is not a valid bool": "true or false",
+    "Config' to string": "a text",
+    "is not a ListConfig": "a list",
+    "is not Optional": "anything but null",
+    "is not a subclass of": "a mapping of keys to values",
+    "Cannot merge": "a mapping of keys to values",
+    "to Dict[": "a mapping of keys to values",
+    "Incompatible value 'None'": "anything but null",
+}
 
 
 class Checked:
@@ -93,7 +107,7 @@ def load(schema: type[Schema], given: Any = None, overrides: list[str] | None = 
             known = [f"{prefix}{key}" for key in err.parent_node.keys()]  # type: ignore[union-attr]
             raise InputError(f"{source}: unknown key {err.full_key!r}; {choices(err.full_key, known)}") from err
         except (OmegaConfBaseException, TypeError) as err:  # a list where a mapping belongs, and the other way round
-            raise InputError(f"{source}: {str(err).splitlines()[0]}") from err
+            raise InputError(_wrong_type(source, layer, err)) from err
     source = files[-1][0] if files else "config"
     try:
         if missing := sorted(OmegaConf.missing_keys(merged)):
@@ -108,11 +122,23 @@ def load(schema: type[Schema], given: Any = None, overrides: list[str] | None = 
     return loaded
 
 
+def _wrong_type(source: str, layer: DictConfig, err: Exception) -> str:
+    """What a file, or an override KEY=VALUE, has of a wrong type, and what is expected there."""
+    said, key = str(err).splitlines()[0], getattr(err, "full_key", None)
+    if section := re.search(r"is not a subclass of (\w+)Config", said):
+        key = section[1].lower()
+    where = source if not key or source.startswith(f"{key}=") else f"{source}: {key}={OmegaConf.select(layer, key)}"
+    return f"{where}: " + next((f"{right} is expected" for sign, right in EXPECTED.items() if sign in said), said)
+
+
 def _layers(path: Any, schema: type) -> list[tuple[str, DictConfig]]:
     if path is None:
         return []
     if not isinstance(path, str | Path):
-        return [(schema.__name__.removesuffix("Config").lower(), OmegaConf.create(path))]
+        name = schema.__name__.removesuffix("Config").lower()
+        if not isinstance(path, dict | DictConfig):
+            raise InputError(f"{name}={path!r}: a mapping of keys to values is expected")
+        return [(name, OmegaConf.create(path))]
     if not Path(path).exists() and (ROOT / path).is_file():
         path = ROOT / path  # configs/... of the checkout or the wheel, from any folder
     top = read_yaml(path)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from ldm_sg.evaluate.edits import (
     able,
     by_prototypes,
     choose,
+    coverage,
     figures,
     localised,
     look_distance,
@@ -30,6 +32,7 @@ from ldm_sg.evaluate.edits import (
     paste,
 )
 from ldm_sg.guidance import selfguide
+from ldm_sg.guidance.spatial import mask_coverage
 from ldm_sg.pipeline import open_pipeline
 from ldm_sg.sampling.edit import Edit
 from ldm_sg.sampling.editor import Editor, relaid
@@ -86,6 +89,24 @@ def test_figures_of_edits_that_do_what_is_asked_and_of_such_that_do_nothing() ->
     assert good["edit_shift"] == pytest.approx(1, abs=0.05) and good["edit_size_rank"] == pytest.approx(1, abs=1e-6)
     assert good["edit_look"] < 0.02 and good["edit_fd"] < 1e-3
     assert none["edit_shift"] == none["edit_others"] == none["edit_size_rank"] == 0 and none["edit_look"] < 1e-6
+
+
+def test_figures_of_two_edits_of_one_ratio_have_a_rank() -> None:
+    masks = {name: scene(0.3) for name in ("source", "moved")} | {"resized": scene(0.3, 0.2)}
+    features = {name: torch.ones(4, 2, 2) for name in masks}
+    found = figures([Made(Asked(1, 0.2, 2.0), masks, features), Made(Asked(1, 0.2, 2.0), masks, features)])
+    assert found["edit_size_rank"] == 0 and found["edit_shift"] == 0
+
+
+def test_masks_are_compared_on_any_size_of_image() -> None:
+    def own(images: torch.Tensor) -> SimpleNamespace:
+        masks = torch.zeros(len(images), *images.shape[2:], dtype=torch.uint8)
+        masks[..., : masks.shape[-1] // 2] = 1
+        return SimpleNamespace(guidance=lambda grid: SimpleNamespace(spatial=mask_coverage(masks, 2, grid)))
+
+    for size, cells in ((64, 32), (80, 20), (112, 28), (16, 16)):
+        found = coverage(own, torch.zeros(2, 3, size, size))
+        assert found.shape == (2, 2, cells, cells) and found[0, 1].mean() == 0.5
 
 
 def test_another_network_finds_the_concepts_by_what_they_look_like() -> None:
@@ -152,6 +173,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
     )
     flags = ["--reference", shards, "--metrics", "edit", "--device", "cpu"]
+    for option, value, said in (
+        ("--w", "1", "w=1: edits are as strong"),
+        ("--scheduler", "ddim", "draws with dpmpp_2m"),
+    ):
+        done = CliRunner().invoke(app, ["evaluate", str(run), *flags, option, value])
+        assert done.exit_code == 2 and said in done.output, done.output
+    done = CliRunner().invoke(app, ["evaluate", str(run), *flags[:3], "layout", *flags[4:]])
+    assert done.exit_code == 2 and "for runs guided by boxes or masks" in done.output
     asked = ["evaluate", str(run), *flags, "--steps", "2", "-n", "6", "--out", str(tmp_path / "e.json")]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, (done.output, done.exception)

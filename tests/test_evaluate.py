@@ -384,6 +384,12 @@ def test_strategies_are_used_and_recorded(run: Path, tmp_path: Path, monkeypatch
     made = evaluate(run, str(run.parent / "real.tar"), strategy="apg", interval=[0.1, 0.9], **args)["sampling"]
     assert made["strategy"] == "apg" and made["interval"] == [0.1, 0.9]
     assert [used[0].__name__, used[1].__qualname__] == ["cfg", "interval.<locals>.limited"]
+    del args["out"]  # none is in the name of the file, and none replaces another's figures
+    for _ in range(2):
+        for strategy in ("cfg", "apg"):
+            evaluate(run, str(run.parent / "real.tar"), strategy=strategy, seed=8, **args)
+    kept = sorted((run / "evaluations").glob("*_seed8_*"))
+    assert [json.loads(file.read_text())["sampling"]["strategy"] for file in kept] == ["cfg", "apg"], kept
 
 
 def test_no_more_real_images_than_samples_pass_through_the_autoencoder(run: Path, tmp_path: Path) -> None:
@@ -474,4 +480,6 @@ def test_damaged_reference_images_are_noted(run: Path, tmp_path: Path) -> None:
     (folder / "bad.png").write_bytes(b"x")
     result = evaluate(run, folder, "fd", n=4, steps=1, device="cpu", out=tmp_path / "r.json")
     assert result["reference_images"] == 8 and any("bad.png" in note for note in result["notes"])
+    again = evaluate(run, folder, "fd", n=4, steps=1, device="cpu", out=tmp_path / "r.json")
+    assert again["notes"] == result["notes"]  # by features that were remembered
     assert tarfile.is_tarfile(run.parent / "real.tar")

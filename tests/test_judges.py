@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from test_evaluate import look_of, run  # noqa: F401
 from test_features import TINY_CLIP
+from test_metrics import INCEPTION
 from test_sample import invoke
 
 from ldm_sg.annotate.kinds import load_annotator
@@ -187,8 +188,11 @@ def test_statistics_are_written_and_read(run: Path, tmp_path: Path, capsys) -> N
     assert second["metrics"]["tiny-g"]["fd"] == pytest.approx(expected, rel=1e-4)
     assert second["reference_images"] == 64 and "against the statistics" not in capsys.readouterr().out
     with np.load(file) as made:
-        np.savez(tmp_path / "theirs.npz", mu=made["mu"], sigma=made["sigma"], mu_s=np.zeros(3), sigma_s=np.eye(3))
-    third = evaluate(run, tmp_path / "theirs.npz", "fd", **args)
+        np.savez(tmp_path / "theirs.npz", mu=made["mu"], sigma=made["sigma"])
+        np.savez(tmp_path / "uncounted.npz", **{key: made[key] for key in ("mu", "sigma", "sha256")})
+    with pytest.raises(InputError, match="does not say which network made it, and the judge is tiny-g"):
+        evaluate(run, tmp_path / "theirs.npz", "fd", **args)
+    third = evaluate(run, tmp_path / "uncounted.npz", "fd", **args)
     assert third["metrics"]["tiny-g"]["fd"] == second["metrics"]["tiny-g"]["fd"] and third["reference_images"] is None
     assert "against the statistics of" in capsys.readouterr().out
     for metric, more, wrong in (
@@ -230,9 +234,24 @@ def test_statistics_that_are_none_or_do_not_fit_are_refused(run: Path, tmp_path:
         evaluate(run, str(tmp_path / "none.npz"), "fd", n=4, device="cpu")
     with pytest.raises(InputError, match="made with sha256 0, and the judge has"):
         statistics.check_fits(
-            "x.npz", {"fd": metrics.Moments.of(torch.randn(9, 4))}, {"sha256": "0"}, {"dim": 4, "name": "g"}
+            "x.npz", {"fd": metrics.Moments.of(torch.randn(9, 4))}, {"sha256": "0"}, {"dim": 4, "name": "g"}, ["fd"]
         )
+    own, known = {"dim": 4, "spatial": 6, "name": "inception"}, {"fd": metrics.Moments.of(torch.randn(9, 4))}
+    statistics.check_fits("x.npz", known, {}, own, ["fd"])
+    with pytest.raises(InputError, match="has no mu_s and sigma_s, which sfid is of"):
+        statistics.check_fits("x.npz", known, {}, own, ["fd", "sfid"])
+    with pytest.raises(InputError, match="made with spatial 5, and the judge has 6"):
+        statistics.check_fits("x.npz", known | {"sfid": metrics.Moments.of(torch.randn(9, 5))}, {}, own, ["sfid"])
     assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.skipif(not INCEPTION.is_file(), reason="needs the weights of Inception")
+def test_statistics_of_sfid_alone_can_be_read(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    judge, file = f"inception:{INCEPTION}", str(tmp_path / "stats.npz")
+    args: dict[str, Any] = {"n": 4, "steps": 1, "device": "cpu", "features": judge, "out": tmp_path / "r.json"}
+    first = evaluate(run, str(run.parent / "real.tar"), "sfid", statistics=file, **args)["metrics"]["inception"]
+    second = evaluate(run, file, "sfid,fd", **args)["metrics"]["inception"]
+    assert first.keys() == {"sfid"} and second["sfid"] == pytest.approx(first["sfid"], rel=1e-3) and second["fd"] > 0
 
 
 # ---- what labels are drawn from

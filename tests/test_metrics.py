@@ -244,7 +244,8 @@ def test_clean_resizing_is_clean_fids(shape: tuple[int, int]) -> None:
 
 
 def test_the_maps_of_sfid_are_adms(inception) -> None:
-    """The first 7 of TensorFlow's mixed_6/conv, 17 x 17, behind the pooled features; a distance by its own formula."""
+    """The first 7 of TensorFlow's mixed_6/conv, 17 x 17, behind the pooled features, channels last, as ADM's evaluator flattens
+    them, whose files are compared with; a distance by its own formula."""
     maps = load_inception(INCEPTION)
     maps.see_maps()
     pixels = torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -254,8 +255,11 @@ def test_the_maps_of_sfid_are_adms(inception) -> None:
     hook.remove()
     found = maps(to_float(pixels))
     assert found.shape == (4, 2048 + 7 * 17 * 17) and torch.equal(found[:, :2048], pooled)
-    assert torch.equal(found[:, 2048:], seen[0][:, :7].flatten(1)) and (found[:, 2048:] >= 0).all()
-    assert maps.manifest["spatial"] == 7 and "spatial" not in inception.manifest and maps.manifest["dim"] == 2048
+    assert (
+        torch.equal(found[:, 2048:], seen[0].permute(0, 2, 3, 1)[..., :7].reshape(4, -1))
+        and (found[:, 2048:] >= 0).all()
+    )
+    assert maps.manifest["spatial"] == 2023 and "spatial" not in inception.manifest and maps.manifest["dim"] == 2048
     given = (
         torch.cat([features(40, 5), features(40, 3, seed=2)], 1),
         torch.cat([features(40, 5, 1), features(40, 3, 3)], 1),
@@ -351,11 +355,24 @@ def test_consistency_counts_hits_ceiling_and_chance() -> None:
     found = consistency(asked, samples, signals, torch.tensor([[0.0], [3.0]]), torch.tensor([[0.2], [1.9]]), Line())
     assert found["consistency"] == 0.5 and found["consistency_top3"] == 0.75
     assert found["consistency_real"] == 0.5 and found["consistency_top3_real"] == 1.0
-    assert found["consistency_chance"] == pytest.approx(0.5**2 + 2 * 0.25**2)
-    # the three nearest of 0.0 are 0, 1, 2 (all of p), of 3.0 are 3, 2, 1 (a half of it)
+    assert found["consistency_chance"] == pytest.approx(0.25 * (0.5 + 2 * 0.25))
+    # the three nearest of 0.0 are 0, 1, 2, of 3.0 are 3, 2, 1: three quarters of what is asked
     assert found["consistency_top3_chance"] == pytest.approx(0.75)
     assert landing(torch.tensor([1]), torch.tensor([[1]])) == (1.0, 1.0)  # an annotator of one cluster
-    assert chance(torch.tensor([0]), torch.tensor([[0]]), 1) == (1.0, 1.0)
+    only = torch.tensor([0])
+    assert chance(only, only, torch.tensor([[0]]), 1) == (1.0, 1.0)
+
+
+def test_chance_is_what_images_that_ignore_the_id_reach() -> None:
+    """By drawing: images of the training distribution, asked for ids of another."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.tensor([0.7, 0.1, 0.1, 0.1]), torch.tensor([0.25, 0.25, 0.25, 0.25])
+    signals, asked = (torch.multinomial(each, 20_000, True, generator=generator) for each in (p, q))
+    images = torch.multinomial(p, 20_000, True, generator=generator)[:, None].float()
+    nearest = Line().nearest(images, 3)
+    reached = landing(asked, nearest)
+    assert chance(asked, signals, nearest, 4) == pytest.approx(reached, abs=0.02) and reached[0] < 0.3
+    assert chance(signals, signals, nearest, 4)[0] == pytest.approx(0.52, abs=0.02)
 
 
 def test_ids_that_the_annotator_lacks_are_refused() -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ldm_sg.cli import app
+from ldm_sg.config import model_config
 from ldm_sg.configfile import ASSETS, ROOT
 from ldm_sg.data.latents import LatentSet
 from ldm_sg.errors import InputError
@@ -126,6 +127,11 @@ def test_a_suite_with_a_cell_that_fails_is_stopped_and_goes_on(
     before = {path: path.stat().st_mtime_ns for path in last.parents[1].rglob("*") if path.is_file()}
     assert CliRunner().invoke(app, command[3:]).exit_code == 2  # only what failed is tried again
     assert {path: path.stat().st_mtime_ns for path in before} == before and results(out) == rows
+    taken = (own / "annotations" / "clusters-0").resolve()
+    taken.rename(moved := tmp_path / "moved")
+    done = CliRunner().invoke(app, [*command[3:], "cells.labels=null"])
+    assert done.exit_code == 2 and f"{taken} is not an annotation set" in done.output
+    moved.rename(taken)
     more = CliRunner().invoke(app, [*command[3:], "cells.labels=null", "evaluate.w=[0,2,3]", "seeds=[0]"])
     assert more.exit_code == 0, more.output
     assert [row["w"] for row in results(out)] == ["0", "2", "3"]
@@ -219,7 +225,10 @@ def test_the_commands_of_the_docs_make_cells(command: str, tmp_path: Path, monke
             "small: cells.a: stepz=1: unknown key 'stepz'; did you mean 'steps'?",
         ),
         ({"cells": {"a": {"evaluate": {"ww": 1}}}}, "cells.a: evaluate.ww: unknown"),
-        ({"cells": {"a": {"evaluate": {"w": "much"}}}}, "cells.a: "),
+        (
+            {"cells": {"a": {"evaluate": {"w": "much"}}}},
+            "cells.a: evaluate.w: float or null or int is expected, not 'much'",
+        ),
         ({"cells": {"a": 3}}, "cells.a=3: a mapping"),
         ({"cells": {"../a": {}}}, "cells.../a: a name of letters"),
         ({"cells": {"a": {"paper": [1]}}}, "cells.a.paper: str is expected"),
@@ -235,6 +244,9 @@ def test_the_commands_of_the_docs_make_cells(command: str, tmp_path: Path, monke
         ({"pack": {"src": "${data.nope}"}}, "small.yaml: Interpolation key 'data.nope' not found"),
         ({"seeds": []}, "seeds=[]: at least one"),
         ({"seeds": [-1]}, "seeds=[-1]: at least one, each once, whole numbers from 0"),
+        ({"pack": {"src": "x", "size": "small"}}, "cells.clusters: pack.size: int is expected, not 'small'"),
+        ({"pack": {"src": "x", "quality": 101}}, "cells.clusters: quality=101: from 1 to 100"),
+        ({"cells": {"a": {"sample": {"steps": 2.5}}}}, "cells.a: sample.steps: int is expected, not 2.5"),
         ({"pack": {}}, "cells.clusters: neither pack.src nor annotate.shards"),
     ],
 )
@@ -260,6 +272,9 @@ def test_names_of_suites_places_and_sizes_are_checked() -> None:
 def test_every_suite_makes_cells(path: Path, size: str) -> None:
     cells = plan(read_suite(path.stem, ["seeds=[7]"], size), Path("out"))
     assert len(cells) >= 3 and all(cell.evaluations for cell in cells) and len(path.read_text().splitlines()) <= 45
+    assert len({(cell.train.steps, cell.train.batch_size, cell.train.lr) for cell in cells}) == 1  # equal budgets
+    networks = {repr(replace(model_config(cell.train.model), inject="")) for cell in cells}
+    assert len(networks) == 1, networks
     assert {cell.train.seed for cell in cells} == {7}
 
 

@@ -21,7 +21,7 @@ def consistency(
     found = {
         "": landing(asked, f.nearest(samples, NEAREST)),
         "_real": landing(nearest_real[:, 0], nearest_rebuilt),
-        "_chance": chance(signals, nearest_real, f.k),
+        "_chance": chance(asked, signals, nearest_real, f.k),
     }
     names = ("consistency", "consistency_top3")
     return {f"{name}{of}": both[i] for i, name in enumerate(names) for of, both in found.items()}
@@ -34,12 +34,12 @@ def landing(asked: Tensor, nearest: Tensor) -> tuple[float, float]:
     return float(hits[:, 0].float().mean()), float(hits.any(1).float().mean())
 
 
-def chance(signals: Tensor, nearest: Tensor, k: int) -> tuple[float, float]:
-    """What images that ignore the id asked for would reach, where ids are drawn from the training set's `signals` [T]:
-    sum_k p_k^2 for images drawn from the same distribution; for the three nearest, the mean probability of the ids in
+def chance(asked: Tensor, signals: Tensor, nearest: Tensor, k: int) -> tuple[float, float]:
+    """What images that ignore the id `asked` for [N], but are like the training set's, whose ids are `signals` [T], would reach:
+    sum_k q_k p_k, with q of what is asked and p of training; for the three nearest, the mean share that was asked for the ids in
     `nearest` [M, 3] of real images."""
-    p = torch.bincount(signals, minlength=k).double() / len(signals)  # [K]
-    return float(p.square().sum()), float(p[nearest].sum(1).mean())
+    q, p = (torch.bincount(ids, minlength=k).double() / len(ids) for ids in (asked, signals))  # [K]
+    return float((q * p).sum()), float(q[nearest].sum(1).mean())
 
 
 def check_ids(ids: Tensor, k: int, where: str) -> None:

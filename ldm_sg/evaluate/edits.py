@@ -23,13 +23,14 @@ from ldm_sg.evaluate.subjects import Subject
 from ldm_sg.guidance import selfguide
 from ldm_sg.sampling.edit import Edit
 from ldm_sg.sampling.editor import Editor, MaskEditor, Source
+from ldm_sg.sampling.options import SampleOptions
 
 MOST = 64  # images
 SHIFT = 0.2  # of the width
 RATIOS = (0.5, 0.7, 1.4, 2.0)  # of areas
 LARGE, SMALL = 0.3, 0.02  # shares of the image that an edited concept may cover
 NEAR = 0.1  # share of the sides
-GRID = 32  # cells a side of the masks that are compared
+GRID = 32  # cells a side of the masks that are compared, or what divides the image
 REDRAWN = 0.4  # share of the steps after which an image with a pasted object is gone on with
 
 
@@ -56,8 +57,9 @@ def by_annotator(own: LoadedAnnotator) -> Sight:
 
 
 def coverage(own: LoadedAnnotator, images: Tensor) -> Tensor:
-    """[B, K, GRID, GRID]: which share of each cell is of which concept."""
-    found = own(images).guidance((GRID, GRID)).spatial
+    """[B, K, h, w], h = w at most GRID: which share of each cell is of which concept."""
+    side = next(cells for cells in range(GRID, 0, -1) if images.shape[-1] % cells == 0)
+    found = own(images).guidance((side, side)).spatial
     assert found is not None
     return found
 
@@ -134,7 +136,8 @@ def figures(found: list[Made], way: str = "") -> dict[str, float]:
         ratios.append(float(resized[k].mean() / before[k].mean().clamp(min=1e-6)))
         means.append(features.mean((2, 3)))
     low, middle, high = np.quantile(shifts, (0.25, 0.5, 0.75))
-    rank = spearmanr([made.asked.ratio for made in found], ratios).statistic if len(set(ratios)) > 1 else 0.0
+    asked = [made.asked.ratio for made in found]
+    rank = spearmanr(asked, ratios).statistic if min(len({*asked}), len({*ratios})) > 1 else 0.0
     return {
         f"edit_shift{way}": middle,
         f"edit_shift_low{way}": low,
@@ -163,8 +166,8 @@ def examined(
     for i, source in enumerate(tqdm(found, f"edits of {of}", n, unit="image", dynamic_ncols=True)):
         [masks] = coverage(editor.annotator, to_float(source.images))
         last = source.observed[-1]
-        candidates = able(masks) & last.there[0]
-        chosen = candidates & localised(masks, last.maps[0])
+        candidates = able(masks) & last.there[0].cpu()
+        chosen = candidates & localised(masks, last.maps[0].cpu())
         sure += [float(chosen.sum() / candidates.sum())] * bool(candidates.any())
         if not chosen.any():
             continue
@@ -176,13 +179,18 @@ def examined(
             images[f"{name}_paste"] = editor.redrawn(source, pasted, REDRAWN)
         pixels = to_float(torch.cat(list(images.values())))
         for name, judge in judges.items():
-            given, features = judge(pixels, masks)
-            seen[name].append(Made(asked, dict(zip(images, given.cpu())), dict(zip(images, features.cpu()))))
-    edited = len(next(iter(seen.values())))
-    if edited < 2:
-        raise InputError(f"metric edit: fewer than 2 of {n} {of} hold a concept of {SMALL:.0%} to {LARGE:.0%} of them")
-    counts = {"edit_images": float(edited), "edit_localised": float(np.mean(sure))}
-    return {name: counts | figures(made) | figures(made, "_paste") for name, made in seen.items()}
+            given, features = (part.cpu() for part in judge(pixels, masks))
+            if given[0, asked.concept].any():  # a judge of few patches may not see it
+                seen[name].append(Made(asked, dict(zip(images, given)), dict(zip(images, features))))
+    for name, made in seen.items():
+        if len(made) < 2:
+            what = f"hold a concept of {SMALL:.0%} to {LARGE:.0%} of them that {name} sees"
+            raise InputError(f"metric edit: fewer than 2 of {n} {of} {what}")
+    sure_of = {"edit_localised": float(np.mean(sure))}
+    return {
+        name: {"edit_images": float(len(made))} | sure_of | figures(made) | figures(made, "_paste")
+        for name, made in seen.items()
+    }
 
 
 def examine(
@@ -194,8 +202,13 @@ def examine(
     assert subject.pipe is not None
     named = {name: text for name, text in parse_features(options.features).items() if text != OWN}
     networks = {name: load_network(text, options.resize, device) for name, text in named.items()}
+    for name in ("scheduler", "spacing"):
+        if subject.sampling[name] != getattr(SampleOptions, name):
+            raise InputError(f"{name}={subject.sampling[name]}: metric edit draws with {getattr(SampleOptions, name)}")
     laid = subject.pipe.spec.spatial == "mask" and subject.pipe.spec.spatial_channels > 0
-    editor = (MaskEditor if laid else Editor)(subject.pipe, subject.sampling["w"], subject.sampling["steps"])
+    strategy = options.drawing().solving()["strategy"]
+    kind = MaskEditor if laid else Editor
+    editor = kind(subject.pipe, subject.sampling["w"], subject.sampling["steps"], strategy)
     own, seed, n = editor.annotator, options.seed, min(options.n, MOST)
     judges = {own.extractor.name: by_annotator(own)} | {name: by_prototypes(each) for name, each in networks.items()}
     drawn = (editor.drawn(1, seed, i) for i in range(n))

@@ -1,5 +1,6 @@
 """An evaluation: subject -> judges -> features -> figures."""
 
+import json
 import time
 from dataclasses import replace
 from functools import partial
@@ -40,12 +41,13 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
     asked |= {name: given for name in ("prior", "held_out") if (given := getattr(options, name)) is not None}
     if options.statistics:
         figures.prepare(Path(options.statistics))
-    file = figures.prepare(Path(options.out) if options.out is not None else figures.free(subject.out, asked))
+    made = json.loads(json.dumps({"asked": asked, "sampling": subject.sampling}))  # as a file says it
+    file = figures.prepare(Path(options.out) if options.out is not None else figures.free(subject.out, made))
     if options.statistics and Path(options.statistics).resolve() == file.resolve():
         raise InputError(f"out={file}: the figures are JSON, and the statistics go there: name another file")
     judges = open_judges(wanted, options, subject, device)
-    if known:
-        statistics.check_fits(options.reference, *known, judges[0].manifest)
+    for judge in judges if known else ():
+        statistics.check_fits(options.reference, *known, judge.manifest, wanted)
     look = Look(subject, networks_of(judges), device)
     passes = Passes(look, partial(_worker, _resolved(options, subject), wanted), options, skipped)
     bf16 = use_bf16(options.precision or DRAWING["precision"], device)
@@ -85,6 +87,8 @@ def assess(options: Options) -> tuple[dict[str, Any], Path, memory.Rows]:
     smallest = subject.size if known else sources.first_size(real)
     unguided = "trained without guidance (guidance.drop=1): w is 0, whatever was asked"
     result["notes"] = [unguided] * (not subject.guided) + list(figures.remarks(result, smallest, skipped))
+    if options.out is None:  # another evaluation may have taken the name meanwhile
+        file = figures.free(subject.out, made)
     return result, file, memory.gallery(subject, real, reference.details)
 
 
@@ -122,5 +126,5 @@ def _worker(options: Options, wanted: list[str], on: str) -> Look:
 def _default(subject: Subject, made_by: dict[str, Any] | None) -> list[str]:
     """fd and prdc, and what the run's signals allow."""
     spec = subject.pipe.spec if subject.pipe and subject.guided and made_by else None
-    own = ["consistency"] * bool(spec and spec.one_id) + ["layout"] * bool(spec and spec.spatial)
+    own = ["consistency"] * bool(spec and spec.one_id) + ["layout"] * bool(spec and spec.spatial_channels)
     return ["fd", "prdc", *own]

@@ -170,13 +170,15 @@ def prepare(file: Path) -> Path:
     return file
 
 
-def free(file: Path, asked: dict[str, Any]) -> Path:
-    """`file`, or the first of NAME_2, NAME_3 ... that does not hold the figures of something else that was asked."""
+def free(file: Path, made: dict[str, Any]) -> Path:
+    """`file`, or the first of NAME_2, NAME_3 ... that does not hold the figures of something else: `made` is what was asked, and
+    how samples were drawn."""
     names = itertools.chain([file], (file.with_stem(f"{file.stem}_{number}") for number in itertools.count(2)))
-    return next(name for name in names if not name.exists() or _is_of(name, asked))
+    return next(name for name in names if not name.exists() or _is_of(name, made))
 
 
-def _is_of(file: Path, asked: dict[str, Any]) -> bool:
+def _is_of(file: Path, made: dict[str, Any]) -> bool:
     with suppress(InputError):
-        return read_mapping(file, {"asked": dict})["asked"] == asked
+        found = read_mapping(file, dict.fromkeys(made, dict))
+        return all(found[key] == value for key, value in made.items())
     return False

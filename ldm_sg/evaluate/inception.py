@@ -17,7 +17,8 @@ from ldm_sg.hub import downloadable
 from ldm_sg.weights import check_finite, read_weights
 
 SIDE = (299, 299)
-CHANNELS = 7  # of TensorFlow's mixed_6/conv [192, 17, 17], of which sFID is (Nash et al., 2021; ADM's evaluator)
+CHANNELS = 7  # of TensorFlow's mixed_6/conv [17, 17, 192], of which sFID is (Nash et al., 2021; ADM's evaluator)
+SPATIAL = 17 * 17 * CHANNELS
 
 
 def _tf(pixels: Tensor) -> Tensor:
@@ -55,17 +56,18 @@ class Inception(nn.Module):
         maps = []
         for layer in list(self.net.children())[:-1]:  # all but the classifier: its forward() would resize by itself
             if self.spatial and layer is self.net.Mixed_6d:
-                maps.append(layer.branch1x1(x)[:, :CHANNELS].flatten(1))
+                maps.append(layer.branch1x1(x)[:, :CHANNELS].permute(0, 2, 3, 1).flatten(1))  # in ADM's order
             x = layer(x)
         return torch.cat([x.flatten(1), *maps], 1)
 
     def see_maps(self) -> None:
         """From now on features are [B, 2048 + 2023]: the pooled ones, then the maps that sFID compares."""
-        self.spatial, self.manifest = True, self.manifest | {"spatial": CHANNELS}
+        self.spatial, self.manifest = True, self.manifest | {"spatial": SPATIAL}
 
     @torch.inference_mode()
     def patches(self, images: Tensor) -> tuple[None, Tensor]:
         """[B, 768, 17, 17], of Mixed_6e: what it sees where."""
+        images = images.to(self.net.fc.weight.device)
         x = (self.resize(to_uint8(images).float()) - 128) / 128
         for name, layer in self.net.named_children():
             x = layer(x)

@@ -57,7 +57,8 @@ def distances(space: str, network: Seer, wanted: list[str], seed: int, own: Own 
             return figures.compute(wanted, samples, None, reference.statistics, network, seed)
         real_places, real = reference.features(key, manifest)
         figures.check_enough(wanted, len(real), reference.images.where)
-        moments = figures.moments(wanted, real, dim)
+        kept = ["fd", *wanted] if "sfid" in wanted else wanted  # a file of sfid's statistics holds fd's too
+        moments = figures.moments(kept, real, dim)
         reference.moments = moments or reference.moments  # pixels have none
         found = figures.compute(wanted, samples, real, moments, network, seed)
         details = reference.details.setdefault(space, {})
@@ -102,7 +103,7 @@ def by_layout(space: str, own: LoadedAnnotator, pipe: SelfGuidedPipeline, asked:
         return layout.layout(own(images), grid)
 
     def measure(samples: Tensor, places: Tensor, reference: Reference) -> dict[str, float]:
-        ceiling = reference.ceiling(own, network, "layout")
+        ceiling = reference.ceiling(own, network, "layout on {}x{}".format(*grid))
         return layout.faithfulness(layout.layout(asked[places], grid), samples, *ceiling, pipe.spec.spatial)
 
     return Judge((space, "layout"), own.extractor.manifest, network, measure)
@@ -183,7 +184,7 @@ def _check_guidance(wanted: list[str], subject: Subject) -> None:
             raise InputError(f"{subject.where}: the metric {name} draws its samples itself: give a run")
         if name in ("consistency", "fd_clusters"):
             subject.ids()
-    if "layout" in wanted and subject.asked and subject.asked.spec.spatial is None:
+    if "layout" in wanted and subject.asked and not subject.asked.spec.spatial_channels:
         raise InputError(f"{subject.where}: the metric layout is for runs guided by boxes or masks")
 
 

@@ -1,6 +1,7 @@
 """The real images that samples are compared with: their features, and what the run's own autoencoder leaves of them."""
 
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,9 @@ IDENTITY = (
     "precision",
     "resize",
     "spatial",
+    "mean",
+    "std",
+    "unit",
 )  # of a network, in its manifest
 
 
@@ -49,13 +53,18 @@ class Reference:
     def features(self, of: Key, manifest: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Positions [M] and features [M, D] of up to sources.MOST images by the network `of`, whose `manifest` this is."""
 
+        skipped = self.passes.skipped
+
         def compute() -> dict[str, Tensor]:
+            before = {*skipped}
             places, found = self.passes(self.images, [of])
-            return {"places": places, "features": found[of]}
+            lost = json.dumps({name: why for name, why in skipped.items() if name not in before})
+            return {"features": found[of], "places": places, "lost": torch.tensor(list(lost.encode()))}
 
         network = {key: manifest.get(key) for key in IDENTITY}
-        sizes = {"size": self.subject.size, "within": self.subject.within, "limit": sources.MOST, "view": 2}
-        found = self._remembered(compute, network=network, **sizes)
+        sizes = {"size": self.subject.size, "within": self.subject.within, "limit": sources.MOST, "view": 3}
+        found = self._remembered(compute, "places", network=network, **sizes)
+        skipped.update(json.loads(bytes(found["lost"].tolist())))
         return found["places"], found["features"]
 
     def clusters(self, space: str, own: LoadedAnnotator) -> tuple[Tensor, Tensor]:
@@ -86,11 +95,13 @@ class Reference:
 
         identity = {"what": what, "annotator": own.digest, "autoencoder": pipe.autoencoder.manifest.get("sha256")}
         sizes = {"size": pipe.image_size, "within": pipe.source_size, "limit": limit, "view": 3}
-        found = self._remembered(compute, bf16=self.bf16, **identity, **sizes)
+        found = self._remembered(compute, "before", bf16=self.bf16, **identity, **sizes)
         return found["before"], found["after"]
 
-    def _remembered(self, compute: Callable[[], Mapping[str, Tensor]], **identity: Any) -> Mapping[str, Tensor]:
-        """`compute()`, or what it gave before for the same files and `identity`: rows of images."""
+    def _remembered(
+        self, compute: Callable[[], Mapping[str, Tensor]], rows: str, **identity: Any
+    ) -> Mapping[str, Tensor]:
+        """`compute()`, or what it gave before for the same files and `identity`; `rows`: what has one for each image."""
         found = sources.remembered(self.images, compute, device=self.device.type, **identity)
-        self.used = max(self.used, len(next(iter(found.values()))))
+        self.used = max(self.used, len(found[rows]))
         return found

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ldm_sg.errors import InputError, one_line
+from ldm_sg.evaluate.inception import Inception
 from ldm_sg.evaluate.metrics import Moments
 from ldm_sg.folder import whole
 
@@ -49,13 +50,21 @@ def _moments(where: str, mean: np.ndarray, covariance: np.ndarray) -> Moments:
     return Moments(torch.from_numpy(mean.astype(np.float64)), vectors.T * values.clamp(min=0).sqrt()[:, None])
 
 
-def check_fits(where: str, moments: Mapping[str, Moments], made: dict[str, Any], judge: dict[str, Any]) -> None:
-    """InputError where a judge with this manifest cannot have made them."""
-    there = made | {"dim": len(moments["fd"].mean)}
-    for key in ("dim", *MADE):
-        if there.get(key, judge.get(key)) != judge.get(key):
-            made_by = f"made with {key} {there[key]}, and the judge has {judge.get(key)}"
-            raise InputError(f"{where}: {made_by}: those of clean-fid and ADM are for --features inception")
+def check_fits(
+    where: str, moments: Mapping[str, Moments], made: dict[str, Any], judge: dict[str, Any], wanted: list[str]
+) -> None:
+    """InputError where a judge with this manifest cannot have made them, or they lack what is wanted. A file that does not say by
+    which weights it was made is taken for Inception's."""
+    own, theirs = "those of clean-fid and ADM are for --features inception", made | {"dim": len(moments["fd"].mean)}
+    if "sha256" not in made and judge["name"] != Inception.name:
+        raise InputError(f"{where}: does not say which network made it, and the judge is {judge['name']}: {own}")
+    if "sfid" in wanted and "spatial" in judge:
+        if "sfid" not in moments:
+            raise InputError(f"{where}: has no mu_s and sigma_s, which sfid is of: leave sfid out, or give ADM's file")
+        theirs["spatial"] = len(moments["sfid"].mean)
+    for key in ("dim", "spatial", *MADE):
+        if theirs.get(key, judge.get(key)) != judge.get(key):
+            raise InputError(f"{where}: made with {key} {theirs[key]}, and the judge has {judge.get(key)}: {own}")
 
 
 def write(path: Path, moments: Mapping[str, Moments], judge: dict[str, Any], images: int) -> None:

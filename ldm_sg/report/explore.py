@@ -56,20 +56,20 @@ def gather(latents: LatentSet, most: int, side: int, layout: Layout) -> tuple[di
     points = F.normalize(latents.features(places), dim=1)
     if layout is not pca and len(points) <= NEAR:  # it looks at as many neighbours
         raise InputError(f"--map umap: {len(points)} images, it needs more than {NEAR}: --map pca")
-    photos = {i: (_webp(image), sample) for i, image, sample in photos_at(latents, places.tolist(), side)}
+    photos = {i: (_webp(image), own.key, own.cls) for i, image, own in photos_at(latents, places.tolist(), side)}
     if lost := len(places) - len(photos):
         raise InputError(f"{latents.folder}: {lost:,} of its photos are not where its manifest says")
-    images, samples = zip(*(photos[i] for i in places.tolist()))
+    images, keys, classes = zip(*(photos[i] for i in places.tolist()))
     xy = layout(points)
     x, y = ((xy - xy.min(0)) / max(float(np.ptp(xy, axis=0).max()), 1e-12)).round(5).T.tolist()
-    columns: dict[str, list[Any]] = {"key": [sample.key for sample in samples], "image": list(images), "x": x, "y": y}
+    columns: dict[str, list[Any]] = {"key": list(keys), "image": list(images), "x": x, "y": y}
     if latents.spec.one_id and (clusters := about(latents.folder, latents.manifest)):
         columns["k"] = latents.signals.k[places].tolist()
         own = [clusters[k] for k in columns["k"]]
         columns["name"] = [" ".join(cluster["names"][:1]) or None for cluster in own]
         columns |= {f"cluster_{what}": [cluster[what] for cluster in own] for what in ("size", "purity")}
         columns["distance"] = [None] if (apart := distances(latents, places)) is None else apart.round(4).tolist()
-    columns["class"] = [sample.cls for sample in samples]
+    columns["class"] = list(classes)
     return {name: column for name, column in columns.items() if set(column) != {None}}, points
 
 

@@ -184,11 +184,12 @@ def _rows(suite: SuiteConfig, cells: list[Cell], failed: dict[str, str], out: Pa
             continue
         if not _is_done(cell, out):
             continue
-        whole = {"train": to_mapping(cell.train)}
-        if cell.train.guidance.drop < 1:  # it reads the signals of its set
-            whole["annotate"] = to_mapping(cell.annotate)
-            whole["set"] = read_mapping(finished_manifest(Path(cell.annotate.out)))
-        facts = {name: flat(whole).get(key) for name, key in suite.columns.items()}
+        try:
+            facts = _facts(suite, cell)
+        except InputError as err:  # its set was removed or damaged
+            failed[str(cell)] = str(err)
+            yield Row(cell.name, cell.seed, cell.paper, cell.line, error=failed[str(cell)])
+            continue
         for each in cell.evaluations:
             try:
                 found = _read(Path(str(each.options.out)))
@@ -203,6 +204,15 @@ def _rows(suite: SuiteConfig, cells: list[Cell], failed: dict[str, str], out: Pa
                     cell.name, cell.seed, cell.paper, cell.line, swept, facts | {"images": images}, judge, figures,
                     guide=found["judges"][judge]["guide"], file=str(each.options.out),
                 )  # fmt: skip
+
+
+def _facts(suite: SuiteConfig, cell: Cell) -> dict[str, Any]:
+    """The suite's columns of a cell that is done. InputError where its set, if it reads one, is not there."""
+    whole = {"train": to_mapping(cell.train)}
+    if cell.train.guidance.drop < 1:  # it reads the signals of its set
+        whole["annotate"] = to_mapping(cell.annotate)
+        whole["set"] = read_mapping(finished_manifest(Path(cell.annotate.out)))
+    return {name: flat(whole).get(key) for name, key in suite.columns.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

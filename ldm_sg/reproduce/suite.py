@@ -5,10 +5,11 @@ import json
 import re
 import shlex
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -21,6 +22,7 @@ from ldm_sg.errors import InputError, choices, need_choice
 from ldm_sg.evaluate.options import Options
 from ldm_sg.folder import check, flat, settings_sha256
 from ldm_sg.sampling.options import SampleOptions
+from ldm_sg.verbs.pack import check as check_pack
 
 SIZES = ("small", "gpu")
 Section = dict[str, Any]
@@ -175,8 +177,9 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path) -> Cell:
     given: Any = OmegaConf.to_container(own)
     packed, shards, commands = None, given["annotate"].get("shards"), []
     if given["pack"]:
-        _check_names("pack", given["pack"], {each.name for each in fields(PackOptions)} - {"dst"})
+        _check_given("pack", given["pack"], PackOptions, {"dst"})
         packed = _place(out, "shards", given["pack"]), given["pack"]
+        check_pack(PackOptions(**{"src": ""} | given["pack"], dst=packed[0]))
         shards = f"{packed[0]}/*.tar"
         commands.append(_flags("pack", [str(given["pack"].get("src")), str(packed[0])], given["pack"], "src"))
     if not shards:
@@ -204,7 +207,7 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path) -> Cell:
     for each in evaluations:
         told = {key: value for key, value in asdict(each.options).items() if value != getattr(Options, key, ...)}
         commands.append(_flags("evaluate", [str(run)], told, "source"))
-    _check_names("sample", given["sample"], {each.name for each in fields(SampleOptions)})
+    _check_given("sample", given["sample"], SampleOptions)
     sample = None
     if seed == suite.seeds[0]:
         sample = SampleOptions(**{"precision": "auto"} | given["sample"])
@@ -217,7 +220,7 @@ def _cell(suite: SuiteConfig, name: str, seed: int, out: Path) -> Cell:
 
 def _evaluations(given: Section, run: Path, shards: str, features: str) -> list[Evaluation]:
     """One for each combination of the values in lists. Other settings are other files."""
-    _check_names("evaluate", given, {each.name for each in fields(Options)} - {"source", "out", "features", "device"})
+    _check_given("evaluate", given, Options, {"source", "out", "features", "device"})
     lists = {key: value for key, value in given.items() if isinstance(value, list)}
     for key, tried in lists.items():
         if not tried or any(value in tried[:i] for i, value in enumerate(tried)):
@@ -257,10 +260,16 @@ def _check_name(of: str, name: Any) -> None:
         raise InputError(f"{of}.{name!s:.60}: a name of letters, digits, - and . is expected, 100 at most")
 
 
-def _check_names(verb: str, given: Section, known: set[str]) -> None:
-    for key in given:
+def _check_given(verb: str, given: Section, options: type, left_out: Collection[str] = ()) -> None:
+    """InputError for a key that the verb has not, and words where a number is due."""
+    known = {each.name: get_args(each.type) or (each.type,) for each in fields(options) if each.name not in left_out}
+    for key, value in given.items():
         if key not in known:
             raise InputError(f"{verb}.{key}: unknown; {choices(key, known)}")
+        kinds = {*known[key]} - {type(None)}
+        if kinds <= {int, float, bool}:
+            for each in value if isinstance(value, list) else [value]:
+                check(each, (*known[key], *({int} if float in kinds else ())), f"{verb}.{key}")
 
 
 def _words(verb: str, given: Section) -> tuple[str, list[str]]:

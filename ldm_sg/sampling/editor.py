@@ -48,16 +48,25 @@ class Editor:
     InputError where the run has no concepts that could be told apart."""
 
     def __init__(self, pipe: "SelfGuidedPipeline", w: float = 2.0, steps: int = 25, strategy: Strategy = cfg) -> None:
-        self._check(pipe)
         self.pipe, self.w, self.strategy = pipe, pipe.strength(w), strategy
+        self._check(pipe)
         self.network, self.count = GuidedUNet(pipe.unet, pipe.conditioner), pipe.spec.num_concepts
         self.steps, self.grid = steps, make_grid(pipe.objective, steps)
 
     def _check(self, pipe: "SelfGuidedPipeline") -> None:
-        if not pipe.spec.num_concepts or pipe.conditioner.config.tokens != "concepts":
+        own = pipe.conditioner.config
+        if (
+            not pipe.spec.num_concepts or own.tokens != "concepts" or not own.tokens_only
+        ):  # a background's token beside them
             raise InputError(
                 "this run has no token of its own for each concept, which editing reads: train with model.tokens=concepts, "
-                "guidance.parts=[concepts] and guidance.attention=0.1 on segments, as configs/train/camvid256-concepts.yaml does"
+                "model.inject=none, guidance.parts=[concepts] and guidance.attention=0.1 on segments, as "
+                "configs/train/camvid256-concepts.yaml does"
+            )
+        if self.w == 1:
+            raise InputError(
+                "w=1: edits are as strong as the step of classifier-free guidance, which is none at w = 1: give another w, of a run "
+                "that was trained with guidance.drop above 0"
             )
 
     @cached_property

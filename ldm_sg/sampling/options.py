@@ -12,7 +12,7 @@ MOST_W = 1000  # beyond it all is saturated, and float32 overflows
 VARY = ("layout", "content")
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"scheduler": "ddim", "steps": 250, "spacing": "uniform", "eta": 0.0, "strategy": "cfg", "w": 2.0},
-    # the lowest FD of all strategies and w in docs/reproduction.md: 168.2, for 172.0 of plain guidance at its best w, 3 (174.0 at 2)
+    # as low an FD as any of all strategies and w in docs/reproduction.md: 168.2, for 172.0 of plain guidance at its best w, 3 (174.0 at 2)
     "best": {
         "scheduler": "dpmpp_2m",
         "steps": 25,

@@ -24,24 +24,10 @@ def pack(src: str | Path, dst: str | Path, **options: Any) -> Summary:
     In a Pascal VOC folder objects marked difficult are kept, of COCO's boxes crowds left out. With executor=ray `workers` actors
     make a shard each, on a disk that all see; workers=0: this process."""
     asked = PackOptions(str(src), Path(dst), **options)
+    check(asked)
     size, workers, whole = asked.size, asked.workers, asked.crop == "none"
-    need_choice("format", asked.format, FORMATS)
-    need_choice("crop", asked.crop, ("square", "none"))
-    need_within("size", size, 8, MAX_SIDE)
-    need_within("shard_size", asked.shard_size, 1, 1_000_000)
-    need_within("quality", asked.quality, 1, 100)
-    need_within("workers", workers, -1, 1024)
-    need_within("max_skipped", asked.max_skipped, 0, 1)
-    need_within("ignore_index", asked.ignore_index or 0, 0, 255)
-    for shape in asked.buckets:
-        if len(shape) != 2 or not 8 <= min(shape) <= max(shape) <= MAX_SIDE:
-            raise InputError(f"bucket {'x'.join(map(str, shape))}: WIDTHxHEIGHT, each from 8 to {MAX_SIDE} pixels")
-    if asked.buckets and (size != PackOptions.size or whole):
-        raise InputError(f"size={size}, crop={asked.crop}: buckets say what images are cropped to; leave them out")
     from torch import device
 
-    settings = SimpleNamespace(executor=asked.executor, processes=max(0, workers), address=asked.address)
-    check_workers(settings)
     started = time.monotonic()
     annotations, masks = (Path(path) if path is not None else None for path in (asked.annotations, asked.masks))
     beside = Beside(annotations, masks, asked.merge, asked.ignore_index, asked.split)
@@ -54,7 +40,7 @@ def pack(src: str | Path, dst: str | Path, **options: Any) -> Summary:
             asked.shard_size,
             workers,
             asked.max_skipped,
-            partial(in_order, settings=settings, device=device("cpu")) if asked.executor == "ray" else None,
+            partial(in_order, settings=_settings(asked), device=device("cpu")) if asked.executor == "ray" else None,
         )
     seconds = time.monotonic() - started
     shape = f"with a short side of {size}" if whole else f"of {size} x {size}"
@@ -70,3 +56,27 @@ def pack(src: str | Path, dst: str | Path, **options: Any) -> Summary:
         f"{summary.skipped} skipped, {seconds:.1f} s"
     )
     return summary
+
+
+def check(asked: PackOptions) -> None:
+    """InputError where values mean nothing."""
+    need_choice("format", asked.format, FORMATS)
+    need_choice("crop", asked.crop, ("square", "none"))
+    need_within("size", asked.size, 8, MAX_SIDE)
+    need_within("shard_size", asked.shard_size, 1, 1_000_000)
+    need_within("quality", asked.quality, 1, 100)
+    need_within("workers", asked.workers, -1, 1024)
+    need_within("max_skipped", asked.max_skipped, 0, 1)
+    need_within("ignore_index", asked.ignore_index or 0, 0, 255)
+    for shape in asked.buckets:
+        if len(shape) != 2 or not 8 <= min(shape) <= max(shape) <= MAX_SIDE:
+            raise InputError(f"bucket {'x'.join(map(str, shape))}: WIDTHxHEIGHT, each from 8 to {MAX_SIDE} pixels")
+    if asked.buckets and (asked.size != PackOptions.size or asked.crop == "none"):
+        raise InputError(
+            f"size={asked.size}, crop={asked.crop}: buckets say what images are cropped to; leave them out"
+        )
+    check_workers(_settings(asked))
+
+
+def _settings(asked: PackOptions) -> SimpleNamespace:
+    return SimpleNamespace(executor=asked.executor, processes=max(0, asked.workers), address=asked.address)

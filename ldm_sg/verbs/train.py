@@ -2,7 +2,7 @@
 
 import errno
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,12 +142,13 @@ def _judge(
         raise InputError(
             f"patience={config.patience}: {len(held_out)} held-out images of {latents.folder}: give patience=0"
         )
-    g, real = load_annotator(latents.folder / "annotator", device), latents.features(held_out)
+    real = latents.features(held_out)
+    g = cache(lambda: load_annotator(latents.folder / "annotator", device))  # by the rank that judges, the first
 
     def judge(ema: "nn.Module") -> float:
         pipe = writer.pipeline(ema)
         pipe.unet.eval()
-        return distance(pipe, pipe.draw(min(JUDGED, 2 * len(real))), g, real)
+        return distance(pipe, pipe.draw(min(JUDGED, 2 * len(real))), g(), real)
 
     return judge
 
