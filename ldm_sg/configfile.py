@@ -136,7 +136,9 @@ def _layers(path: Any, schema: type) -> list[tuple[str, DictConfig]]:
         return []
     if not isinstance(path, str | Path):
         name = schema.__name__.removesuffix("Config").lower()
-        if not (isinstance(path, dict | DictConfig) or dataclasses.is_dataclass(path)):
+        if dataclasses.is_dataclass(path):
+            return [(name, OmegaConf.structured(path))]
+        if not isinstance(path, dict | DictConfig):
             raise InputError(f"{name}={path!r}: a mapping of keys to values is expected")
         return [(name, OmegaConf.create(path))]
     if not Path(path).exists() and (ROOT / path).is_file():
