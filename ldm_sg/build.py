@@ -26,7 +26,10 @@ from ldm_sg.sampling.schedules import noise_scheduler, objective_of
 
 def annotation(config: TrainConfig) -> LatentSet:
     """The set to learn from, with the parts of its signals that `guidance.parts` names. InputError where it has none of them."""
-    latents = LatentSet(config.annotation, int(config.cache_gb * 1e9))
+    return _parts_of(config, LatentSet(config.annotation, int(config.cache_gb * 1e9)))
+
+
+def _parts_of(config: TrainConfig, latents: LatentSet) -> LatentSet:
     if config.guidance.parts:
         latents.spec = dataclasses.replace(latents.spec, concepts_only=True)
         latents.signals = latents.signals.replace(spec=latents.spec)
@@ -97,6 +100,9 @@ def _start_from(model: GuidedUNet, config: TrainConfig, latents: LatentSet) -> N
             shape = tuple(there[name].shape) if name in there else "not there"
             said = f"{name} is {shape} there and {tuple(here[name].shape)} here"
             raise InputError(f"{where}: its network is another one: {said}")
+    if config.lora and not torch.equal(*(net.unet.conv_in.weight.flatten() for net in (model, network))):
+        said = "its first convolution reads masks of other labels, which adapters do not hold"
+        raise InputError(f"lora={config.lora}: {where}: {said}: give clusters that it has, or lora=0")
     if left:
         print(f"note: {where} does not know {', '.join(left)}: they start at random", file=sys.stderr)
 
@@ -105,7 +111,8 @@ def replay(config: TrainConfig, latents: LatentSet) -> LatentSet | None:
     """The annotation set of `config.replay`, if any. InputError where its latents or labels are not those of `latents`."""
     if not config.replay.share:
         return None
-    old, where = LatentSet(str(config.replay.annotation)), f"replay.annotation={config.replay.annotation!r}"
+    where = f"replay.annotation={config.replay.annotation!r}"
+    old = _parts_of(config, LatentSet(str(config.replay.annotation)))
     if len(latents.shapes) + len(old.shapes) > 2:
         raise InputError(f"{where}: images of several shapes, in it or in {latents.folder}, cannot be mixed in a batch")
     stages = [find_stage(str(s.folder / "autoencoder"))[0] for s in (latents, old)]
@@ -154,9 +161,7 @@ class PipelineWriter:
 
     def pipeline(self, network: nn.Module, preview: bool = False) -> SelfGuidedPipeline:
         plain = self.plain(network)
-        self.autoencoder.to(
-            self.device
-        )  # not before: of several ranks only the first makes pipelines, and it is its device
+        self.autoencoder.to(self.device)  # not before: it is the first rank's, which alone makes pipelines
         stage = self.preview if preview else self.autoencoder
         parts = (plain.unet, plain.conditioner, self.scheduler, stage, self.signals)
         pipe = SelfGuidedPipeline(*parts, source_size=self.source_size, drop=self.drop, sizes=self.sizes)

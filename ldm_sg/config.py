@@ -323,6 +323,12 @@ class TrainConfig(Checked):
         yield "only", not (self.only and self.lora), "either lora or only"
         held_out = self.val_every * self.val_share > 0
         yield "patience", held_out or not self.patience, "needs held-out images: val_every and val_share above 0"
+        tied = self.guidance.attention and self.gradient_checkpointing
+        yield (
+            "gradient_checkpointing",
+            not tied,
+            "not with guidance.attention, which reads a pass that would be made again",
+        )
         model = model_config(self.model)
         widest = model.channels * max(model.multipliers, default=1)
         yield "lora", self.lora <= widest, f"at most {widest}, the width of the network's widest level"

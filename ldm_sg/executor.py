@@ -163,11 +163,11 @@ def _in_processes(
                 if isinstance(answer, InputError):
                     raise answer
                 yield task, answer
-                if not todo:
-                    pipe.close()  # which ends the process
-                elif process.is_alive():
+                if todo and not isinstance(answer, Lost):
                     hand(pipe, process, device)
-                else:
+                    continue
+                pipe.close()  # which ends the process: on a device that has failed once all else would fail
+                if todo:
                     start(device)
             on_wait()
     finally:
@@ -228,7 +228,10 @@ def _on_ray(
     there = ray.cluster_resources()
     gpus, cpus = (int(there.get(kind, 0)) for kind in ("GPU", "CPU"))
     count = min(len(tasks), settings.processes or gpus or max(1, cpus // 4))
-    share = min(1.0, gpus / max(count, 1)) if device.type == "cuda" else 0
+    on = (
+        "cuda" if gpus and getattr(settings, "device", "") == "auto" else device.type
+    )  # the cluster's, not this machine's
+    share = min(1.0, gpus / max(count, 1)) if on == "cuda" else 0
     actor = ray.remote(num_gpus=share, num_cpus=min(1.0, cpus / max(count, 1)))(_Actor)
     todo, busy = deque(tasks), {}
 
@@ -238,19 +241,21 @@ def _on_ray(
 
     try:
         for _ in range(count):
-            hand(actor.remote(make, device.type))
+            hand(actor.remote(make, on))
         while busy:
             for ref in ray.wait(list(busy), timeout=1)[0]:
                 worker, task = busy.pop(ref)
                 try:
                     answer = ray.get(ref)
                 except ray.exceptions.RayError as err:  # the actor, or its node, is gone
-                    answer, worker = Lost(one_line(err)), actor.remote(make, device.type) if todo else None
+                    answer = Lost(one_line(err))
                 if isinstance(answer, InputError):
                     raise answer
                 yield task, answer
+                if isinstance(answer, Lost):
+                    ray.kill(worker)
                 if todo:
-                    hand(worker)
+                    hand(actor.remote(make, on) if isinstance(answer, Lost) else worker)
             on_wait()
     finally:
         for worker, _ in busy.values():

@@ -44,17 +44,24 @@ class Mirror:
         """Makes FOLDER what lies at the URL, unless that is what was copied there from here."""
         with self._errors("read"):
             there = self.fs.cat_file(f"{self.path}/{STATE}").decode() if self.fs.exists(f"{self.path}/{STATE}") else ""
-            if not there or ((self.folder / STATE).is_file() and (self.folder / STATE).read_text() == there):
+            if not there:  # nothing is there, whatever was sent before
+                (self.folder / SENT).unlink(missing_ok=True)
                 return
+            if (self.folder / STATE).is_file() and (self.folder / STATE).read_text() == there:
+                return
+            (self.folder / STATE).unlink(missing_ok=True)  # until all is here, this is no copy
             self.folder.mkdir(parents=True, exist_ok=True)
             for old in self.folder.iterdir():
                 if not old.name.startswith(LOCK):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
             for file in tqdm(self.fs.find(self.path), f"from {self.url}", unit=" files"):
                 name = file.removeprefix(self.path).lstrip("/")
+                if name == STATE:
+                    continue
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 self.fs.get_file(file, str(self.folder / name))
         write_json(self.folder / SENT, self._here())
+        write_text(self.folder / STATE, there)
 
     def push(self) -> None:
         """Copies what has changed since the last time; what says that it is whole comes last."""

@@ -290,10 +290,10 @@ class SelfGuidedPipeline(DiffusionPipeline):
             raise InputError(f"generator: {len(generator)} of them for {n} images: give one, or one an image")
         cells = self._cells(width, height)
         shape = (n, self.latent_shape[0], *cells)
-        noise = randn_tensor(shape, generator) if latents is None else latents
+        first = generator[0] if isinstance(generator, list) else generator
+        noise = randn_tensor(shape, generator, first.device if first else None) if latents is None else latents
         if noise.shape != shape:
             raise InputError(f"latents: {tuple(noise.shape)}, but {n} images of this run need {shape}")
-        first = generator[0] if isinstance(generator, list) else generator
         seed = int(torch.randint(2**31, (), generator=first, device=first.device if first else None))
         guidance = self.draw(n, seed, clusters=ids).guidance(cells)
         w = self.usual_w if guidance_scale is None else guidance_scale
@@ -363,7 +363,10 @@ class SelfGuidedPipeline(DiffusionPipeline):
             )
         device = self._execution_device
         generators = self.generators(len(guidance), seed, first_index)
-        noise = unit_noise(self.latent_shape, generators) if noise is None else noise
+        if noise is None:
+            noise = unit_noise(self.latent_shape, generators)
+        else:  # that of the steps is not what it was drawn from
+            generators = [image_generator(seed, first_index + i, "steps") for i in range(len(guidance))]
         step = make_step(scheduler, eta, lambda: unit_noise(self.latent_shape, generators).to(device))
         grid = make_grid(self.objective, steps, spacing)
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision, device)):
@@ -382,6 +385,8 @@ class SelfGuidedPipeline(DiffusionPipeline):
         device = self._execution_device
         if hasattr(guidance, "guidance"):  # signals, whichever file their class is of
             guidance = self.guidance(guidance)
+        if self.config.drop == 1:  # nothing else was learnt, whatever a strategy asks for
+            guidance = guidance.null()
         denoiser = strategy(GuidedUNet(self.unet, self.conditioner), self.strength(w), self.objective.to(device))
         return denoiser, guidance.to(device), noise.to(device, torch.float32)
 

@@ -38,6 +38,17 @@ def test_planted_twins_and_an_outlier_are_found(exact: int, monkeypatch: pytest.
     assert left_out(points[3:300], 0.99, 0.0) == []  # nothing is a twin of itself
 
 
+def test_twins_at_the_end_of_a_chain_go_too() -> None:
+    """At 0, 14, 28, 28 and 28 degrees, with those within 16 degrees alike."""
+    angles = np.radians([0, 14, 28, 28, 28])
+    points = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    found = left_out(points, 0.96, 0.0)
+    assert [(left.index, left.kept) for left in found] == [(1, 0), (3, 2), (4, 2)]
+    many = np.random.default_rng(0).normal(0, 1, (3, 32)).repeat(100, 0).astype(np.float32)  # more than are looked at
+    assert sorted({left.kept for left in left_out(many, 0.99, 0.0)}) == [0, 100, 200]
+    assert len(left_out(many, 0.99, 0.0)) == 297
+
+
 @pytest.mark.parametrize("damage", ["objects", "cut off", "fewer", "flat", "whole numbers", "nan", "empty"])
 def test_damaged_features_are_one_line(damage: str, base: Path, tmp_path: Path) -> None:  # noqa: F811
     folder = Path(

@@ -56,6 +56,12 @@ def test_tasks_of_a_worker_that_dies_come_back_and_another_takes_its_place(kind:
     assert again["dies"][0] == "dies"
 
 
+def test_a_worker_that_has_failed_is_given_nothing_more(kind: str, tmp_path: Path) -> None:
+    """As a GPU after a failed assertion: all else would fail there too."""
+    found = dict(executor.run(partial(make, tmp_path), ["breaks", *"abcdefgh"], settings(kind, 2), CPU))
+    assert isinstance(found.pop("breaks"), Lost) and not any(isinstance(each, Lost) for each in found.values())
+
+
 def test_results_in_order(kind: str, tmp_path: Path) -> None:
     found = executor.in_order(partial(make, tmp_path), list("abcdefgh"), settings(kind, 2), CPU)
     assert [task for task, _, _ in found] == list("abcdefgh")

@@ -64,8 +64,9 @@ def test_every_exif_orientation_comes_out_upright():
         stored = upright if how is None else upright.transpose(how)
         exif = Image.Exif()
         exif[0x0112] = orientation
-        got = decode(encoded(stored, "PNG", exif=exif))
-        assert np.array_equal(np.asarray(got), np.asarray(upright)), orientation
+        for kind in ("PNG", "TIFF"):
+            got = decode(encoded(stored, kind, exif=exif))
+            assert np.array_equal(np.asarray(got), np.asarray(upright)), (kind, orientation)
 
 
 def test_damaged_exif_does_not_cost_the_picture():
@@ -209,6 +210,16 @@ def test_index_images_keep_their_indices():
         decode_index(encoded(Image.fromarray(RGB)), (30, 20))
     with pytest.raises(BadImage, match="cannot be decoded"):
         decode_index(b"no", (30, 20))
+    header = b"IHDR" + struct.pack(
+        ">IIBBBBB", 4, 1, 2, 0, 0, 0, 0
+    )  # 2-bit greys 0, 1, 2, 3, which Pillow makes 0 .. 255
+    rows = b"IDAT" + zlib.compress(b"\0" + bytes([0b00011011]))
+    parts = [
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+        for part in (header, rows, b"IEND")
+    ]
+    with pytest.raises(BadImage, match="2-bit greys"):
+        decode_index(b"\x89PNG\r\n\x1a\n" + b"".join(parts), (4, 1))
 
 
 def test_tensors_and_back():

@@ -89,3 +89,33 @@ def test_a_store_that_refuses_is_one_line(colours: Path, tmp_path: Path) -> None
     (tmp_path / "store").write_text("a file where a folder should be")
     with pytest.raises(InputError, match=r"cannot be written: .*; what was made lies in .*the same command goes on"):
         train(config(colours, f"file://{tmp_path}/store/run"))  # type: ignore[arg-type]
+
+
+def test_a_pull_that_is_cut_off_is_made_again_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, source = f"file://{tmp_path}/store/set", make_shards(tmp_path / "source")
+    first = annotate(annotate_config(tmp_path, source, out=url))
+    there = {name: (tmp_path / "store" / "set" / name).read_bytes() for name in files(url)}
+    elsewhere(tmp_path, monkeypatch, "second")
+    local = type(fsspec.filesystem("file"))
+    with monkeypatch.context() as patch:
+        whole = local.get_file
+
+        def cut_off(self, rpath: str, lpath: str, **kwargs) -> None:
+            if "shards" in rpath:
+                Path(lpath).write_bytes(b"half")
+                raise OSError("the network is gone")
+            whole(self, rpath, lpath, **kwargs)
+
+        patch.setattr(local, "get_file", cut_off)
+        with pytest.raises(InputError, match="cannot be read: the network is gone"):
+            annotate(annotate_config(tmp_path, source, out=url))
+    again = annotate(annotate_config(tmp_path, source, out=url))
+    assert again != first and all(
+        (again / name).read_bytes() == data for name, data in there.items() if name != ".state"
+    )
+    assert {name: (tmp_path / "store" / "set" / name).read_bytes() for name in files(url)} == there
+    fsspec.filesystem("file").rm(f"{tmp_path}/store/set", recursive=True)
+    annotate(annotate_config(tmp_path, source, out=url))  # what was sent before is gone: it is sent again
+    assert files(url) == there.keys()

@@ -393,7 +393,11 @@ def test_killed_and_resumed(tmp_path):
     content = stop.read_bytes()
     stop.unlink()
     os.mkfifo(stop)  # the last image is never delivered
-    code = f"from ldm_sg.verbs.pack import pack; pack({str(src)!r}, {str(dst)!r}, size=8, shard_size=8, workers=1, max_skipped=0, format='png')"
+    same = yaml.safe_load((tmp_path / "whole" / "pack.yaml").read_text())["settings"]["source"][
+        "digest"
+    ]  # though a pipe has no size
+    code = f"from ldm_sg.data import sources; sources.files_digest = lambda *_: {same!r}; "
+    code += f"from ldm_sg.verbs.pack import pack; pack({str(src)!r}, {str(dst)!r}, size=8, shard_size=8, workers=1, max_skipped=0, format='png')"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not (dst / "000004.tar").exists():
@@ -453,3 +457,14 @@ def test_large_photos_are_made_smaller_while_they_are_decoded(tmp_path, monkeypa
         marked = Sample("a", (tmp_path / "src" / "a.jpg").read_bytes(), **beside)
         module.pack_item(form, Item("a", "a", sample=marked))
     assert seen[1:] == [(1600, 1200), (200, 150)]
+
+
+def test_other_pictures_of_the_same_names_are_another_source(tmp_path):
+    for name, shade in (("a", 10), ("b", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            noise = np.random.default_rng(shade + i).integers(0, shade, (16, 16 + shade // 100, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / name / f"{i}.png")
+    pack(tmp_path / "a", tmp_path / "out", size=16, workers=0)
+    with pytest.raises(InputError, match="belongs to another config"):
+        pack(tmp_path / "b", tmp_path / "out", size=16, workers=0)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from ldm_sg.cli import app
 from ldm_sg.config import ObjectiveConfig
 from ldm_sg.errors import InputError
+from ldm_sg.guidance.compose import cfg, interval
 from ldm_sg.pipeline import SelfGuidedPipeline, open_pipeline
 from ldm_sg.sampling.request import SampleOptions
 from ldm_sg.sampling.solvers import SOLVERS
@@ -154,9 +155,10 @@ def test_w_is_what_training_allows(drop: float | None, w: float, used: float, ru
     assert pipe.strength(w) == used and pipe.strength(pipe.usual_w) in (0.0, 1.0, 2.0)
     assert ("trained without guidance" in capsys.readouterr().err) == (drop == 1.0)
     if drop == 1.0:
-        before = pipe.generate(pipe.clusters([1, 3]), w=w, steps=3)
-        pipe.conditioner.labels.data.normal_()
-        assert torch.equal(before, pipe.generate(pipe.clusters([1, 3]), w=w, steps=3))
+        for strategy in (cfg, interval(cfg, 0.2, 0.8)):
+            before = pipe.generate(pipe.clusters([1, 3]), w=w, steps=3, strategy=strategy)
+            pipe.conditioner.labels.data.normal_()
+            assert torch.equal(before, pipe.generate(pipe.clusters([1, 3]), w=w, steps=3, strategy=strategy))
     if drop == 0.0:
         with pytest.raises(InputError, match="never learnt the null"):
             pipe.generate(pipe.clusters([1]), w=2.0, steps=3)

@@ -109,6 +109,9 @@ def test_uniform_spacing_is_the_papers() -> None:
     assert make_grid(objective, 250, "uniform").times.tolist() == [float(t) for t in range(997, 0, -4)]
     grid = make_grid(objective, 256, "uniform")
     assert len(grid.times) == 334 and grid.times[0] == 999 and grid.times[-1] == 1
+    for steps in (600, 1000):  # one a level, no level twice
+        times = make_grid(objective, steps, "uniform").times
+        assert (times.diff() < 0).all() and times[0] == 999
     alpha_bar = noise_scheduler(SCHEDULES["scaled"]).alphas_cumprod[0].item()
     assert grid.alpha[-1] ** 2 == pytest.approx(alpha_bar, abs=1e-6) and grid.sigma[-1] > 0  # ends at alpha_bar[0]
 

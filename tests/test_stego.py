@@ -168,6 +168,15 @@ def test_masks_are_the_argmax_of_upsampled_codes(tmp_path: Path, monkeypatch: py
     assert (fitted.segment(some, None, 50) == expected).float().mean() > 0.999
 
 
+def test_patches_that_were_padded_lie_where_they_were_seen() -> None:
+    """An edge at pixel 80 of 100, which 6.25 patches of 16 span."""
+    fitted = segmenter(2, QUICK)
+    fitted.centroids = torch.eye(2)
+    left = torch.arange(7)[None, :].expand(7, 7) < 5  # the first five patches, 80 pixels
+    masks = fitted.segment(torch.stack([left, ~left]).float()[None], None, 100, 6.25)
+    assert masks.shape == (1, 100, 100) and masks[0, 50].tolist() == [0] * 80 + [1] * 20
+
+
 def test_images_of_one_colour_do_not_crash(tmp_path: Path) -> None:
     patches, features = np.ones((4, 8, 3, 3), np.float16), np.ones((4, 8), np.float32)
     patches[3] = 0

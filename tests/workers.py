@@ -12,7 +12,12 @@ def make(folder: Path, device: str):
     if (folder / "refuses").exists():
         raise InputError("no weights there")
 
+    broken = []
+
     def work(task: str) -> tuple[str, int, str]:
+        if broken or task == "breaks":
+            broken.append(task)
+            raise RuntimeError("device-side assert")
         if task == "bug":
             raise ZeroDivisionError("of 1 by 0")
         if task == "bad":

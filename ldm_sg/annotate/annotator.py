@@ -37,9 +37,10 @@ class Study:
     def some_images(self, limit: int, zoom: int = 1, whole: bool = False) -> Iterator[Views]:
         """At most about `limit` images in batches, as g sees them or, with `zoom`, from so many times nearer: the first
         ones of every shard; `whole` as in `images.show`. InputError where there is none."""
-        each, found, g = max(1, limit // len(self.shards)), 0, self.extractor
+        shards = self.shards[:: -(-len(self.shards) // limit)]  # at most `limit` of them, evenly spread
+        each, found, g = limit // len(shards), 0, self.extractor
         assert g is not None
-        for shard in self.shards:
+        for shard in shards:
             left, together = each, min(each, self.config.features.batch_size)
             looks = {"view": g.size * zoom, "whole": whole}
             for batch in image_batches([shard], self.size, together, 0, lambda *_: None, **looks):

@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +20,9 @@ from ldm_sg.annotate.views import Views
 from ldm_sg.data.shards import ImageBatch
 from ldm_sg.data.signals import Columns
 from ldm_sg.errors import InputError
+from ldm_sg.folder import whole
 from ldm_sg.guidance.signal import GuidanceSpec
+from ldm_sg.weights import read_weights
 
 MEAN = "mean_key.safetensors"
 CENTRED = 512  # images whose keys the mean is taken over
@@ -34,7 +38,12 @@ class Boxes(Clusters):
     whole = True
 
     def prepare(self, study: Study) -> None:
-        """The mean keys, from the first images of every shard, where `annotator.centre` asks for them."""
+        """The mean keys, from the first images of every shard, where `annotator.centre` asks for them; or those that an earlier
+        start has kept in OUT/annotator."""
+        kept = Path(study.config.out) / "annotator" / MEAN
+        if kept.is_file():
+            self.mean = read_weights(kept)["key"]
+            return
         assert study.extractor is not None
         blank = torch.zeros(1, 3, study.size, study.size)
         self.mean = torch.zeros_like(study.extractor.keys(blank, self.cfg.keys_layer)[0], device="cpu")  # [Dk, h, w]
@@ -46,6 +55,8 @@ class Boxes(Clusters):
                     total = total + keys.double().sum(0).cpu()
                 count += len(seen.squares)
             self.mean = typical_key((total / count).float(), self.cfg.centre_place)
+        with whole(kept) as new:
+            save_file({"key": self.mean}, new)
 
     def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch | None = None) -> Observed:
         assert g is not None

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from ldm_sg.annotate.clusters import normalise
 
@@ -25,21 +24,38 @@ class Left:
 
 
 def left_out(features: np.ndarray, threshold: float, outliers: float) -> list[Left]:
-    """Features [N, D] -> what to leave out. Of images joined by cosines of at least `threshold` those go that are so like the
-    first; then of the rest the share `outliers` that is farthest from its neighbours."""
+    """Features [N, D] -> what to leave out. Of images whose cosine is at least `threshold` the first stays, until no two that stay
+    are so like each other; then of the rest the share `outliers` that is farthest from its neighbours."""
     points = normalise(features)
-    cosines, near = neighbours(points, min(NEIGHBOURS, len(points)))
-    rows, columns = np.nonzero((cosines >= threshold) & (near >= 0))
-    pairs = coo_array((np.ones(len(rows)), (rows, near[rows, columns])), shape=(len(points),) * 2)
-    groups = connected_components(pairs, directed=False)[1]
-    first = np.unique(groups, return_index=True)[1][groups]
-    like = (points * points[first]).sum(1)  # a chain of likenesses may lead far: who is not like the first one stays
-    alone = (first == np.arange(len(first))) | (like < threshold)
-    gone = [Left(int(i), int(first[i]), float(like[i])) for i in np.flatnonzero(~alone)]
-    kept = np.flatnonzero(alone)
-    near_by = np.where(near >= 0, cosines, -1)[kept, 1:].mean(1) if near.shape[1] > 1 else np.ones(len(kept))
+    leader = np.arange(len(points))  # who stays in whose place
+    while True:
+        kept = np.flatnonzero(leader == np.arange(len(points)))
+        cosines, near = neighbours(points[kept], min(NEIGHBOURS, len(kept)))
+        found = first_come(near, (cosines >= threshold) & (near >= 0))
+        if (found == np.arange(len(kept))).all():
+            break
+        leader[kept] = kept[found]
+        leader = leader[leader]
+    like = (points * points[leader]).sum(1)
+    gone = [Left(int(i), int(leader[i]), float(like[i])) for i in np.setdiff1d(np.arange(len(points)), kept)]
+    near_by = np.where(near >= 0, cosines, -1)[:, 1:].mean(1) if near.shape[1] > 1 else np.ones(len(kept))
     far = np.argsort(near_by, kind="stable")[: round(outliers * len(kept))]
     return gone + [Left(int(kept[i]), None, float(near_by[i])) for i in far]
+
+
+def first_come(near: np.ndarray, alike: np.ndarray) -> np.ndarray:
+    """Neighbours [N, k] of each and which of them are like it -> who stands for each [N]: itself, or the first such neighbour that
+    stands for itself."""
+    rows, columns = np.nonzero(alike)
+    pairs = coo_array((np.ones(len(rows)), (rows, near[rows, columns])), shape=(len(near),) * 2).tocsr()
+    pairs = (pairs + pairs.T).tocsr()
+    leader = np.full(len(near), -1)
+    for i in range(len(near)):
+        if leader[i] < 0:
+            leader[i] = i
+            others = pairs.indices[pairs.indptr[i] : pairs.indptr[i + 1]]
+            leader[others[leader[others] < 0]] = i
+    return leader
 
 
 def neighbours(points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

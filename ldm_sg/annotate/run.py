@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from tqdm import tqdm
 
 from ldm_sg import executor
@@ -33,6 +34,7 @@ from ldm_sg.data.latents import finish as finish_set
 from ldm_sg.data.latents import read_manifest
 from ldm_sg.data.shards import EMPTY, ShardWriter, expand
 from ldm_sg.data.signals import Columns, Signals, files_of, npy
+from ldm_sg.data.sources import digest
 from ldm_sg.errors import InputError
 from ldm_sg.executor import Part
 from ldm_sg.folder import claim, file_sha256, flat, others_work_in, read_mapping, sweep, turn, write_text
@@ -42,6 +44,9 @@ from ldm_sg.hardware import pick_device
 FREE = (
     "out", "workers", "device", "max_skipped", "allow_damaged", "features.batch_size", "executor", "processes", "address"
 )  # fmt: skip
+EARLY = ("autoencoder", "annotator", "work", "features")  # folders that are made before the first shard is done
+LEARNT = "work/learnt"  # which shards the early folders are of
+SEEN_BY = "work/g.yaml"  # whose features the shards that are through have
 BUCKET = re.compile(r"-(\d+x\d+)\.tar$")
 TRIES = 3  # of a shard whose worker is lost
 MOST_SHARDS = 16  # that a worker is handed at once
@@ -103,12 +108,26 @@ class Opened:
         self.study = Study(cfg, self.shards, self.stages, size, extractor, [])
         if source_of_f := str(self.out) if self.fitted else cfg.annotator.reuse or cfg.annotator.extend:
             check_same_g(source_of_f, extractor)
+        elif extractor:
+            self.check_g(extractor.manifest)
         if self.fitted:
             self.annotator, _ = load_f(self.out / "annotator")
         elif cfg.annotator.reuse:
             save_annotator(self.out / "annotator", self.annotator, extractor)
         else:
             self.annotator.prepare(self.study)
+
+    def check_g(self, manifest: Mapping[str, Any]) -> None:
+        """InputError where shards are through that another g looked at: its weights' file was replaced."""
+        own = {key: manifest[key] for key in ("sha256", "layer", "pool", "size")}
+        path = self.out / SEEN_BY
+        if path.is_file() and any(stage.done for stage in self.fresh) and (seen := read_mapping(path)) != own:
+            key = next(key for key in own if seen.get(key) != own[key])
+            raise InputError(
+                f"{self.out}: another g has looked at some of its shards, of {key} {seen.get(key)}, not {own[key]}: give "
+                "that one, or another out="
+            )
+        write_text(path, yaml.safe_dump(own))
 
 
 def open_set(cfg: AnnotateConfig) -> Opened:
@@ -243,7 +262,17 @@ def take(opened: Opened) -> None:
                 f"(annotator.kind={cfg.annotator.kind}, shuffle={cfg.annotator.shuffle}): annotate into another out="
             )
     # what was learnt before the first shard was done may be of other images or settings
-    claim(out, "config.yaml", wanted, free, () if begun else ("autoencoder", "annotator", "work"))
+    claim(out, "config.yaml", wanted, free, () if begun else EARLY)
+    if not begun:
+        local = [path for path in map(Path, shards) if path.is_file()]
+        learnt, now = (
+            out / LEARNT,
+            digest(local, [path.stat().st_size for path in local], [path.stat().st_mtime_ns for path in local]),
+        )
+        if learnt.is_file() and learnt.read_text() != now:
+            for name in EARLY:
+                shutil.rmtree(out / name, ignore_errors=True)
+        write_text(learnt, now)
 
 
 def summarise(opened: Opened) -> Summary:

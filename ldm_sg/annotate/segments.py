@@ -112,23 +112,25 @@ class Segments(Annotator):
         """Patch features [B, D, h, w] -> codes float32 [B, C, h, w], which without a head are the features themselves."""
         return patches.float() if self.head is None else self.head.to(patches.device)(patches.float())
 
-    def segment(self, patches: Tensor, mirrored: Tensor | None, size: int) -> Tensor:
+    def segment(self, patches: Tensor, mirrored: Tensor | None, size: int, grid: float | None = None) -> Tensor:
         """Patch features [B, D, h, w] of images and, to average their codes, those of the same patches in the mirror images
         (`FeatureExtractor.patches`) -> the class of every pixel, uint8 [B, size, size]: the centroid with the largest cosine to the
-        code, upsampled bilinearly."""
+        code, upsampled bilinearly. `grid`: how many patches the image spans, where the last ones are padded."""
         codes = self.codes(patches)
         if mirrored is not None:
             codes = codes + self.codes(mirrored)
         # Upsampling is linear and the length of a code moves no argmax, so the products with K centroids are upsampled.
         scores = torch.einsum("bchw,kc->bkhw", codes, self.centroids.to(codes.device))
-        parts = scores.split(max(1, SCORES // (self.k * size**2)))
-        return torch.cat([F.interpolate(p, (size, size), mode="bilinear").argmax(1).to(torch.uint8) for p in parts])
+        whole = round(size * scores.shape[2] / (grid or scores.shape[2]))
+        parts = scores.split(max(1, SCORES // (self.k * whole**2)))
+        fine = (F.interpolate(part, (whole, whole), mode="bilinear")[..., :size, :size] for part in parts)
+        return torch.cat([part.argmax(1).to(torch.uint8) for part in fine])
 
     def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch | None = None) -> Observed:
         assert g is not None
         mirrored = g.patches(seen.squares, mirrored=True)[1] if self.cfg.segments.flips else None
         features, patches = g.patches(seen.squares)
-        masks = self.segment(patches, mirrored, seen.size).cpu().numpy()
+        masks = self.segment(patches, mirrored, seen.size, g.grid).cpu().numpy()
         table = np.zeros((self.k, VOID), np.int64)
         for mask, truth in zip(masks, batch.truth, strict=True) if batch else ():
             if truth.mask is not None:

@@ -11,7 +11,18 @@ from pathlib import Path
 from ldm_sg.data import cocostuff
 from ldm_sg.data.boxes import Annotations, Boxes, read_json, read_xml
 from ldm_sg.data.images import BadImage, read_bytes
-from ldm_sg.data.sources import FileSource, Item, LmdbSource, ShardSource, Source, digest, open_folder, open_list, walk
+from ldm_sg.data.sources import (
+    FileSource,
+    Item,
+    LmdbSource,
+    ShardSource,
+    Source,
+    digest,
+    files_digest,
+    open_folder,
+    open_list,
+    walk,
+)
 from ldm_sg.data.tars import is_remote
 from ldm_sg.errors import InputError, choices
 from ldm_sg.folder import file_sha256
@@ -133,7 +144,7 @@ class DatasetSource(FileSource):
                 said = f"none of its {len(wanted)} images is in {folder.root}, where {folder.names[0]!r} is"
                 raise InputError(f"--split {beside.split}: {said}; the first: {min(wanted, default='')!r}")
         names = [*names, *lost]
-        identity = folder.identity | {"images": len(names), "digest": digest(names)}
+        identity = folder.identity | {"images": len(names), "digest": files_digest(folder.root, names)}
         source = cls(identity, len(names), [], folder.ignored, root=folder.root, names=names)
         source.problems = dict.fromkeys(lost, f"in the list of --split {beside.split}, but not in {folder.root.name}/")
         source.others, source.table = others, beside.table()

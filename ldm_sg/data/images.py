@@ -74,11 +74,11 @@ def decode(data: bytes, key: str = "", least: int = 0) -> Image.Image:
     if not data:
         raise BadImage("empty file", key)
     with _opened(data, FORMATS, f"not an image ({', '.join(FORMATS)})", key=key) as image:
-        turn = _UPRIGHT.get(_orientation(image))
         if least:
             image.draft(image.mode, (least, least))
         with _large if image.width * image.height > LARGE else nullcontext():
             rgb = to_rgb(image)
+        turn = _UPRIGHT.get(_orientation(image))  # not before it is loaded: Pillow turns TIFFs itself
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -274,5 +274,7 @@ def decode_index(data: bytes, size: tuple[int, int] | None = None) -> Image.Imag
             raise BadImage(f"its mask is {mask.size[0]} x {mask.size[1]}, the image {size[0]} x {size[1]}")
         if mask.mode not in ("P", "L"):
             raise BadImage(f"its mask has mode {mask.mode}: an index image is 8-bit greyscale or palette")
+        if mask.mode == "L" and data[24] != 8:  # its indices would be stretched to 0 .. 255
+            raise BadImage(f"its mask has {data[24]}-bit greys: an index image is 8-bit greyscale or palette")
         mask.load()
         return mask.copy()

@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm_sg.data.images import BadImage, crop_resize, decode, to_tensor
 from ldm_sg.data.shards import Sample, read_shard
 from ldm_sg.data.tars import read_members
+from ldm_sg.errors import InputError
 
 if TYPE_CHECKING:
     from ldm_sg.data.latents import LatentSet
@@ -29,9 +30,12 @@ def photos_at(latents: "LatentSet", places: Sequence[int], size: int) -> Iterato
 
 
 def images_at(latents: "LatentSet", places: Sequence[int], size: int) -> dict[int, Tensor]:
-    """Index in the set -> uint8 [3, size, size], in the order of `places`."""
+    """Index in the set -> uint8 [3, size, size], in the order of `places`. InputError where one is not in its shard any more."""
     found = {i: image for i, image, _ in photos_at(latents, places, size)}
-    return {i: found[i] for i in places if i in found}
+    lost = next((i for i in places if i not in found), None)
+    if lost is not None:
+        raise InputError(f"{latents.folder}: the photo of image {lost} is not where the set's manifest says")
+    return {i: found[i] for i in places}
 
 
 def annotated_keys(shard: Path) -> list[str]:

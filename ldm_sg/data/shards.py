@@ -343,7 +343,7 @@ def _decode_batch(size: Size, truth: bool, looks: dict[str, Any], batch: list[tu
             continue
         out.shown.append(shown)
         out.keys.append(sample.key)
-        out.cls.append(-1 if sample.cls is None else sample.cls)
+        out.cls.append(-1 if sample.cls is None else max(-1, sample.cls))
     return out
 
 

@@ -136,7 +136,7 @@ def open_folder(root: Path) -> Source:
     random.Random(_SHUFFLE_SEED).shuffle(names)
     index = {name: i for i, name in enumerate(classes)}
     labels = {name: index[name.partition("/")[0]] for name in names} if classes else {}
-    identity = {"kind": "folder", "images": len(names), "digest": digest(names)}
+    identity = {"kind": "folder", "images": len(names), "digest": files_digest(root, names)}
     return FileSource(identity, len(names), classes, len(others), root=root, names=names, labels=labels)
 
 
@@ -172,7 +172,11 @@ def open_list(path: Path) -> Source:
             raise InputError(f"{path} line {number}: label {label!r} is not an integer") from None
     if not labels:
         raise InputError(f"{path}: an empty list")
-    identity = {"kind": "list", "images": len(labels), "digest": digest(list(labels), list(labels.values()))}
+    identity = {
+        "kind": "list",
+        "images": len(labels),
+        "digest": files_digest(path.parent, list(labels), list(labels.values())),
+    }
     return FileSource(identity, len(labels), root=path.parent, names=list(labels), labels=labels)
 
 
@@ -253,6 +257,12 @@ def _shard_items(url: str, allow_damaged: bool) -> Iterator[Item]:
 def shard_name(number: int) -> str:
     """000000.tar and so on."""
     return f"{number:06d}.tar"
+
+
+def files_digest(root: Path, names: list[str], *columns: list[Any]) -> str:
+    """A hash over the names and sizes of files below `root`, and what else is in `columns`."""
+    sizes = [(root / name).stat().st_size if (root / name).exists() else None for name in names]
+    return digest(names, sizes, *columns)
 
 
 def digest(*columns: list[Any]) -> str:

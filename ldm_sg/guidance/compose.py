@@ -27,7 +27,9 @@ def _guided(denoiser: Denoiser, w: float, combine: Callable[[Tensor, Tensor, Ten
 
     def guided(x: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
         both = Guidance.cat([guidance.null(), guidance])
-        null, cond = denoiser(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        null, cond = (
+            denoiser(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
+        )  # bf16 would round what is combined
         return combine(null, cond, x, t)
 
     return guided

@@ -55,9 +55,8 @@ class Editor:
 
     def _check(self, pipe: "SelfGuidedPipeline") -> None:
         own = pipe.conditioner.config
-        if (
-            not pipe.spec.num_concepts or own.tokens != "concepts" or not own.tokens_only
-        ):  # a background's token beside them
+        told_apart = own.tokens == "concepts" and own.tokens_only  # a background's token stands beside them
+        if not pipe.spec.num_concepts or not told_apart:
             raise InputError(
                 "this run has no token of its own for each concept, which editing reads: train with model.tokens=concepts, "
                 "model.inject=none, guidance.parts=[concepts] and guidance.attention=0.1 on segments, as "

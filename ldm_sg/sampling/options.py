@@ -166,8 +166,10 @@ def apply_preset(options: SampleOptions, preset: str | None) -> SampleOptions:
     if preset is None:
         return options
     need_choice("preset", preset, PRESETS)
-    usual = SampleOptions()
-    for name, value in PRESETS[preset].items():
+    usual, means = SampleOptions(), dict(PRESETS[preset])
+    if options.sweep_w:
+        del means["w"]
+    for name, value in means.items():
         if getattr(options, name) not in (value, getattr(usual, name)):
             raise InputError(f"{name}={getattr(options, name)}: preset {preset} means {name}={value}; leave one out")
-    return replace(options, **PRESETS[preset])
+    return replace(options, **means)

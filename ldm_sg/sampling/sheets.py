@@ -66,7 +66,8 @@ def _interpolate(pipe: "SelfGuidedPipeline", options: SampleOptions) -> Iterator
     if pipe.spec.multi_hot or pipe.spec.spatial:
         raise InputError("--interpolate walks between two cluster ids; this run's signals are more than an id")
     pipe.clusters([first, last])  # refuses ids that do not exist
-    rows = pipe.conditioner.labels.detach()
+    known = pipe.conditioner
+    rows = (known.token_labels if known.config.tokens_only else known.labels).detach().flatten(1)
     k = torch.zeros(options.n, pipe.spec.num_labels)
     shares = [i / max(1, options.n - 1) for i in range(options.n)]
     for i, share in enumerate(shares):
@@ -76,8 +77,12 @@ def _interpolate(pipe: "SelfGuidedPipeline", options: SampleOptions) -> Iterator
     ends = [torch.randn(pipe.latent_shape, generator=image_generator(options.seed, i)) for i in (0, 1)]
     arc = torch.stack([a * ends[0] + b * ends[1] for a, b in (slerp(*ends, share) for share in shares)])
     for noise in (ends[0].expand(options.n, -1, -1, -1), arc):
-        images = pipe.generate(Guidance.from_k(k), options.w, noise=noise, **options.solving())
-        yield Batch(images, [_record(options, k=[first, last], share=s, w=options.w) for s in shares])
+        for start in range(0, options.n, options.batch_size):
+            part = slice(start, start + options.batch_size)
+            images = pipe.generate(
+                Guidance.from_k(k[part]), options.w, noise=noise[part], first_index=start, **options.solving()
+            )
+            yield Batch(images, [_record(options, k=[first, last], share=s, w=options.w) for s in shares[part]])
 
 
 def _trajectory(pipe: "SelfGuidedPipeline", options: SampleOptions) -> Iterator[Batch]:

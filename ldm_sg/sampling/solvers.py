@@ -40,7 +40,8 @@ def _log_snr(objective: Objective, steps: int) -> Tensor:
     alpha, sigma = (part.flatten() for part in objective.alpha_sigma(ends))
     first, last = (sigma / alpha).double().log().tolist()
     times = objective.time_of(torch.linspace(first, last, steps, dtype=torch.float64).exp())
-    times[0] = objective.last
+    if objective.kind != "eps":  # whose error sigma / alpha multiplies
+        times[0] = objective.last
     return times
 
 
@@ -52,7 +53,7 @@ def _trailing(objective: Objective, steps: int) -> Tensor:
 def _uniform(objective: Objective, steps: int) -> Tensor:
     """The paper's public code: 0, c, 2c ... + 1 for c = T // steps, so that 256 steps of 1000 are 334."""
     times = torch.arange(0, len(objective.angles), len(objective.angles) // steps, dtype=torch.float64) + 1
-    return times.flip(0).clamp(max=objective.last)  # 1000 there, an index too far, where c divides 999
+    return times.clamp(max=objective.last).unique().flip(0)  # 1000 there, an index too far, where c divides 999
 
 
 SPACINGS = {"log_snr": _log_snr, "trailing": _trailing, "uniform": _uniform}

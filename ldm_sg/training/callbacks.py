@@ -255,7 +255,7 @@ class Reports(EachStep):
     def on_step(self, trainer: pl.Trainer) -> None:
         assert self.bar is not None
         self.bar.update()
-        step, metrics = trainer.global_step, trainer.progress_bar_metrics
+        step = trainer.global_step
         if step % self.config.log_every == 0 or step == trainer.max_steps < self.config.log_every:
             rate = (step - self.start_step) * self.config.batch_size / (time.perf_counter() - self.start)
             loss = torch.stack(self.losses).mean().item() * trainer.accumulate_grad_batches
@@ -265,7 +265,8 @@ class Reports(EachStep):
                 self.file.append(step=step, train_loss=round(loss, 6), images_per_s=round(rate, 1), lr=lr)
             self.losses = []
             self.restart(step)
-        if step % 10 == 0 or "images_per_s" not in metrics:
+        if step % 10 == 0 or step <= 10:  # to read them is to wait for the device
+            metrics = trainer.progress_bar_metrics
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -121,6 +121,7 @@ def _config(base: TrainConfig, asked: FinetuneOptions, annotation: Path) -> Trai
         lr=base.lr * (4 if lora else 0.5), warmup=min(base.warmup, steps // 10), decay=0.5, ema=min(base.ema, 1 - 5 / max(steps, 10)),
         val_share=max(base.val_share, 0.1), val_every=each, sample_every=each, checkpoint_every=each, keep_every=0,
         replay=ReplayConfig(base.annotation, asked.replay) if asked.replay else ReplayConfig(), patience=3,
+        leave_out=None, block_shards=None,  # of the base's set
     )  # fmt: skip
 
 

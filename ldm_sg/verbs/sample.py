@@ -87,7 +87,8 @@ def _write(folder: Path, batches: Iterator[Batch], columns: int, captions: list[
                     (folder / record["mask"]).write_bytes(png(batch.asked.mask[i]))
                 lines.write(json.dumps({"file": name, **record}) + "\n")
                 count += 1
-            room = max(0, MOST_SHOWN - sum(map(len, shown)))
+            if not (room := max(0, MOST_SHOWN - sum(map(len, shown)))):
+                continue
             shown.append(batch.images[:room])
             layout = None if batch.asked is None else pictures(batch.asked, batch.images.shape[-1])
             if layout is not None:
