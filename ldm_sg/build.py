@@ -59,7 +59,11 @@ def network(config: TrainConfig, latents: LatentSet) -> GuidedUNet:
     torch.manual_seed(config.seed)
     side = view_side(config, latents)
     shapes = latents.shapes if side is None else [(latents.latent_shape[0], side, side)]
-    model = make_unet(model_config(config.model), latents.spec, *shapes)
+    shape, spec = model_config(config.model), latents.spec
+    if shape.inject == "none" and shape.tokens == "concepts" and not spec.num_concepts:
+        said = f"the {spec.kind} of {latents.folder} name one thing an image"
+        raise InputError(f"model.tokens=concepts: {said}: give tokens=vector")
+    model = make_unet(shape, spec, *shapes)
     if config.init:
         _start_from(model, config, latents)
     if config.lora:

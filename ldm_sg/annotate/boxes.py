@@ -56,7 +56,7 @@ class Boxes(Clusters):
                 count += len(seen.squares)
             self.mean = typical_key((total / count).float(), self.cfg.centre_place)
         with whole(kept) as new:
-            save_file({"key": self.mean}, new)
+            save_file({"key": self.mean.contiguous()}, new)
 
     def observe(self, g: FeatureExtractor | None, seen: Views, batch: ImageBatch | None = None) -> Observed:
         assert g is not None

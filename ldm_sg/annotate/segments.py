@@ -130,7 +130,7 @@ class Segments(Annotator):
         assert g is not None
         mirrored = g.patches(seen.squares, mirrored=True)[1] if self.cfg.segments.flips else None
         features, patches = g.patches(seen.squares)
-        masks = self.segment(patches, mirrored, seen.size, g.grid).cpu().numpy()
+        masks = self.segment(patches, mirrored, seen.size, g.grid if g.patch else None).cpu().numpy()
         table = np.zeros((self.k, VOID), np.int64)
         for mask, truth in zip(masks, batch.truth, strict=True) if batch else ():
             if truth.mask is not None:

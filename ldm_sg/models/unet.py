@@ -111,10 +111,6 @@ def make_unet(config: "ModelConfig", spec: GuidanceSpec, *latent_shapes: tuple[i
     )
     nn.init.zeros_(unet.conv_out.weight)
     nn.init.zeros_(unet.conv_out.bias)
-    if config.inject == "none" and config.tokens == "concepts" and not spec.num_concepts:
-        raise InputError(
-            f"model.tokens=concepts: signals of kind {spec.kind} name one thing an image: give tokens=vector"
-        )
     conditioner = Conditioner(
         num_labels=spec.num_concepts if spec.concepts_only else spec.num_labels,
         embed_dim=4 * config.channels,
