@@ -13,7 +13,6 @@ TESTS = (
     "test_edit.py::test_the_command_moves_a_concept_of_a_run",
     "test_evaluate.py::test_a_perfect_generator_reaches_the_ceiling",
     "test_evaluate.py::test_other_networks_judge_beside_the_runs_own",
-    "test_layout.py",
     "test_lost.py",
 )
 
