@@ -324,11 +324,7 @@ class TrainConfig(Checked):
         held_out = self.val_every * self.val_share > 0
         yield "patience", held_out or not self.patience, "needs held-out images: val_every and val_share above 0"
         tied = self.guidance.attention and self.gradient_checkpointing
-        yield (
-            "gradient_checkpointing",
-            not tied,
-            "not with guidance.attention, which reads a pass that would be made again",
-        )
+        yield "gradient_checkpointing", not tied, "not with guidance.attention, whose pass would be made again"
         model = model_config(self.model)
         widest = model.channels * max(model.multipliers, default=1)
         yield "lora", self.lora <= widest, f"at most {widest}, the width of the network's widest level"

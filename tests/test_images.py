@@ -210,9 +210,8 @@ def test_index_images_keep_their_indices():
         decode_index(encoded(Image.fromarray(RGB)), (30, 20))
     with pytest.raises(BadImage, match="cannot be decoded"):
         decode_index(b"no", (30, 20))
-    header = b"IHDR" + struct.pack(
-        ">IIBBBBB", 4, 1, 2, 0, 0, 0, 0
-    )  # 2-bit greys 0, 1, 2, 3, which Pillow makes 0 .. 255
+    # 2-bit greys 0, 1, 2, 3, which Pillow makes 0 .. 255
+    header = b"IHDR" + struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)
     rows = b"IDAT" + zlib.compress(b"\0" + bytes([0b00011011]))
     parts = [
         struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))

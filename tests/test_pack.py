@@ -393,9 +393,8 @@ def test_killed_and_resumed(tmp_path):
     content = stop.read_bytes()
     stop.unlink()
     os.mkfifo(stop)  # the last image is never delivered
-    same = yaml.safe_load((tmp_path / "whole" / "pack.yaml").read_text())["settings"]["source"][
-        "digest"
-    ]  # though a pipe has no size
+    packed = yaml.safe_load((tmp_path / "whole" / "pack.yaml").read_text())
+    same = packed["settings"]["source"]["digest"]  # though a pipe has no size
     code = f"from ldm_sg.data import sources; sources.files_digest = lambda *_: {same!r}; "
     code += f"from ldm_sg.verbs.pack import pack; pack({str(src)!r}, {str(dst)!r}, size=8, shard_size=8, workers=1, max_skipped=0, format='png')"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as process:

@@ -36,8 +36,8 @@ class Study:
 
     def some_images(self, limit: int, zoom: int = 1, whole: bool = False) -> Iterator[Views]:
         """At most about `limit` images in batches, as g sees them or, with `zoom`, from so many times nearer: the first
-        ones of every shard; `whole` as in `images.show`. InputError where there is none."""
-        shards = self.shards[:: -(-len(self.shards) // limit)]  # at most `limit` of them, evenly spread
+        ones of every shard, or of `limit` shards evenly spread; `whole` as in `images.show`. InputError where there is none."""
+        shards = self.shards[:: -(-len(self.shards) // limit)]
         each, found, g = limit // len(shards), 0, self.extractor
         assert g is not None
         for shard in shards:

@@ -264,11 +264,9 @@ def take(opened: Opened) -> None:
     # what was learnt before the first shard was done may be of other images or settings
     claim(out, "config.yaml", wanted, free, () if begun else EARLY)
     if not begun:
-        local = [path for path in map(Path, shards) if path.is_file()]
-        learnt, now = (
-            out / LEARNT,
-            digest(local, [path.stat().st_size for path in local], [path.stat().st_mtime_ns for path in local]),
-        )
+        local = [(path, path.stat()) for path in map(Path, shards) if path.is_file()]
+        now = digest(*zip(*((path, stat.st_size, stat.st_mtime_ns) for path, stat in local)))
+        learnt = out / LEARNT
         if learnt.is_file() and learnt.read_text() != now:
             for name in EARLY:
                 shutil.rmtree(out / name, ignore_errors=True)

@@ -144,7 +144,9 @@ class DatasetSource(FileSource):
                 said = f"none of its {len(wanted)} images is in {folder.root}, where {folder.names[0]!r} is"
                 raise InputError(f"--split {beside.split}: {said}; the first: {min(wanted, default='')!r}")
         names = [*names, *lost]
-        identity = folder.identity | {"images": len(names), "digest": files_digest(folder.root, names)}
+        identity = folder.identity
+        if names != folder.names:
+            identity = identity | {"images": len(names), "digest": files_digest(folder.root, names)}
         source = cls(identity, len(names), [], folder.ignored, root=folder.root, names=names)
         source.problems = dict.fromkeys(lost, f"in the list of --split {beside.split}, but not in {folder.root.name}/")
         source.others, source.table = others, beside.table()

@@ -177,8 +177,9 @@ class LatentSet:
                     if name not in columns:
                         new, shape = files.enter_context(whole(saved[name])), (rows, *column.shape[1:])
                         columns[name] = np.lib.format.open_memmap(new, "w+", column.dtype, shape)
-                        with new.open("r+b") as file:  # a full disk is told here: within a map it is a bus error
-                            os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
+                        if hasattr(os, "posix_fallocate"):  # not on macOS
+                            with new.open("r+b") as file:  # a full disk is told here: within a map it is a bus error
+                                os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
                     if column.shape[1:] != columns[name].shape[1:]:
                         raise InputError(f"{self.folder}: signals of different shapes in its shards")
                     columns[name][at : at + n] = column

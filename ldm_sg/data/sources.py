@@ -261,8 +261,15 @@ def shard_name(number: int) -> str:
 
 def files_digest(root: Path, names: list[str], *columns: list[Any]) -> str:
     """A hash over the names and sizes of files below `root`, and what else is in `columns`."""
-    sizes = [(root / name).stat().st_size if (root / name).exists() else None for name in names]
-    return digest(names, sizes, *columns)
+    return digest(names, [_size(root / name) for name in names], *columns)
+
+
+def _size(path: Path) -> int | None:
+    """In bytes; None where there is no such file, which is told when it is read."""
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
 
 
 def digest(*columns: list[Any]) -> str:
