@@ -70,16 +70,18 @@ def ldm_sg(
 
 def add(name: str, takes: type, run: str | Callable[..., Any] = "") -> None:
     """The verb `name`: its arguments and flags are the fields of `takes`, whose docstring is its help, examples last. What was
-    typed goes to `run`, or to what has this name in ldm_sg (default verbs.NAME:NAME), which is imported only then."""
+    typed, and nothing else, goes to `run`, or to what has this name in ldm_sg (default verbs.NAME:NAME), imported only then."""
     *group, short = name.split()
     run = run or "verbs.{0}:{0}".format(short.replace("-", "_"))
     help, heading, examples = (getdoc(takes) or "").partition("Examples:")
 
-    def verb(**typed: Any) -> None:
-        given = {each.name: _value(each, typed[each.name]) for each in fields(takes) if typed[each.name] is not None}
+    def verb(context: typer.Context, **values: Any) -> None:
+        typed = [each for each in fields(takes) if context.get_parameter_source(each.name).name != "DEFAULT"]
+        given = {each.name: _value(each, values[each.name]) for each in typed}
         (resolve_name(f"ldm_sg.{run}") if isinstance(run, str) else run)(**given)
 
-    verb.__signature__ = Signature([_parameter(each) for each in fields(takes)])  # type: ignore[attr-defined]
+    context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    verb.__signature__ = Signature([context, *map(_parameter, fields(takes))])  # type: ignore[attr-defined]
     (first_stages if group else app).command(short, help=help, epilog=f"\b\n{heading}{examples}")(verb)
 
 

@@ -1,5 +1,6 @@
 """First stages: round trips, goldens against taming and diffusers, manifests, wrong input."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,23 @@ def test_pickled_code_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"w\.ckpt.*safetensors"):
         load_autoencoder(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kind": "patch"}, "does not say factor: image side / latent side"),
+        ({"kind": "patch", "factor": "4"}, "factor: int is expected, not '4'"),
+        ({"kind": "patch", "factor": 0}, "factor=0: at least 1"),
+        ({"kind": "patch", "factor": 1, "latent_mean": 0.5}, "latent_mean: a list is expected, not 0.5"),
+        ({"kind": "tiny"}, "does not say source: {hub: ID"),
+        ({"kind": "tiny", "source": "weights.safetensors"}, "does not say source: {hub: ID"),
+        ({"kind": "vq", "source": {"file": "weights.safetensors"}}, "does not say net: the network's own"),
+    ],
+)
+def test_wrong_manifests_are_named(tmp_path, keys, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_autoencoder(manifest(tmp_path / "m", **keys))
 
 
 def test_wrong_input_is_named(tmp_path, monkeypatch):

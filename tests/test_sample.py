@@ -168,6 +168,14 @@ def test_a_run_knows_its_drop(run: Path) -> None:
     assert open_pipeline(run, "cpu").config.drop == 0.1
 
 
+def test_same_command_again_on_a_run_without_guidance(run: Path, tmp_path: Path) -> None:
+    index = shutil.copytree(run, tmp_path / "run") / "pipeline" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"drop": 1.0}))
+    for _ in range(2):  # w is not what was asked for, the settings are
+        out = sample(str(tmp_path / "run"), SampleOptions(n=2, steps=4, w=3.0), str(tmp_path / "s"))
+    assert json.loads((out / "samples.jsonl").read_text().splitlines()[0])["w"] == 0.0
+
+
 def test_same_command_again_gives_the_same_files_and_other_settings_are_refused(run: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "s")
     first = pictures(sample(str(run), SampleOptions(n=2, steps=4), out))
@@ -201,6 +209,7 @@ def test_pipeline_round_trips_and_is_found_by_diffusers(run: Path, tmp_path: Pat
         (["--box", ""], "numbers with commas"),
         (["--like", ""], "--like '': a file is needed"),
         (["--preset", "paper", "--steps", "3"], "steps=3: preset paper means steps=250"),
+        (["--preset", "best", "--w", "2"], "w=2.0: preset best means w=5.0"),
         (["--preset", "best", "--interval", "0.1,0.8"], "interval=[0.1, 0.8]: preset best means interval=[0.2, 0.8]"),
         (["--precision", "fp8"], "precision='fp8'"),
         (["--vary", "layout"], "trained without boxes or masks"),

@@ -7,8 +7,8 @@ import yaml
 from huggingface_hub import hf_hub_download
 
 from ldm_sg.configfile import ROOT
-from ldm_sg.errors import InputError, choices
-from ldm_sg.folder import WEIGHTS, file_sha256, read_mapping, write_json, write_text
+from ldm_sg.errors import InputError, choices, need_within
+from ldm_sg.folder import WEIGHTS, check, file_sha256, read_mapping, write_json, write_text
 from ldm_sg.hub import hub
 
 KEYS = {
@@ -34,6 +34,16 @@ KEYS = {
     "data": "what it was trained on",
     "recipe": "how to train it again",
     "note": "anything a user must know",
+}
+PLACES = {"hub", "file", "folder"}
+NUMBER = (int, float)
+TYPES = {  # of those that are read
+    **dict.fromkeys(("name", "subfolder", "sha256", "preview", "note"), str),
+    **dict.fromkeys(("channels", "factor", "patch", "tile"), int),
+    "latent_mean": [NUMBER],
+    "latent_std": [NUMBER],
+    "round_trip": NUMBER,
+    "net": dict,
 }
 HUB = "hub://"
 LEAST = 24  # dB
@@ -64,11 +74,15 @@ def find(name_or_dir: str) -> tuple[dict[str, Any], Path]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A manifest, its keys checked."""
+    """A manifest, its keys and what is read of them checked."""
     manifest = read_mapping(path, {"kind": str})
-    for key in manifest:
+    for key, value in manifest.items():
         if key not in KEYS:
             raise InputError(f"{path}: unknown key {key!r}; {choices(key, KEYS)}")
+        if key in TYPES and value is not None:
+            check(value, TYPES[key], f"{path}: {key}")
+        if TYPES.get(key) is int and value is not None:
+            need_within(f"{path}: {key}", value, 1)
     if isinstance(source := manifest.get("source"), dict) and not all(isinstance(v, str) for v in source.values()):
         raise InputError(f"{path}: source: {source}: {KEYS['source']}")
     return {"name": path.parent.name, **manifest}
@@ -120,12 +134,17 @@ def write(manifest: dict[str, Any], folder: Path, config: bool = False) -> None:
 def weights_file(manifest: dict[str, Any], folder: Path) -> Path | None:
     """Where local weights lie (None for the hub and for kinds without weights), their sha256 checked.
 
-    Fills manifest["sha256"]. InputError when the file is missing, or is not the one the manifest describes."""
-    source = manifest.get("source")
-    if isinstance(source, dict) and "file" in source:
+    Fills manifest["sha256"]. InputError when the file is missing, or is not the one the manifest describes, and where the
+    manifest lacks what its kind cannot be made without."""
+    source = manifest.get("source") if isinstance(manifest.get("source"), dict) else {}
+    has = {key: bool(manifest.get(key)) for key in ("factor", "net")} | {"source": bool(source.keys() & PLACES)}
+    for key in ["factor"] if manifest["kind"] == "patch" else ["source", "net"] if "file" in source else ["source"]:
+        if not has[key]:
+            raise InputError(f"autoencoder {manifest['name']!r}: its manifest does not say {key}: {KEYS[key]}")
+    if "file" in source:
         path = (folder / source["file"]).resolve()
         manifest["source"] = {"file": str(path)}  # so that a copy of the manifest elsewhere still finds it
-    elif isinstance(source, dict) and "folder" in source:
+    elif "folder" in source:
         path = folder / source["folder"] / WEIGHTS
     else:
         return None

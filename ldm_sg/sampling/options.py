@@ -1,5 +1,6 @@
 """What a person asks of `sample`: the options, and what they may be."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -161,15 +162,15 @@ def _digest(file: str) -> str:
         return ""
 
 
-def apply_preset(options: SampleOptions, preset: str | None) -> SampleOptions:
-    """`options` with the preset's settings; InputError where another value was asked for."""
+def with_preset(options: SampleOptions, preset: str | None, typed: Collection[str]) -> SampleOptions:
+    """`options` with the preset's settings; InputError where one of those that were `typed` has another value."""
     if preset is None:
         return options
     need_choice("preset", preset, PRESETS)
-    usual, means = SampleOptions(), dict(PRESETS[preset])
+    means = dict(PRESETS[preset])
     if options.sweep_w:
         del means["w"]
     for name, value in means.items():
-        if getattr(options, name) not in (value, getattr(usual, name)):
+        if name in typed and getattr(options, name) != value:
             raise InputError(f"{name}={getattr(options, name)}: preset {preset} means {name}={value}; leave one out")
     return replace(options, **means)

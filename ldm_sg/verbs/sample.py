@@ -23,7 +23,7 @@ from ldm_sg.pipeline import open_pipeline
 from ldm_sg.report.grids import best_scale, grid, labelled_rows
 from ldm_sg.report.signals import pictures
 from ldm_sg.sampling import solvers
-from ldm_sg.sampling.options import SampleOptions, apply_preset
+from ldm_sg.sampling.options import SampleOptions, with_preset
 from ldm_sg.sampling.schedules import objective_of
 from ldm_sg.sampling.sheets import Batch, plan
 
@@ -40,7 +40,7 @@ def command(**typed: Any) -> None:
             others = "--cluster, --interpolate, --like and --mask"
             raise InputError(f"--name {asked.called!r} picks the clusters: leave {others} out")
         asked.cluster = clusters_named(asked.run, asked.called, asked.device)
-    print(sample(asked.run, apply_preset(asked, asked.preset), asked.out, asked.overwrite) / "grid.png")
+    print(sample(asked.run, with_preset(asked, asked.preset, typed), asked.out, asked.overwrite) / "grid.png")
 
 
 def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: bool = False) -> Path:
@@ -50,7 +50,7 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
     if out is None and not Path(run).is_dir():
         raise InputError(f"run {run!r} not found")
     with locked(folder):
-        _refuse_foreign(folder, options, overwrite)
+        _refuse_foreign(folder, asked := options.settings(), overwrite)
         pipe = open_pipeline(run, options.device, options.checkpoint, options.lora)
         if options.size:
             pipe.resize(*options.size)
@@ -67,12 +67,13 @@ def sample(run: str, options: SampleOptions, out: str | None = None, overwrite: 
         batches, columns, captions = plan(pipe, options)
         with whole(folder) as building:
             building.mkdir()
-            _write(building, batches, columns, captions, options)
+            _write(building, batches, columns, captions)
+            (building / "settings.json").write_text(json.dumps(asked, indent=2) + "\n")
             _keep_foreign(folder, building)
     return folder
 
 
-def _write(folder: Path, batches: Iterator[Batch], columns: int, captions: list[str], options: SampleOptions) -> None:
+def _write(folder: Path, batches: Iterator[Batch], columns: int, captions: list[str]) -> None:
     shown: list[Tensor] = []
     layouts: list[Tensor] = []
     count = 0
@@ -96,7 +97,6 @@ def _write(folder: Path, batches: Iterator[Batch], columns: int, captions: list[
     if count > MOST_SHOWN:
         print(f"note: grid.png shows the first {MOST_SHOWN} of {count:,} images", file=sys.stderr)
     _grid(torch.cat(shown), torch.cat(layouts) if layouts else None, columns, captions).save(folder / "grid.png")
-    (folder / "settings.json").write_text(json.dumps(options.settings(), indent=2) + "\n")
 
 
 def _grid(images: Tensor, layouts: Tensor | None, columns: int, captions: list[str]) -> Image.Image:
@@ -110,14 +110,14 @@ def _grid(images: Tensor, layouts: Tensor | None, columns: int, captions: list[s
     return labelled_rows(names, rows, scale=scale)
 
 
-def _refuse_foreign(folder: Path, options: SampleOptions, overwrite: bool) -> None:
+def _refuse_foreign(folder: Path, asked: dict[str, Any], overwrite: bool) -> None:
     if folder.is_dir() and all(file.name == LOCK for file in folder.iterdir()):
         return
     try:
         there = json.loads((folder / "settings.json").read_text())
     except (OSError, ValueError) as err:
         raise InputError(f"--out {str(folder)!r} is a file, or holds no samples: choose another folder") from err
-    if there != options.settings() and not overwrite:
+    if there != asked and not overwrite:
         raise InputError(f"--out {str(folder)!r} holds samples of other settings: choose another, or add --overwrite")
 
 
