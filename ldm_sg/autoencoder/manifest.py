@@ -39,7 +39,7 @@ PLACES = {"hub", "file", "folder"}
 NUMBER = (int, float)
 TYPES = {  # of those that are read
     **dict.fromkeys(("name", "subfolder", "sha256", "preview", "note"), str),
-    **dict.fromkeys(("channels", "factor", "patch", "tile"), int),
+    **dict.fromkeys(("channels", "factor", "patch"), int),
     "latent_mean": [NUMBER],
     "latent_std": [NUMBER],
     "round_trip": NUMBER,
