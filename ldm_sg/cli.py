@@ -76,8 +76,9 @@ def add(name: str, takes: type, run: str | Callable[..., Any] = "") -> None:
     help, heading, examples = (getdoc(takes) or "").partition("Examples:")
 
     def verb(context: typer.Context, **values: Any) -> None:
-        typed = [each for each in fields(takes) if context.get_parameter_source(each.name).name != "DEFAULT"]
-        given = {each.name: _value(each, values[each.name]) for each in typed}
+        needed = {each.name for each in fields(takes) if each.default is each.default_factory}  # both are MISSING
+        typed = {name for name in values if context.get_parameter_source(name).name != "DEFAULT"} | needed
+        given = {each.name: _value(each, values[each.name]) for each in fields(takes) if each.name in typed}
         (resolve_name(f"ldm_sg.{run}") if isinstance(run, str) else run)(**given)
 
     context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)

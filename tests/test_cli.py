@@ -98,6 +98,7 @@ def test_the_script_is_sample_with_a_run_to_start_from(tmp_path: Path) -> None:
     assert len(flags) > 15 and all(f" {flag} " in shown.replace("\n", " ") for flag in flags)
     assert "Usage: python scripts/sample_cluster.py [OPTIONS]" in shown and "default: runs/demo" in shown
     assert "Missing option '--cluster'" in script().stderr
+    assert "run 'runs/demo' not found" in script("--cluster", "42").stderr
     told = script("there", "--cluster", "42", "--box", "x")  # refused before anything heavy is imported
     assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
 
