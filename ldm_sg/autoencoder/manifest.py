@@ -136,12 +136,13 @@ def weights_file(manifest: dict[str, Any], folder: Path) -> Path | None:
 
     Fills manifest["sha256"]. InputError when the file is missing, or is not the one the manifest describes, and where the
     manifest lacks what its kind cannot be made without."""
+    if manifest["kind"] == "patch":
+        _need(manifest, "factor", manifest.get("factor"))
+        return None
     source = manifest.get("source") if isinstance(manifest.get("source"), dict) else {}
-    has = {key: bool(manifest.get(key)) for key in ("factor", "net")} | {"source": bool(source.keys() & PLACES)}
-    for key in ["factor"] if manifest["kind"] == "patch" else ["source", "net"] if "file" in source else ["source"]:
-        if not has[key]:
-            raise InputError(f"autoencoder {manifest['name']!r}: its manifest does not say {key}: {KEYS[key]}")
+    _need(manifest, "source", source.keys() & PLACES)
     if "file" in source:
+        _need(manifest, "net", manifest.get("net"))
         path = (folder / source["file"]).resolve()
         manifest["source"] = {"file": str(path)}  # so that a copy of the manifest elsewhere still finds it
     elif "folder" in source:
@@ -156,3 +157,8 @@ def weights_file(manifest: dict[str, Any], folder: Path) -> Path | None:
         raise InputError(f"{path}: sha256 {digest} is not the manifest's {manifest['sha256']}: the file was changed")
     manifest["sha256"] = digest
     return path
+
+
+def _need(manifest: dict[str, Any], key: str, found: Any) -> None:
+    if not found:
+        raise InputError(f"autoencoder {manifest['name']!r}: its manifest does not say {key}: {KEYS[key]}")
