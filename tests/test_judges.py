@@ -62,7 +62,11 @@ def test_copies_are_found_in_features_and_pixels_and_shown(run: Path, tmp_path: 
     picture = np.asarray(Image.open(made / "evaluation.png").convert("RGB"))
     assert picture.shape[0] > 16 * 16 * 8 and str(made / "evaluation.png") in capsys.readouterr().out
     again = evaluate(made, train, "memory", **args)  # neither its figures nor its picture are samples
-    assert again["samples"] == 30 and not any("left out" in note for note in again["notes"])
+    assert again["samples"] == 30 and not any("left out" in note or "copies" in note for note in again["notes"])
+    for i in range(3):
+        shutil.copy(train / f"{i:03d}.png", unseen / f"seen{i}.png")
+    note = evaluate(made, train, "memory", **args)["notes"][-1]
+    assert note.startswith("more than 1% of the held-out images are copies of reference images (0 grey levels apart)")
 
 
 def test_nearest_are_those_of_all_distances() -> None:

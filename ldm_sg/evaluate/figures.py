@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm_sg.annotate.clusters import ami, ari, contingency, nmi
 from ldm_sg.errors import InputError, choices
-from ldm_sg.evaluate import metrics
+from ldm_sg.evaluate import memory, metrics
 from ldm_sg.evaluate.inception import Inception
 from ldm_sg.evaluate.metrics import NEEDS, Moments
 from ldm_sg.folder import disk_errors, read_mapping
@@ -133,6 +133,11 @@ def remarks(result: dict[str, Any], smallest: int, skipped: dict[str, str]) -> I
             )
         if left_out:
             yield f"fd_clusters ({space}) leaves out {left_out} clusters of fewer than {LEAST} samples or real images"
+        if space == memory.Pixels.name and found["memory_threshold"] < memory.SAME:
+            yield (
+                f"more than {memory.CHANCE:.0%} of the held-out images are copies of reference images ({found['memory_threshold']:.2g} grey levels "
+                "apart), so memory_copies counts few copies: deduplicate (ldm-sg dedup), then hold out"
+            )
         if judge["guide"] and found.keys() & {"fd", "kid", "precision", "fd_clusters"}:
             yield f"{space} made this run's signals, which favours the run: compare in another space (--features)"
     yield from unread(skipped)

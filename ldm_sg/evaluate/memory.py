@@ -13,6 +13,7 @@ from ldm_sg.evaluate.subjects import Subject
 SIDE = 16  # pixels of the images that are compared as they are: 50,000 of them are 150 MB
 CHANCE = 0.01  # share of unseen images that count as near-copies
 LEAST = 100  # unseen images
+SAME = 2.0  # grey levels between 16-pixel images that are one image, packed at another size or quality: 0.3 to 0.5 of photos
 NEAREST, SHOWN = 3, 8  # training images a sample, samples a space
 Rows = list[tuple[str, Tensor]]  # captions, and images uint8 [N, 3, H, W]
 
