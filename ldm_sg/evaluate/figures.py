@@ -135,8 +135,9 @@ def remarks(result: dict[str, Any], smallest: int, skipped: dict[str, str]) -> I
             yield f"fd_clusters ({space}) leaves out {left_out} clusters of fewer than {LEAST} samples or real images"
         if space == memory.Pixels.name and found["memory_threshold"] < memory.SAME:
             yield (
-                f"more than {memory.CHANCE:.0%} of the held-out images are copies of reference images ({found['memory_threshold']:.2g} grey levels "
-                "apart), so memory_copies counts few copies: deduplicate (ldm-sg dedup), then hold out"
+                f"at least {memory.CHANCE:.0%} of the held-out images are copies of reference images "
+                f"({found['memory_threshold']:.2g} grey levels apart), so memory_copies counts few copies: deduplicate "
+                "(ldm-sg dedup), then hold out"
             )
         if judge["guide"] and found.keys() & {"fd", "kid", "precision", "fd_clusters"}:
             yield f"{space} made this run's signals, which favours the run: compare in another space (--features)"
